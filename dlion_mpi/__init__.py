@@ -1,0 +1,27 @@
+"""Train one deep-learning model across unequal machines and slow links, over MPI.
+
+Source of the system: R. Hong and A. Chandra, "DLion: Decentralized Distributed Deep Learning in Micro-Clouds",
+HPDC 2021, doi 10.1145/3431379.3460643.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dlion_mpi.errors import RunError, UserError
+
+__version__ = "0.1.0"
+__all__ = ["RunError", "UserError", "__version__", "fit"]
+
+
+def fit(model: Any, train: tuple[Any, Any], test: tuple[Any, Any], **options: Any) -> dict[str, Any]:
+    """Train a Keras model on all MPI ranks, each with its own data; afterwards ``model`` has the trained weights.
+
+    ``train``, ``test``: this rank's (x, y): x (m, F), (m, H, W) or (m, H, W, C) of uint8 or float, y (m,) whole
+    numbers. ``options``: the options of ``dlion train`` by name, for example ``strategy="dlion"``, ``steps=500``.
+    A compiled model keeps its optimizer and loss. Returns the run's JSON object, the same on every rank.
+    Raises UserError for a mistake in the options or the data, RunError if the run failed.
+    """
+    from dlion_mpi import api
+
+    return api.fit(model, train, test, options)

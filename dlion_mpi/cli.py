@@ -1,0 +1,206 @@
+"""The command line: parse, build a Config, run; nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from dlion_mpi import __version__
+from dlion_mpi.config import Config, convert, flag, from_toml
+from dlion_mpi.errors import UserError
+
+TABLES = {
+    "run": "the run",
+    "model": "model and optimizer",
+    "data": "data",
+    "batching": "weighted dynamic batching",
+    "exchange": "per-link prioritized exchange",
+    "transfer": "direct knowledge transfer",
+}
+EXAMPLES = """examples:
+  mpirun -n 4 dlion train --data fashion-mnist --steps 500 --out runs/a
+  mpirun -n 4 dlion train --strategy baseline --steps 500 --out runs/b
+  dlion train --data digits --steps 200                      one rank, no mpirun
+  srun --mpi=pmix dlion train --model mypkg.nets:build --data 'shard-{rank}.h5' --seconds 600
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the ``dlion`` program. Returns the exit code: 0, 1 for a failed run, 2 for a mistake in its use."""
+    try:
+        args = _parser().parse_args(argv)
+        return int(args.action(args))
+    except UserError as error:
+        if not error.quiet:
+            _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return _end_job(130)
+    except Exception:
+        traceback.print_exc()
+        return _end_job(1)
+
+
+def _complain(message: str) -> None:
+    sys.stdout.flush()
+    print(f"dlion: error: {message}", file=sys.stderr, flush=True)
+
+
+def _end_job(code: int) -> int:
+    """End all ranks: others may wait for this one for ever."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1:
+        sys.stderr.flush()
+        mpi.COMM_WORLD.Abort(code)
+    return code
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="dlion",
+        description="Train one Keras model across unequal machines and slow links, over MPI.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"dlion-mpi {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    _add_train(commands)
+    _add_data(commands)
+    emulate = commands.add_parser("emulate", help="run a command on an emulated micro-cloud (root)")
+    _add_emulate(emulate)
+    doctor = commands.add_parser("doctor", help="what this machine has, what is missing, how to get it")
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    doctor.set_defaults(action=_doctor)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train, under mpirun or srun, or alone as one rank",
+        description="Train on every rank of mpirun or srun, or alone as one rank. Progress goes to stderr; the last "
+        "line on stdout is one JSON object.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXAMPLES,
+    )
+    train.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line comes first")
+    groups = {table: train.add_argument_group(title) for table, title in TABLES.items()}
+    for f in dataclasses.fields(Config):
+        _add_option(groups[f.metadata["table"]], f)
+    train.set_defaults(action=_train)
+
+
+def _add_option(group: Any, f: dataclasses.Field[Any]) -> None:
+    """The option of one field of the Config. Left out, it stays out: the file or the default then decides."""
+    defaults = _strategy_defaults().get(f.name, f.default)
+    shown = "" if defaults is None else f" (default: {str(defaults).replace('%', '%%')})"
+    choices = f.metadata["choices"]
+    group.add_argument(
+        flag(f.name),
+        metavar="|".join(choices) or ("FILE" if f.name == "data" else f.name.rsplit("_", 1)[-1].upper()),
+        default=argparse.SUPPRESS,
+        help=f.metadata["help"] + shown,
+    )
+
+
+def _strategy_defaults() -> dict[str, Any]:
+    from dlion_mpi.strategies import STRATEGIES
+
+    strategy = STRATEGIES["dlion"]
+    return {"sync": strategy.sync_modes[0], **strategy.defaults}
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = config_of(vars(args))
+    from dlion_mpi.strategies import resolve
+
+    resolve(config)  # refuse what is wrong before MPI and TensorFlow are started
+    from dlion_mpi.run import run
+
+    outcome = run(config)
+    if outcome.failure is not None:
+        _complain(str(outcome.failure))
+    if outcome.rank == 0:
+        print(json.dumps(outcome.result), flush=True)
+    return outcome.exit_code
+
+
+def config_of(options: dict[str, Any]) -> Config:
+    """The Config of parsed options: the file's values, overruled by the command line's. Raises UserError."""
+    names = {f.name for f in dataclasses.fields(Config)}
+    values = from_toml(options["config"]) if options.get("config") else {}
+    values |= {name: convert(name, text) for name, text in options.items() if name in names}
+    return Config(**values)
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="shard files for micro-clouds, and what is in a data set")
+    actions = data.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
+    for name, text in (
+        ("split", "write one HDF5 shard file per rank"),
+        ("info", "what a data set holds, and what every rank would get"),
+    ):
+        parser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        parser.add_argument("data", help="fashion-mnist, digits, cifar10[:FOLDER] or FILE.h5")
+        parser.add_argument("--ranks", required=name == "split", default="1", help="number of ranks")
+        parser.add_argument("--partition", default="iid", metavar="iid|dirichlet", help="(default: iid)")
+        parser.add_argument("--dirichlet-alpha", default="0.5", help="smaller is more unequal (default: 0.5)")
+        parser.add_argument("--seed", default="0", help="(default: 0)")
+        if name == "split":
+            parser.add_argument("--out", required=True, help="for example 'shard-{rank}.h5'")
+            parser.add_argument("--overwrite", action="store_true", help="replace shard files that exist")
+        parser.set_defaults(action=_data_split if name == "split" else _data_info)
+
+
+def _data_split(args: argparse.Namespace) -> int:
+    from dlion_mpi.datatool import split
+
+    for path in split(args.data, args.out, **_partition_of(args), overwrite=args.overwrite):
+        print(path)
+    return 0
+
+
+def _data_info(args: argparse.Namespace) -> int:
+    from dlion_mpi.datatool import info
+
+    print(info(args.data, **_partition_of(args)))
+    return 0
+
+
+def _partition_of(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        ranks = int(args.ranks)
+    except ValueError:
+        raise UserError(f"--ranks {args.ranks}: must be a whole number") from None
+    return {
+        "ranks": ranks,
+        "partition": args.partition,
+        "alpha": convert("dirichlet_alpha", args.dirichlet_alpha),
+        "seed": convert("seed", args.seed),
+    }
+
+
+def _add_emulate(parser: argparse.ArgumentParser) -> None:
+    from dlion_mpi import emulate
+
+    emulate.add_arguments(parser)
+    parser.set_defaults(action=emulate.main)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from dlion_mpi.doctor import main as doctor
+
+    return doctor(as_json=args.json)

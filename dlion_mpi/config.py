@@ -1,0 +1,297 @@
+"""One frozen description of a run. Every field is an option of the command line and a key of the TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlion_mpi.errors import UserError
+from dlion_mpi.wire import ValueType
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """How often something happens: every ``steps`` steps or every ``seconds`` seconds (one of them is set)."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Every:
+        """``"100"`` is 100 steps, ``"20s"`` is 20 seconds. Raises UserError for anything else."""
+        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)s", text.strip())
+        if match is None or float(match[1] or match[2]) <= 0:
+            raise UserError(f"'{text}' is not a number of steps such as 100, nor of seconds such as 20s")
+        return cls(steps=int(match[1])) if match[1] else cls(seconds=float(match[2]))
+
+    def __str__(self) -> str:
+        return str(self.steps) if self.steps is not None else f"{self.seconds:g}s"
+
+
+_EVERY_20_S = Every(seconds=20.0)
+
+
+def _option(default: Any, help_: str, *, table: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field of the Config; ``table`` is its TOML table and its group in ``--help``."""
+    return field(default=default, metadata={"help": help_, "table": table, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to train, with what, how and for how long.
+
+    A technique's option is None until `strategies.resolve` gives it the strategy's default, so that an option
+    that the chosen strategy does not use is refused instead of ignored.
+    """
+
+    # run
+    strategy: str = _option("dlion", "how workers exchange what they learn: dlion or baseline", table="run")
+    sync: str | None = _option(
+        None,
+        "when a worker may go on: with everyone's gradients of this step, at most --staleness steps ahead of "
+        "the slowest, or always",
+        table="run",
+        choices=("sync", "bounded", "async"),
+    )
+    staleness: int | None = _option(None, "bounded: steps a worker may be ahead of the slowest", table="run")
+    backup: int | None = _option(None, "bounded: go on without this many of the slowest workers", table="run")
+    steps: int | None = _option(None, "stop after this many steps (1000 if no end is given)", table="run")
+    seconds: float | None = _option(None, "stop after this many seconds of training", table="run")
+    target_accuracy: float | None = _option(
+        None, "stop when the workers' mean test accuracy reaches this, in 0..1", table="run"
+    )
+    evaluate_every: Every = _option(
+        _EVERY_20_S, "test every so many steps (100) or seconds (20s), in the background", table="run"
+    )
+    progress_every: float = _option(5.0, "seconds between progress lines; 0 for none", table="run")
+    non_finite: str = _option(
+        "stop",
+        "a loss or gradient that is NaN or infinite: stop the run, or skip that gradient",
+        table="run",
+        choices=("stop", "skip"),
+    )
+    seed: int = _option(0, "of initial weights, partition and batches", table="run")
+    out: str | None = _option(None, "folder for metrics and configuration; must not exist yet", table="run")
+    # model and data
+    model: str = _option("cipher", "cipher, or PACKAGE.MODULE:FUNCTION that returns a Keras model", table="model")
+    optimizer: str = _option("sgd", "what applies the weighted gradient", table="model", choices=("sgd", "adam"))
+    learning_rate: float = _option(0.05, "of the optimizer", table="model")
+    momentum: float = _option(0.0, "of SGD", table="model")
+    threads: int = _option(0, "TensorFlow threads per rank; 0: this rank's share of the cores", table="model")
+    data: str = _option(
+        "fashion-mnist",
+        "fashion-mnist, digits, cifar10[:FOLDER], FILE.h5, or one file per rank: 'shard-{rank}.h5'",
+        table="data",
+    )
+    partition: str = _option(
+        "iid", "how one data set is dealt to the ranks", table="data", choices=("iid", "dirichlet")
+    )
+    dirichlet_alpha: float = _option(0.5, "dirichlet: smaller is more unequal in classes and sizes", table="data")
+    # weighted dynamic batching
+    lbs: int = _option(32, "samples per worker and step at the start", table="batching")
+    batching: str | None = _option(
+        None,
+        "share the global batch so that all finish together, in proportion to samples per second, or equally",
+        table="batching",
+        choices=("auto", "proportional", "fixed"),
+    )
+    weighting: str | None = _option(
+        None,
+        "weight of worker j's gradient at worker k: LBS_j/GBS, or LBS_j/(n LBS_k)",
+        table="batching",
+        choices=("global", "paper"),
+    )
+    rebalance_every: int | None = _option(None, "steps between exchanges of measured throughput", table="batching")
+    lbs_max: int | None = _option(None, "most samples per worker and step (memory limit)", table="batching")
+    gbs_schedule: str | None = _option(
+        None, "grow the global batch, or leave it", table="batching", choices=("grow", "fixed")
+    )
+    gbs_interval: int | None = _option(None, "grow: steps between adjustments", table="batching")
+    gbs_warmup_step: int | None = _option(None, "grow: samples added by a warm-up adjustment", table="batching")
+    gbs_warmup_limit: float | None = _option(
+        None, "grow: warm-up ends at this share of the training set", table="batching"
+    )
+    gbs_speedup_factor: float | None = _option(None, "grow: factor of an adjustment afterwards", table="batching")
+    gbs_limit: float | None = _option(
+        None, "grow: the global batch stops at this share of the training set", table="batching"
+    )
+    # per-link prioritized exchange
+    max_n: float | None = _option(
+        None,
+        "send the entries within N %% of each variable's largest, 100 for all; not given: each link its own N, "
+        "from its measured bandwidth",
+        table="exchange",
+    )
+    n_min: float | None = _option(None, "smallest N that a slow link may get", table="exchange")
+    unsent: str | None = _option(
+        None,
+        "what was not sent: add it to the next gradient of that link, or drop it",
+        table="exchange",
+        choices=("accumulate", "drop"),
+    )
+    value_type: ValueType | None = _option(
+        None, "values on the wire", table="exchange", choices=("float32", "float16", "bfloat16")
+    )
+    exchange_share: float | None = _option(
+        None,
+        "most processor time that handling the exchanged bytes may take, as a share of computing, whatever the "
+        "link could carry; 0: no limit",
+        table="exchange",
+    )
+    window: int = _option(2, "unacknowledged messages a link may have (not in sync)", table="exchange")
+    # direct knowledge transfer
+    transfer: str | None = _option(
+        None,
+        "who merges the best worker's weights",
+        table="transfer",
+        choices=("all", "worse-than-mean", "worst", "none"),
+    )
+    transfer_period: int | None = _option(None, "steps between transfers", table="transfer")
+    transfer_merge: float | None = _option(None, "lambda of w <- w - lambda (w - w_best), in 0..1", table="transfer")
+    transfer_losses: int | None = _option(None, "losses whose mean tells the best worker", table="transfer")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check_choice(f, getattr(self, f.name))
+        for name, (low, high, wanted) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                raise UserError(f"{flag(name)} {value:g}: must be {wanted}")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.optimizer == "adam" and self.momentum:
+            raise UserError("--momentum belongs to --optimizer sgd: drop it, or choose sgd")
+        if self.max_n is not None and self.n_min is not None:
+            raise UserError("--max-n fixes N and --n-min bounds a measured N: give one of them")
+        if self.sync in ("sync", "async") and (self.staleness is not None or self.backup is not None):
+            raise UserError(f"--staleness and --backup belong to --sync bounded, not to --sync {self.sync}")
+        if self.gbs_schedule == "fixed":
+            for name in ("gbs_interval", "gbs_warmup_step", "gbs_warmup_limit", "gbs_speedup_factor", "gbs_limit"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{flag(name)} belongs to --gbs-schedule grow, not to fixed")
+        if self.transfer == "none":
+            for name in ("transfer_period", "transfer_merge", "transfer_losses"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{flag(name)} has no effect with --transfer none: drop one of them")
+        if self.batching == "fixed" and self.rebalance_every is not None:
+            raise UserError("--rebalance-every has no effect with --batching fixed: drop one of them")
+        if self.lbs_max is not None and self.lbs_max < self.lbs:
+            raise UserError(f"--lbs-max {self.lbs_max} is below --lbs {self.lbs}: raise it or lower --lbs")
+
+    @property
+    def last_step(self) -> float:
+        """Steps after which the run ends: infinite when something else ends it."""
+        if self.steps is not None:
+            return self.steps
+        return 1000 if self.seconds is None and self.target_accuracy is None else math.inf
+
+    def to_toml(self) -> str:
+        """The whole Config as TOML; `from_toml` reads it back."""
+        tables: dict[str, list[str]] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is not None:
+                text = json.dumps(str(value) if isinstance(value, Every) else value)
+                tables.setdefault(f.metadata["table"], []).append(f"{f.name} = {text}")
+        return "\n".join(f"[{table}]\n" + "\n".join(lines) + "\n" for table, lines in tables.items())
+
+
+# name: lowest, highest, and how to say it
+_BOUNDS: Mapping[str, tuple[float, float, str]] = {
+    "steps": (1, math.inf, "at least 1"),
+    "seconds": (1e-3, math.inf, "above 0"),
+    "target_accuracy": (1e-9, 1, "in (0, 1], for example 0.8"),
+    "progress_every": (0, math.inf, "0 or more seconds"),
+    "staleness": (0, math.inf, "0 or more steps"),
+    "backup": (0, math.inf, "0 or more workers"),
+    "seed": (0, 2**32 - 1, "in 0..4294967295"),
+    "learning_rate": (1e-12, math.inf, "above 0"),
+    "momentum": (0, 1 - 1e-9, "in [0, 1)"),
+    "threads": (0, 4096, "0 (automatic) or a number of threads"),
+    "dirichlet_alpha": (1e-9, math.inf, "above 0"),
+    "lbs": (1, math.inf, "at least 1 sample"),
+    "lbs_max": (1, math.inf, "at least 1 sample"),
+    "rebalance_every": (1, math.inf, "at least 1 step"),
+    "gbs_interval": (1, math.inf, "at least 1 step"),
+    "gbs_warmup_step": (0, math.inf, "0 or more samples"),
+    "gbs_warmup_limit": (0, 1, "a share in [0, 1]"),
+    "gbs_speedup_factor": (1, math.inf, "at least 1"),
+    "gbs_limit": (0, 1, "a share in [0, 1]"),
+    "max_n": (1e-6, 100, "in (0, 100]"),
+    "n_min": (1e-6, 100, "in (0, 100]"),
+    "exchange_share": (0, math.inf, "0 (no limit) or a share such as 0.2"),
+    "window": (1, 64, "in 1..64 messages"),
+    "transfer_period": (1, math.inf, "at least 1 step"),
+    "transfer_merge": (0, 1, "in [0, 1]"),
+    "transfer_losses": (1, math.inf, "at least 1"),
+}
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field: ``n_min`` is ``--n-min``."""
+    return "--" + name.replace("_", "-")
+
+
+def _check_choice(f: dataclasses.Field[Any], value: Any) -> None:
+    choices = f.metadata["choices"]
+    if choices and value is not None and value not in choices:
+        raise UserError(f"{flag(f.name)} {value}: must be one of {', '.join(choices)}")
+
+
+def convert(name: str, text: Any) -> Any:
+    """A value of the command line or of TOML as the field's type. Raises UserError."""
+    declared = str(_FIELDS[name].type)
+    if declared.startswith("Every"):
+        return text if isinstance(text, Every) else Every.parse(str(text))
+    wanted = int if declared.startswith("int") else float if declared.startswith("float") else str
+    try:
+        if isinstance(text, bool) or (wanted is str and not isinstance(text, str)):
+            raise ValueError
+        value = wanted(text)
+        if wanted is int and float(text) != value:
+            raise ValueError
+    except (TypeError, ValueError):
+        kinds = {int: "a whole number", float: "a number", str: "a text"}
+        raise UserError(f"{flag(name)} {text}: must be {kinds[wanted]}") from None
+    return value
+
+
+def from_toml(path: str) -> dict[str, Any]:
+    """The fields that a TOML file sets, checked by name and type. Raises UserError naming file and key."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid TOML: {error}") from None
+    values: dict[str, Any] = {}
+    for table, entries in tables.items():
+        if not isinstance(entries, dict):
+            raise UserError(f"--config {path}: '{table}' stands outside a table: put it under its [table]")
+        for key, value in entries.items():
+            name = key.replace("-", "_")
+            if name not in _FIELDS or _FIELDS[name].metadata["table"] != table:
+                known = ", ".join(f for f in _FIELDS if _FIELDS[f].metadata["table"] == table)
+                raise UserError(
+                    f"--config {path}: unknown key '{key}' in [{table}]; "
+                    + (f"known there: {known}" if known else f"tables are {', '.join(_TABLES)}")
+                )
+            values[name] = convert(name, value)
+    return values
+
+
+_FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+_TABLES = tuple(dict.fromkeys(f.metadata["table"] for f in _FIELDS.values()))

@@ -1,0 +1,84 @@
+"""What a run says while it goes on and at its end, on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dlion_mpi.metrics import StepRecord
+
+
+def say(message: str) -> None:
+    """One line on stderr, whole: ranks share it."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
+
+
+@dataclass(slots=True)
+class Progress:
+    """Prints one line per rank every ``every_s`` seconds (0: never)."""
+
+    rank: int
+    every_s: float
+    accuracy: Callable[[], float | None]
+    _printed_s: float = 0.0
+    _samples: int = 0
+    _quality: dict[int, float] = field(default_factory=dict)
+
+    def __call__(self, record: StepRecord) -> None:
+        """After every step."""
+        self._samples += record.lbs
+        self._quality.update(record.quality)
+        elapsed_s = record.time_s - self._printed_s
+        if not self.every_s or elapsed_s < self.every_s:
+            return
+        links = "".join(
+            f"  ->{peer} N {self._quality.get(peer, 0):.1f} {sent / 1e6:.1f} MB"
+            for peer, sent in sorted(record.bytes_sent.items())
+        )
+        accuracy = self.accuracy()
+        tested = f"  test {accuracy:.1%}" if accuracy is not None else ""
+        say(
+            f"[{self.rank}] {record.time_s:6.1f} s  step {record.step + 1}  batch {record.lbs}/{record.gbs}"
+            f"  loss {record.loss:.3f}  {self._samples / elapsed_s:.0f} samples/s{tested}{links}"
+        )
+        self._printed_s, self._samples = record.time_s, 0
+
+
+SUMMARY_COLUMNS = (
+    "steps",
+    "accuracy",
+    "loss",
+    "samples",
+    "compute_s",
+    "select_encode_s",
+    "wait_s",
+    "apply_s",
+    "seconds",
+    "bytes_sent",
+)
+
+
+def summary(result: dict[str, Any], rows: Sequence[Sequence[float]]) -> str:
+    """The table at the end. ``rows``: per rank the numbers of SUMMARY_COLUMNS."""
+    head = f"{'rank':>4} {'steps':>6} {'test':>7} {'loss':>7} {'samples/s':>9}"
+    head += f" {'compute':>8} {'select':>7} {'wait':>6} {'apply':>6} {'MB sent':>8}"
+    lines = ["", head]
+    for rank, row in enumerate(rows):
+        v = dict(zip(SUMMARY_COLUMNS, row, strict=True))
+        total_s = max(v["seconds"], 1e-9)
+        shares = [v[name] / total_s for name in ("compute_s", "select_encode_s", "wait_s", "apply_s")]
+        lines.append(
+            f"{rank:>4} {v['steps']:>6.0f} {v['accuracy']:>7.2%} {v['loss']:>7.3f} {v['samples'] / total_s:>9.0f}"
+            f" {shares[0]:>8.1%} {shares[1]:>7.1%} {shares[2]:>6.1%} {shares[3]:>6.1%}"
+            f" {v['bytes_sent'] / 1e6:>8.1f}"
+        )
+    spread = f"{result['accuracy_mean']:.2%} +- {result['accuracy_std']:.2%}"
+    lines.append(f"{result['strategy']}, {result['ranks']} ranks, {result['seconds']:.1f} s: test accuracy {spread}")
+    if result["stopped"]:
+        lines.append(f"stopped early: {result['stopped']}")
+    if result["out"]:
+        lines.append(f"metrics: {result['out']}")
+    return "\n".join(lines)

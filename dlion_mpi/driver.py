@@ -1,0 +1,73 @@
+"""Drives a worker's loop in real time: computes with TensorFlow, waits for real messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from dlion_mpi.model import Replica
+from dlion_mpi.progress import ProgressThread
+from dlion_mpi.testbed import Compute, Computed, Loop
+
+
+class PaceModel(Protocol):
+    """How long an iteration must last on the machine that is played; see `environments.PaceClock`."""
+
+    def seconds(self, batch: int, elapsed_s: float) -> float:
+        """Seconds for ``batch`` samples, ``elapsed_s`` seconds into the run."""
+
+
+def pace(model: PaceModel | None, samples: int, started_s: float, now_s: Callable[[], float]) -> float:
+    """Sleep until an iteration that began at ``started_s`` has lasted as long as its model says.
+
+    The one place where compute is paced, for every strategy. Returns the seconds slept: 0 without a model, or
+    where the machine is slower than what it plays.
+    """
+    if model is None:
+        return 0.0
+    rest_s = model.seconds(samples, started_s) - (now_s() - started_s)
+    if rest_s <= 0:
+        return 0.0
+    time.sleep(rest_s)
+    return rest_s
+
+
+def drive(
+    loop: Loop,
+    *,
+    replica: Replica,
+    progress: ProgressThread,
+    now_s: Callable[[], float],
+    pace_model: PaceModel | None,
+) -> None:
+    """Run the loop to its end."""
+    answer: Computed | None = None
+    while True:
+        try:
+            request = loop.send(answer)
+        except StopIteration:
+            return
+        progress.check()
+        if isinstance(request, Compute):
+            answer = _compute(request, replica, now_s, pace_model)
+        else:
+            progress.wait_until(request.ready)
+            answer = None
+
+
+def _compute(
+    request: Compute,
+    replica: Replica,
+    now_s: Callable[[], float],
+    pace_model: PaceModel | None,
+) -> Computed:
+    started_s = now_s()
+    if request.alone:
+        loss, finite = replica.step_alone(request.x, request.y)
+        vector = None
+    else:
+        gradient = replica.gradient(request.x, request.y)
+        loss, finite, vector = gradient.loss, gradient.finite, gradient.vector
+    paced_s = pace(pace_model, len(request.y), started_s, now_s)
+    return Computed(loss, vector, finite, now_s() - started_s, paced_s)

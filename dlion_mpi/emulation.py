@@ -1,0 +1,142 @@
+"""Emulations on this machine: what each one is made of, who owns it, and how it is taken down.
+
+A record is written before anything is built, so whatever ended a run, the next `dlion emulate` knows what
+to clear away. Records lie in /run/dlion, or in DLION_RUNTIME_DIR if that is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dlion_mpi import netns
+from dlion_mpi.errors import UserError
+
+FOLDER_PREFIX = "dlion-emulation-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Emulation:
+    """One emulated micro-cloud.
+
+    `environment`: built-in name or absolute path. `folder`: its temporary files. `owner_pid` and
+    `owner_started` (clock ticks since boot): the process that takes it down; None if made by `up`.
+    """
+
+    name: str
+    environment: str
+    workers: int
+    folder: str
+    owner_pid: int | None = None
+    owner_started: int | None = None
+
+    @property
+    def clock(self) -> Path:
+        """The file in which the training program says when it began."""
+        return Path(self.folder) / "clock"
+
+    def owner_lives(self) -> bool:
+        """Whether the process that owns it still runs (False if it has no owner)."""
+        return self.owner_pid is not None and _started(self.owner_pid) == self.owner_started
+
+    def is_stale(self) -> bool:
+        """Whether it was left by a process that was killed."""
+        return self.owner_pid is not None and not self.owner_lives()
+
+
+def records() -> Path:
+    """The directory of the records."""
+    return Path(os.environ.get("DLION_RUNTIME_DIR") or "/run/dlion")
+
+
+def claim(environment: str, workers: int, *, name: str | None, owned: bool) -> Emulation:
+    """Record a new emulation, named at random unless `name` is given, and make its folder.
+
+    `owned`: whether it ends with this process. Raises UserError if the name is taken or no good.
+    """
+    if name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
+        raise UserError(f"emulation name {name!r}: use 1 to 32 lower-case letters, digits and dashes")
+    chosen = name or secrets.token_hex(3)
+    down = f"`dlion emulate down --name {chosen}`"
+    taken = f"an emulation {chosen} exists already: choose another --name, or {down}"
+    if netns.exists(chosen, workers):
+        raise UserError(taken)
+    emulation = Emulation(
+        name=chosen,
+        environment=environment,
+        workers=workers,
+        folder=str(Path(tempfile.gettempdir()) / f"{FOLDER_PREFIX}{chosen}-{secrets.token_hex(4)}"),
+        owner_pid=os.getpid() if owned else None,
+        owner_started=_started(os.getpid()) if owned else None,
+    )
+    records().mkdir(mode=0o700, parents=True, exist_ok=True)
+    partial = records() / f".{chosen}.{os.getpid()}"
+    partial.write_text(json.dumps(asdict(emulation)), encoding="utf-8")
+    try:
+        os.link(partial, _record(chosen))  # a link fails where a rename would overwrite
+    except FileExistsError:
+        raise UserError(taken) from None
+    finally:
+        partial.unlink()
+    os.mkdir(emulation.folder, 0o700)
+    return emulation
+
+
+def find_all() -> list[Emulation]:
+    """Every emulation recorded, by name."""
+    found = (_read(path) for path in sorted(records().glob("*.json")))
+    return [emulation for emulation in found if emulation is not None]
+
+
+def take_down(emulation: Emulation) -> list[str]:
+    """Kill its processes, delete its namespaces, folder and record. Can be repeated.
+
+    Returns what could not be done, a line each; the record then stays, so that `down` can try again.
+    """
+    problems = netns.destroy(emulation.name, emulation.workers)
+    if Path(emulation.folder).name.startswith(FOLDER_PREFIX):
+        shutil.rmtree(emulation.folder, ignore_errors=True)
+    if not problems:
+        _record(emulation.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are still recorded there
+            records().rmdir()
+    return problems
+
+
+def sweep() -> list[str]:
+    """Take down what killed runs left. Returns the names of what was there."""
+    stale = [emulation for emulation in find_all() if emulation.is_stale()]
+    for emulation in stale:
+        take_down(emulation)
+    return [emulation.name for emulation in stale]
+
+
+def _record(name: str) -> Path:
+    return records() / f"{name}.json"
+
+
+def _read(path: Path) -> Emulation | None:
+    """The emulation of a record, or None if it is gone or no record."""
+    try:
+        table: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return Emulation(**table)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot (its id may be another's later). None: it ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])

@@ -1,0 +1,98 @@
+"""Test accuracy off the critical path, and what the workers' evaluations say together."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dlion_mpi.flat import Vector
+
+CHUNK = 500
+"""Test rows per call: small enough to let a training step in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Test accuracy, in 0..1, of the weights of ``step`` at ``time_s``, in seconds since training began."""
+
+    step: int
+    time_s: float
+    accuracy: float
+
+
+class BackgroundEvaluator:
+    """Evaluates snapshots in a thread of its own, one at a time, the newest first when it falls behind.
+
+    ``correct``: (knowledge, x, y) -> number of correct rows.
+    """
+
+    def __init__(self, correct: Callable[[Vector, Any, Any], int], x_test: npt.NDArray[Any], y_test: Any) -> None:
+        self._correct, self._x, self._y = correct, x_test, y_test
+        self._snapshots: queue.SimpleQueue[tuple[int, float, Vector] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Evaluation | BaseException] = queue.SimpleQueue()
+        self._pending = 0
+        self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
+        self._thread.start()
+
+    def busy(self) -> bool:
+        """Whether an evaluation is under way."""
+        return self._pending > 0
+
+    def submit(self, step: int, time_s: float, knowledge: Vector) -> None:
+        """Evaluate this snapshot; it must not be changed any more."""
+        self._pending += 1
+        self._snapshots.put((step, time_s, knowledge))
+
+    def poll(self, *, wait: bool = False) -> list[Evaluation]:
+        """What has been evaluated since the last call; with ``wait``, all that was submitted."""
+        results = []
+        while self._pending and (wait or not self._done.empty()):
+            result = self._done.get()
+            self._pending -= 1
+            if isinstance(result, BaseException):
+                raise result
+            results.append(result)
+        return results
+
+    def close(self) -> None:
+        """End the thread after what was submitted."""
+        self._snapshots.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (snapshot := self._snapshots.get()) is not None:
+            step, time_s, knowledge = snapshot
+            try:
+                self._done.put(Evaluation(step, time_s, self.accuracy(knowledge)))
+            except BaseException as failure:  # raised by `poll`, in the loop
+                self._done.put(failure)
+
+    def accuracy(self, knowledge: Vector) -> float:
+        """Share of the test rows that a model with this knowledge classifies correctly."""
+        hits = 0
+        for start in range(0, len(self._y), CHUNK):
+            rows = slice(start, start + CHUNK)
+            hits += self._correct(knowledge, self._x[rows], self._y[rows])
+        return hits / len(self._y)
+
+
+def target_reached_s(evaluations: Sequence[Sequence[Evaluation]], target: float | None) -> float | None:
+    """When the mean over the workers of everyone's latest accuracy first reached ``target``, or None.
+
+    ``evaluations``: per worker, in time order.
+    """
+    if target is None:
+        return None
+    events = sorted((e.time_s, k, e.accuracy) for k, own in enumerate(evaluations) for e in own)
+    latest = np.full(len(evaluations), np.nan)
+    for time_s, k, accuracy in events:
+        latest[k] = accuracy
+        if latest.mean() >= target:  # NaN until everyone has been evaluated once
+            return time_s
+    return None

@@ -1,0 +1,70 @@
+"""One float32 vector for all trainable variables, and the layout of its segments.
+
+Everything between the model and the wire works on this vector: selection, encoding and the weighted update
+never see a variable, only its segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each variable lies in the flat vector.
+
+    ``shapes``: the variables' shapes in order. ``starts``: (V + 1,) offsets, in entries; variable v is
+    ``vector[starts[v]:starts[v + 1]]``.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shapes: Sequence[Sequence[int]]) -> Layout:
+        """The layout of variables with these shapes, one after the other."""
+        starts = [0]
+        for shape in shapes:
+            starts.append(starts[-1] + int(np.prod(shape, dtype=np.int64)))
+        return cls(tuple(tuple(int(d) for d in shape) for shape in shapes), tuple(starts))
+
+    @property
+    def size(self) -> int:
+        """Entries of the flat vector (P)."""
+        return self.starts[-1]
+
+    def segments(self) -> Iterator[slice]:
+        """The slice of every variable that has entries, in order."""
+        for start, stop in zip(self.starts, self.starts[1:], strict=False):
+            if stop > start:
+                yield slice(start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Some entries of a flat vector of ``size`` entries, or all of them.
+
+    ``values``: (K,) float32. ``indices``: (K,) uint32, strictly ascending, or None for all entries (K = size).
+    """
+
+    size: int
+    values: Vector
+    indices: Indices | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def add_to(self, vector: Vector, scale: float) -> None:
+        """``vector[indices] += scale * values``, in place; (P,) float32."""
+        scaled = self.values if scale == 1.0 else self.values * np.float32(scale)
+        if self.indices is None:
+            vector += scaled
+        else:
+            vector[self.indices] += scaled  # indices are unique, so no np.add.at is needed

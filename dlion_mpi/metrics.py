@@ -1,0 +1,183 @@
+"""What a run writes: one HDF5 file per rank, ``metrics-00000.h5`` for rank 0, readable while it grows.
+
+The files are written in HDF5's single-writer-multiple-readers mode (SWMR): open them with
+``h5py.File(path, "r", swmr=True)`` at any time, also after the writer was killed; what was flushed (once a
+second) is there. docs/metrics.md describes every data set.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from dlion_mpi.evaluate import Evaluation
+from dlion_mpi.rounds import Transfer
+
+FORMAT = 1
+FLUSH_S = 1.0
+
+_STEP = {
+    "step": "u8",
+    "time_s": "f8",
+    "compute_s": "f4",
+    "paced_s": "f4",
+    "select_encode_s": "f4",
+    "wait_s": "f4",
+    "apply_s": "f4",
+    "step_s": "f4",
+    "loss": "f4",
+    "lbs": "u4",
+    "gbs": "u4",
+}
+_LINK = {
+    "quality": "f4",
+    "bytes_sent": "u8",
+    "bytes_received": "u8",
+    "bytes_per_s": "f4",
+    "age_s": "f4",
+    "age_steps": "f4",
+}
+_EVALUATION = {"step": "u8", "time_s": "f8", "accuracy": "f4"}
+_TRANSFER = {
+    "step": "u8",
+    "time_s": "f8",
+    "started_step": "u8",
+    "source": "u4",
+    "merged": "u1",
+    "payload_bytes": "u8",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One step of one worker. Times in seconds; ``time_s`` is its end, since training began.
+
+    ``select_encode_s``: selecting, encoding and posting. ``wait_s``: for what the synchronisation mode wants.
+    ``apply_s``: decoding, weighing and the optimizer. ``paced_s``: the part of ``compute_s`` that was slept to
+    play a slower machine. Per link, by peer: ``quality`` the N that was sent (NaN: nothing), cumulative bytes
+    both ways, the measured bytes per second, and the mean age of the messages that were applied, from the
+    computing of their gradient, in seconds and in steps (NaN: none).
+    """
+
+    step: int
+    time_s: float
+    compute_s: float
+    paced_s: float
+    select_encode_s: float
+    wait_s: float
+    apply_s: float
+    step_s: float
+    loss: float
+    lbs: int
+    gbs: int
+    quality: Mapping[int, float] = field(default_factory=dict)
+    bytes_sent: Mapping[int, int] = field(default_factory=dict)
+    bytes_received: Mapping[int, int] = field(default_factory=dict)
+    bytes_per_s: Mapping[int, float] = field(default_factory=dict)
+    age_s: Mapping[int, float] = field(default_factory=dict)
+    age_steps: Mapping[int, float] = field(default_factory=dict)
+
+
+class Recorder:
+    """Writes one rank's metrics file.
+
+    ``attributes``: configuration, versions, host, ...: text or numbers. Link data sets are (steps, n) with the
+    own column unused.
+    """
+
+    def __init__(self, folder: Path, rank: int, workers: int, attributes: Mapping[str, Any]) -> None:
+        self.path = folder / f"metrics-{rank:05d}.h5"
+        self._workers = workers
+        self._file = h5py.File(self.path, "w", libver="latest")
+        for name, value in {"format": FORMAT, "rank": rank, "workers": workers, **attributes}.items():
+            self._file.attrs[name] = value
+        self._rows: dict[str, list[list[Any]]] = {"steps": [], "evaluations": [], "transfers": []}
+        for group, columns in (("steps", _STEP), ("evaluations", _EVALUATION), ("transfers", _TRANSFER)):
+            for name, dtype in columns.items():
+                self._file.create_dataset(f"{group}/{name}", (0,), dtype, maxshape=(None,), chunks=(1024,))
+        rows = max(1, 4096 // max(1, workers))
+        for name, dtype in _LINK.items():
+            self._file.create_dataset(
+                f"links/{name}", (0, workers), dtype, maxshape=(None, workers), chunks=(rows, workers)
+            )
+        # 0: running, or killed before it could say otherwise; 1: ended as it should.
+        self._file.create_dataset("ended", data=np.uint8(0))
+        self._file.swmr_mode = True
+        self._links: dict[str, list[np.ndarray]] = {name: [] for name in _LINK}
+        self._flushed_s = time.monotonic()
+
+    def step(self, record: StepRecord) -> None:
+        """Add a step; flushed once a second."""
+        self._rows["steps"].append([getattr(record, name) for name in _STEP])
+        for name, dtype in _LINK.items():
+            row = np.full(self._workers, np.nan if dtype.startswith("f") else 0, dtype)
+            for peer, value in getattr(record, name).items():
+                row[peer] = value
+            self._links[name].append(row)
+        if time.monotonic() - self._flushed_s > FLUSH_S:
+            self.flush()
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Add an evaluation."""
+        self._rows["evaluations"].append([evaluation.step, evaluation.time_s, evaluation.accuracy])
+
+    def transfer(self, transfer: Transfer, time_s: float) -> None:
+        """Add a finished knowledge transfer."""
+        self._rows["transfers"].append(
+            [
+                transfer.step,
+                time_s,
+                transfer.started_step,
+                transfer.source,
+                transfer.merged,
+                transfer.payload_bytes,
+            ]
+        )
+
+    def flush(self) -> None:
+        """Write what was added so that readers, and whoever comes after a kill, find it."""
+        for group, columns in (("steps", _STEP), ("evaluations", _EVALUATION), ("transfers", _TRANSFER)):
+            rows, self._rows[group] = self._rows[group], []
+            if rows:
+                for name, column in zip(columns, zip(*rows, strict=True), strict=True):
+                    self._append(f"{group}/{name}", column)
+        for name, link_rows in self._links.items():
+            if link_rows:
+                self._append(f"links/{name}", link_rows)
+                self._links[name] = []
+        self._file.flush()
+        self._flushed_s = time.monotonic()
+
+    def close(self, *, complete: bool) -> None:
+        """Flush and close; ``complete`` says that the run ended as it should."""
+        self.flush()
+        self._file["ended"][()] = np.uint8(complete)
+        self._file.close()
+
+    def _append(self, name: str, rows: Sequence[Any]) -> None:
+        dataset = self._file[name]
+        start = dataset.shape[0]
+        dataset.resize(start + len(rows), axis=0)
+        dataset[start:] = np.asarray(rows)
+
+
+class NoRecorder:
+    """For a run without ``--out``: keeps nothing."""
+
+    def step(self, record: StepRecord) -> None:
+        """Nothing is kept."""
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Nothing is kept."""
+
+    def transfer(self, transfer: Transfer, time_s: float) -> None:
+        """Nothing is kept."""
+
+    def close(self, *, complete: bool) -> None:
+        """Nothing to close."""

@@ -1,0 +1,330 @@
+"""The model on one rank: gradients out as one flat vector, effective gradients in through the Keras optimizer.
+
+Besides `data.py`, the only module that imports TensorFlow, and it does so on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dlion_mpi.errors import UserError
+from dlion_mpi.flat import Layout, Vector
+
+Images = npt.NDArray[Any]
+Labels = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """The mean loss of a batch and its gradient, (P,) float32, read-only, valid while this object lives."""
+
+    loss: float
+    vector: Vector
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss and every entry are finite numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.vector.max()) and math.isfinite(self.vector.min())
+
+
+def tensorflow(threads: int = 0, local_rank: int = 0) -> Any:
+    """Import TensorFlow, quietly, for this rank: ``threads`` CPU threads (0: as set before), one local GPU.
+
+    A rank takes the GPU ``local_rank`` modulo the GPUs of its node, and lets its memory grow, so that several
+    ranks can share one.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        with _start_up_notes_dropped():
+            import tensorflow as tf
+    except ImportError:
+        raise UserError(
+            "TensorFlow is not installed: pip install 'dlion-mpi[cpu]', or [gpu] where there are GPUs"
+        ) from None
+    if threads:
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        mine = gpus[local_rank % len(gpus)]
+        tf.config.set_visible_devices(mine, "GPU")
+        tf.config.experimental.set_memory_growth(mine, True)
+    return tf
+
+
+@contextlib.contextmanager
+def _start_up_notes_dropped() -> Iterator[None]:
+    """TensorFlow writes notes to stderr before its log level counts: four lines from every rank."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def cipher(input_shape: Sequence[int], classes: int) -> Any:
+    """The CNN of the DLion experiments, about 1 M parameters on 28x28x1: three 5x5 convolutions with 10, 20 and
+    100 kernels, two 2x2 poolings, dense 200, dense ``classes`` (logits). Input: images (H, W, C), H, W >= 4."""
+    import keras
+
+    if len(input_shape) != 3 or min(input_shape[:2]) < 4:
+        raise UserError(
+            f"--model cipher wants images of at least 4x4, but the data is {tuple(input_shape)}: "
+            "bring a model of your own (--model PACKAGE.MODULE:FUNCTION)"
+        )
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input(tuple(input_shape)),
+            layers.Conv2D(10, 5, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(20, 5, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(100, 5, padding="same", activation="relu"),
+            layers.Flatten(),
+            layers.Dense(200, activation="relu"),
+            layers.Dense(classes),
+        ],
+        name="cipher",
+    )
+
+
+def builder(spec: str) -> Callable[[Sequence[int], int], Any]:
+    """The function ``(input_shape, classes) -> Keras model`` that ``--model`` names. Raises UserError."""
+    if spec == "cipher":
+        return cipher
+    module_name, _, function_name = spec.partition(":")
+    if not module_name or not function_name:
+        raise UserError(f"--model {spec}: unknown; give cipher, or PACKAGE.MODULE:FUNCTION")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file beside the user's data is found
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"--model {spec}: cannot import {module_name} ({error})") from None
+    finally:
+        sys.path.pop(0)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"--model {spec}: {module_name} has no function {function_name}")
+    return function
+
+
+def build(spec: str, input_shape: Sequence[int], classes: int, seed: int) -> Any:
+    """The Keras model that ``--model`` names, with initial weights from ``seed``. Raises UserError."""
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    model = builder(spec)(tuple(input_shape), classes)
+    if not isinstance(model, keras.Model):
+        raise UserError(f"--model {spec}: returned {type(model).__name__}, but must return a keras.Model")
+    if not model.built:
+        model.build((None, *input_shape))
+    wanted = (None, *input_shape)
+    if tuple(model.input_shape) != wanted:
+        raise UserError(f"--model {spec}: takes input {model.input_shape}, but the data gives {wanted}")
+    if tuple(model.output_shape) != (None, classes):
+        raise UserError(
+            f"--model {spec}: gives output {model.output_shape}, but the data has {classes} classes: "
+            f"it must be (None, {classes})"
+        )
+    return model
+
+
+def optimizer(name: str, learning_rate: float, momentum: float) -> Any:
+    """The Keras optimizer that applies effective gradients."""
+    import keras
+
+    if name == "sgd":
+        return keras.optimizers.SGD(learning_rate, momentum=momentum)
+    return keras.optimizers.Adam(learning_rate)
+
+
+class Replica:
+    """One worker's copy of the model.
+
+    *Weights* are the trainable variables, (P,) float32. *Knowledge* is the weights followed by the float
+    non-trainable variables such as batch-norm statistics, (K,) float32: those are updated by the local batches
+    alone, and travel with knowledge transfer and with evaluation. Integer state (dropout's generators) stays.
+    """
+
+    def __init__(self, model: Any, optimizer: Any, input_dtype: npt.DTypeLike, rank: int = 0) -> None:
+        import keras
+        import tensorflow as tf
+
+        self._tf = tf
+        self.model = model
+        self._optimizer = optimizer
+        self._trainable = list(model.trainable_variables)
+        if not self._trainable:
+            raise UserError("the model has no trainable variables: there is nothing to train")
+        if any(v.dtype != "float32" for v in self._trainable):
+            raise UserError("the model has trainable variables that are not float32: build it with float32 weights")
+        self._statistics = [v for v in model.non_trainable_variables if "float" in v.dtype]
+        self._others = [v for v in model.non_trainable_variables if "float" not in v.dtype]
+        for variable in self._others:
+            if "seed" in variable.path and variable.dtype == "uint32":
+                # Ranks start from equal weights, but must not drop the same units.
+                variable.assign(variable.numpy() + np.array([0, rank], dtype=np.uint32))
+        optimizer.build(self._trainable)
+        self.layout = Layout.of([v.shape for v in self._trainable])
+        self._knowledge_layout = Layout.of([v.shape for v in (*self._trainable, *self._statistics)])
+        self._loss = _loss_function(keras, model)
+        self._compile(tf.as_dtype(np.dtype(input_dtype)))
+
+    @property
+    def knowledge_size(self) -> int:
+        """Entries of the knowledge vector (K)."""
+        return self._knowledge_layout.size
+
+    def gradient(self, x: Images, y: Labels) -> Gradient:
+        """Loss and mean gradient over a batch; updates batch-norm statistics, not the weights."""
+        loss, vector = self._gradient(x, y)
+        # The tensor's own memory, no copy: the array keeps the tensor alive.
+        return Gradient(float(loss), np.asarray(vector))
+
+    def step_alone(self, x: Images, y: Labels) -> tuple[float, bool]:
+        """Gradient and update in one graph, for a worker without peers: what a plain training loop does.
+
+        An update whose loss or gradient is not finite is left out. Returns the loss and whether both are.
+        """
+        loss, finite = self._step_alone(x, y)
+        return float(loss), bool(finite)
+
+    def trace(self) -> None:
+        """Trace every graph now, so that neither the first step nor the first evaluation pays for it."""
+        for function in (self._gradient, self._step_alone, self._apply, self._assign, self._assign_all):
+            function.get_concrete_function()
+        self._correct.get_concrete_function()
+        self._read.get_concrete_function(False)
+        self._read.get_concrete_function(True)
+
+    def apply(self, gradient: Vector) -> None:
+        """Give the optimizer an effective gradient, (P,) float32."""
+        self._apply(self._tf.convert_to_tensor(gradient))
+
+    def weights(self) -> Vector:
+        """A copy of the weights, (P,) float32."""
+        return np.array(self._read(False))
+
+    def set_weights(self, weights: Vector) -> None:
+        """Replace the weights, (P,) float32."""
+        self._assign(self._tf.convert_to_tensor(weights))
+
+    def knowledge(self) -> Vector:
+        """A copy of weights and statistics, (K,) float32."""
+        return np.array(self._read(True))
+
+    def set_knowledge(self, knowledge: Vector) -> None:
+        """Replace weights and statistics, (K,) float32. Optimizer slots stay as they are."""
+        self._assign_all(self._tf.convert_to_tensor(knowledge))
+
+    def correct(self, knowledge: Vector, x: Images, y: Labels) -> int:
+        """How many of the rows a model with this knowledge classifies correctly; the replica is not touched."""
+        return int(self._correct(self._tf.convert_to_tensor(knowledge), x, y))
+
+    def _compile(self, input_dtype: Any) -> None:
+        tf, model, trainable = self._tf, self.model, self._trainable
+        every = [*trainable, *self._statistics]
+        batch = [
+            tf.TensorSpec((None, *model.input_shape[1:]), input_dtype),
+            tf.TensorSpec((None,), tf.int32),
+        ]
+        flat = [tf.TensorSpec((self.layout.size,), tf.float32)]
+        flat_all = [tf.TensorSpec((self.knowledge_size,), tf.float32)]
+
+        def loss_and_gradients(x: Any, y: Any) -> tuple[Any, list[Any]]:
+            with tf.GradientTape() as tape:
+                loss = self._loss(y, model(_scaled(tf, x), training=True))
+                if model.losses:  # regularisation
+                    loss += tf.add_n(model.losses)
+            gradients = tape.gradient(loss, [v.value for v in trainable])
+            return loss, [
+                tf.zeros(v.shape) if g is None else tf.convert_to_tensor(g)
+                for g, v in zip(gradients, trainable, strict=True)
+            ]
+
+        def flatten(tensors: Sequence[Any]) -> Any:
+            return tf.concat([tf.reshape(t, (-1,)) for t in tensors], 0)
+
+        def split(vector: Any, variables: Sequence[Any]) -> list[Any]:
+            sizes = [int(np.prod(v.shape)) for v in variables]
+            parts = tf.split(vector, sizes)
+            return [tf.reshape(p, v.shape) for p, v in zip(parts, variables, strict=True)]
+
+        @tf.function(input_signature=batch)
+        def gradient(x: Any, y: Any) -> tuple[Any, Any]:
+            loss, gradients = loss_and_gradients(x, y)
+            return loss, flatten(gradients)
+
+        @tf.function(input_signature=batch)
+        def step_alone(x: Any, y: Any) -> tuple[Any, Any]:
+            loss, gradients = loss_and_gradients(x, y)
+            finite = tf.math.is_finite(loss + tf.add_n([tf.reduce_sum(g) for g in gradients]))
+            if finite:
+                self._optimizer.apply(gradients, trainable)
+            return loss, finite
+
+        @tf.function(input_signature=flat)
+        def apply(vector: Any) -> None:
+            self._optimizer.apply(split(vector, trainable), trainable)
+
+        @tf.function
+        def read(everything: bool) -> Any:
+            return flatten([v.value for v in (every if everything else trainable)])
+
+        def assign_to(variables: Sequence[Any]) -> Callable[[Any], None]:
+            def assign(vector: Any) -> None:
+                for variable, part in zip(variables, split(vector, variables), strict=True):
+                    variable.assign(part)
+
+            return assign
+
+        @tf.function(input_signature=[*flat_all, *batch])
+        def correct(vector: Any, x: Any, y: Any) -> Any:
+            parts = split(vector, every)
+            state = dict(zip((v.path for v in every), parts, strict=True))
+            state |= {v.path: v.value for v in self._others}
+            outputs, _ = model.stateless_call(
+                [state[v.path] for v in model.trainable_variables],
+                [state[v.path] for v in model.non_trainable_variables],
+                _scaled(tf, x),
+                training=False,
+            )
+            hits = tf.equal(tf.argmax(outputs, 1, output_type=tf.int32), y)
+            return tf.reduce_sum(tf.cast(hits, tf.int32))
+
+        self._gradient, self._step_alone, self._apply, self._read = gradient, step_alone, apply, read
+        self._assign = tf.function(assign_to(trainable), input_signature=flat)
+        self._assign_all = tf.function(assign_to(every), input_signature=flat_all)
+        self._correct = correct
+
+
+def _scaled(tf: Any, x: Any) -> Any:
+    """Bytes as float32 in [0, 1]; float data as it is."""
+    return tf.cast(x, tf.float32) / 255.0 if x.dtype == tf.uint8 else x
+
+
+def _loss_function(keras: Any, model: Any) -> Any:
+    """The model's own loss if it was compiled with one, else cross-entropy over its logits or softmax."""
+    if getattr(model, "compiled", False) and model.loss is not None:
+        loss = keras.losses.get(model.loss)
+        return loss if isinstance(loss, keras.losses.Loss) else lambda y, p: loss(y, p).mean()
+    last = model.layers[-1] if model.layers else None
+    activation = getattr(last, "activation", None)
+    is_softmax = isinstance(last, keras.layers.Softmax) or activation is keras.activations.softmax
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=not is_softmax)

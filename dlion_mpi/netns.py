@@ -1,0 +1,253 @@
+"""Network namespaces and traffic shaping: the emulated micro-cloud's wires, and nothing of its processes.
+
+Each worker has a network namespace with one interface, `eth0`. They meet on a bridge that lives in a
+namespace too, the hub, so an emulation shares nothing with the host's network or with another emulation:
+no interface, no address, no route leads out, and deleting the namespaces deletes everything.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dlion_mpi.errors import UserError
+from dlion_mpi.microcloud import Environment, Phase
+
+NAMESPACES = Path("/run/netns")
+MAX_WORKERS = 250
+KILL_TIMEOUT_S = 10.0
+TOOLS = {
+    "ip": "iproute2",
+    "tc": "iproute2",
+    "nsenter": "util-linux",
+    "unshare": "util-linux",
+    "hostname": "hostname",
+}
+INSTEAD = "or use `dlion simulate`, which needs none of this"
+# Whatever the host uses (BBR, say, shares an uplink 4 to 1 between equals), and always allowed in a namespace.
+TCP_SETTINGS = "echo reno > /proc/sys/net/ipv4/tcp_congestion_control"
+_MIN_BURST_BYTES = 4 * 1514  # four Ethernet frames
+_CATCH_UP_S = 0.02
+_PEAK_S = 0.002
+_FIRST_PEER_CLASS = 0x10
+
+
+def require() -> None:
+    """Raise UserError unless this machine can make and shape network namespaces."""
+    if not sys.platform.startswith("linux"):
+        raise UserError(f"dlion emulate needs Linux network namespaces: use a Linux machine, {INSTEAD}")
+    missing = [tool for tool in TOOLS if which(tool) is None]
+    if missing:
+        packages = sorted({TOOLS[tool] for tool in missing})
+        raise UserError(f"dlion emulate needs {', '.join(missing)}: install {', '.join(packages)} (apt), {INSTEAD}")
+    if os.geteuid() != 0:
+        raise UserError(f"dlion emulate needs root to make network namespaces: run it with sudo, {INSTEAD}")
+
+
+def which(tool: str) -> str | None:
+    """Path of a system tool, also where PATH leaves out the sbin directories, or None."""
+    return shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin")
+
+
+def of_emulation(name: str) -> str:
+    """What the names of an emulation's namespaces begin with."""
+    return f"dlion-{name}"
+
+
+def hub(name: str) -> str:
+    """Namespace of the bridge, where mpirun runs."""
+    return f"{of_emulation(name)}-hub"
+
+
+def of_worker(name: str, worker: int) -> str:
+    """Namespace of a worker."""
+    return f"{of_emulation(name)}-{hostname(worker)}"
+
+
+def all_of(name: str, workers: int) -> list[str]:
+    """Every namespace of an emulation."""
+    return [hub(name), *(of_worker(name, worker) for worker in range(workers))]
+
+
+def hostname(worker: int) -> str:
+    """Host name of a worker; also the name of its port on the bridge."""
+    return f"w{worker}"
+
+
+def address(worker: int) -> str:
+    """IPv4 address of a worker's eth0. Every emulation has the same: none can see another's."""
+    return f"10.47.0.{worker + 1}"
+
+
+HUB_ADDRESS = "10.47.0.254"
+
+
+def build(name: str, workers: int) -> None:
+    """Make the namespaces, the bridge and the links, not shaped yet. Raises UserError where it cannot."""
+    if workers > MAX_WORKERS:
+        raise UserError(f"{workers} workers are too many to emulate: at most {MAX_WORKERS}, {INSTEAD}")
+    for namespace in all_of(name, workers):
+        _run(["ip", "netns", "add", namespace])
+    _ip(
+        hub(name),
+        "link set lo up",
+        "link add br0 type bridge",
+        "link set br0 addrgenmode none",  # no IPv6: MPI would try it, and it is shaped by nothing
+        f"addr add {HUB_ADDRESS}/24 dev br0",
+        "link set br0 up",
+    )
+    for worker in range(workers):
+        namespace, port = of_worker(name, worker), hostname(worker)
+        _ip(
+            hub(name),
+            f"link add {port} type veth peer name eth0 netns {namespace}",
+            f"link set {port} addrgenmode none",
+            f"link set {port} master br0 up",
+        )
+        _ip(
+            namespace,
+            "link set lo up",
+            "link set eth0 addrgenmode none",
+            f"addr add {address(worker)}/24 dev eth0",
+            "link set eth0 up",
+        )
+        _run(["nsenter", f"--net={NAMESPACES / namespace}", "sh", "-c", TCP_SETTINGS])
+
+
+def shape(name: str, environment: Environment, phase: Phase, *, verb: str) -> None:
+    """Set every link's rate. `verb`: "add" after `build`, "change" while the links carry traffic."""
+    for worker in range(environment.workers):
+        commands = shaping(environment, worker, phase, verb=verb)
+        if commands:
+            _run(["tc", "-n", of_worker(name, worker), "-batch", "-"], text="\n".join(commands) + "\n")
+
+
+def shaping(environment: Environment, worker: int, phase: Phase, *, verb: str) -> list[str]:
+    """The `tc` commands that shape one worker's eth0.
+
+    One htb class per destination under one for the uplink. A shared uplink guarantees each peer an even
+    part and lends what others leave; a matrix holds each peer to its own rate. What goes to the hub
+    (mpirun's own traffic) is in no class and not shaped: it is no part of the micro-cloud.
+    """
+    peers = [peer for peer in range(environment.workers) if peer != worker]
+    rates = {peer: environment.rate_mbit(worker, peer, phase) for peer in peers}
+    total = sum(rates.values())
+    if not peers:
+        return []
+    commands = ["qdisc add dev eth0 root handle 1: htb default 0"] if verb == "add" else []
+    commands.append(f"class {verb} dev eth0 parent 1: classid 1:1 {_htb(total, total)}")
+    for peer in peers:
+        most = rates[peer] if phase.uplink_mbit is None else total
+        class_id = f"1:{_FIRST_PEER_CLASS + peer:x}"
+        commands.append(f"class {verb} dev eth0 parent 1:1 classid {class_id} {_htb(rates[peer], most)}")
+        if verb == "add":
+            match = f"u32 match ip dst {address(peer)}/32 flowid {class_id}"
+            commands.append(f"filter add dev eth0 parent 1: protocol ip prio 1 {match}")
+    return commands
+
+
+def _htb(rate_mbit: float, ceil_mbit: float) -> str:
+    """Options of an htb class. Its burst lets a link catch up on its part after `_CATCH_UP_S` of silence, at
+    no more than its ceiling; small and even quanta make siblings share alike."""
+    burst_bytes = max(_MIN_BURST_BYTES, int(rate_mbit * 1e6 / 8 * _CATCH_UP_S))
+    ceil_burst_bytes = max(_MIN_BURST_BYTES, int(ceil_mbit * 1e6 / 8 * _PEAK_S))
+    return (
+        f"htb rate {rate_mbit * 1e6:.0f}bit ceil {ceil_mbit * 1e6:.0f}bit quantum {_MIN_BURST_BYTES} "
+        f"burst {burst_bytes} cburst {ceil_burst_bytes}"
+    )
+
+
+def delay(name: str, environment: Environment) -> bool:
+    """Give every link its one-way latency, where frames leave the bridge. False: the kernel has no netem."""
+    if environment.latency_s == 0:
+        return True
+    options = f"netem delay {environment.latency_s * 1e6:.0f}us limit 100000"
+    commands = [f"qdisc add dev {hostname(k)} root {options}" for k in range(environment.workers)]
+    try:
+        _run(["tc", "-n", hub(name), "-batch", "-"], text="\n".join(commands) + "\n")
+    except UserError:
+        return False
+    return True
+
+
+def exists(name: str, workers: int) -> bool:
+    """Whether any namespace of that name is there already."""
+    return any((NAMESPACES / namespace).exists() for namespace in all_of(name, workers))
+
+
+def processes(namespaces: Iterable[str]) -> list[int]:
+    """Process ids that live in the given namespaces."""
+    wanted = set()
+    for namespace in namespaces:
+        try:
+            status = os.stat(NAMESPACES / namespace)
+        except OSError:
+            continue
+        wanted.add((status.st_dev, status.st_ino))
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        try:
+            status = os.stat(entry / "ns" / "net")
+        except OSError:  # it ended meanwhile
+            continue
+        if (status.st_dev, status.st_ino) in wanted:
+            found.append(int(entry.name))
+    return found
+
+
+def destroy(name: str, workers: int) -> list[str]:
+    """Kill what runs in the namespaces and delete them. What is gone already is no error.
+
+    Returns what could not be done, a line each.
+    """
+    namespaces = all_of(name, workers)
+    deadline_s = time.monotonic() + KILL_TIMEOUT_S
+    while (pids := processes(namespaces)) and time.monotonic() < deadline_s:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.02)
+    problems = [f"process {pid} does not die" for pid in pids]
+    for namespace in namespaces:
+        if not (NAMESPACES / namespace).exists():
+            continue
+        try:
+            _run(["ip", "netns", "del", namespace])
+        except UserError as error:
+            if (NAMESPACES / namespace).exists():  # else somebody else was quicker
+                problems.append(str(error))
+    return problems
+
+
+def _ip(namespace: str, *commands: str) -> None:
+    _run(["ip", "-n", namespace, "-batch", "-"], text="\n".join(commands) + "\n")
+
+
+def _run(command: Sequence[str], *, text: str = "") -> None:
+    """Run a system tool, out of reach of the terminal's Ctrl-C. Raises UserError with its complaint."""
+    tool = which(command[0]) or command[0]
+    done = subprocess.run(
+        [tool, *command[1:]],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        start_new_session=True,
+    )
+    if done.returncode != 0:
+        complaint = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
+        raise UserError(
+            f"this machine refuses `{' '.join(command)}` ({complaint}): "
+            f"use one with network namespaces and htb, as root and outside a container, {INSTEAD}"
+        )

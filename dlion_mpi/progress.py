@@ -1,0 +1,87 @@
+"""The one thread that calls MPI while training runs. TensorFlow computes meanwhile, without the GIL."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from dlion_mpi.collectives import Collectives
+from dlion_mpi.links import Links
+
+PAUSE_MIN_S, PAUSE_MAX_S = 50e-6, 1e-3
+"""Between two looks when nothing moves: doubled from the first to the second, so that an idle thread costs a
+few per cent of a core and a busy one adds little latency."""
+PAUSE_AWAITED_S = 100e-6
+"""The longest pause while the loop waits for something: there is no computing to disturb."""
+
+
+class ProgressThread:
+    """Drives `Links` and `Collectives`; the loop waits here for what they bring."""
+
+    def __init__(self) -> None:
+        self._wake = threading.Event()
+        self._moved = threading.Event()
+        self._finish = False
+        self._awaited = False
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def wake(self) -> None:
+        """There is something new to do."""
+        self._wake.set()
+
+    def start(self, links: Links, collectives: Collectives) -> None:
+        """From here to `stop`, MPI belongs to this thread."""
+        self._thread = threading.Thread(target=self._run, args=(links, collectives), name="mpi-progress", daemon=True)
+        self._thread.start()
+
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float = float("inf")) -> bool:
+        """Wait until ``ready()``; it is asked again whenever something moved. False after ``timeout_s``.
+
+        Raises whatever ended the thread.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._awaited = True
+        try:
+            while True:
+                self._moved.clear()
+                self.check()
+                if ready():
+                    return True
+                if time.monotonic() >= deadline:
+                    return False
+                # Also ask again from time to time: readiness may come from a signal or another thread.
+                self._moved.wait(0.05)
+        finally:
+            self._awaited = False
+
+    def check(self) -> None:
+        """Raise what ended the thread, if anything did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """End the thread and wait for it; MPI belongs to the caller again."""
+        self._finish = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, links: Links, collectives: Collectives) -> None:
+        pause_s = PAUSE_MIN_S
+        try:
+            links.start()
+            while not self._finish:
+                moved = links.progress()
+                moved = collectives.progress() or moved
+                if moved:
+                    self._moved.set()
+                    pause_s = PAUSE_MIN_S
+                    continue
+                self._wake.wait(min(pause_s, PAUSE_AWAITED_S) if self._awaited else pause_s)
+                self._wake.clear()
+                pause_s = min(2 * pause_s, PAUSE_MAX_S)
+        except BaseException as failure:  # handed to the loop, which must not wait for a thread that is gone
+            self._failure = failure
+            self._moved.set()

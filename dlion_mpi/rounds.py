@@ -1,0 +1,232 @@
+"""What workers tell each other now and then, by collectives that nobody waits for.
+
+Two kinds of rounds run beside the exchange of gradients: `StatusRounds` gathers everyone's measured throughput
+and shares out the global batch; `KnowledgeRounds` finds the best worker and brings its weights to the others.
+In `sync` a stage that was started at one step is awaited at the end of the next, so that it takes effect at the
+same step everywhere; otherwise it takes effect whenever it is done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dlion_mpi import transfer
+from dlion_mpi.batching import GlobalBatchSchedule, ThroughputFit, equal_lbs, solve_lbs
+from dlion_mpi.config import Config
+from dlion_mpi.flat import Vector
+from dlion_mpi.testbed import Collectives, Ticket, Until
+
+NO_LIMIT = 1 << 30
+LEFT = math.nan
+"""What a worker that has left contributes to a round that others have started."""
+
+
+class StatusRounds:
+    """Gathers (alpha, beta, most samples, latest accuracy) and solves for everyone's batch size.
+
+    Every worker solves the same problem from the same table, so the shares sum to GBS exactly.
+    """
+
+    channel = "status"
+
+    def __init__(
+        self, config: Config, rank: int, workers: int, training_samples: int, collectives: Collectives
+    ) -> None:
+        self._config, self._rank, self._workers = config, rank, workers
+        self._collectives = collectives
+        self._awaited = config.sync == "sync"
+        self._period = config.rebalance_every or (10 if config.target_accuracy else None)
+        self._ticket: Ticket | None = None
+        self._asked_step = 0
+        self._schedule = _schedule(config, workers, training_samples)
+        self.fit = ThroughputFit()
+        self.started = 0
+        self.accuracy = math.nan
+        self.target_reached = False
+        self.gbs = self._gbs(0)
+        self.lbs = equal_lbs(self.gbs, workers)[rank]
+
+    @property
+    def adapts(self) -> bool:
+        """Whether batch sizes follow measured throughput."""
+        return self._config.batching in ("auto", "proportional") and self._workers > 1
+
+    def first(self) -> Iterator[Until]:
+        """Before the first step: share out the batch by the timings that `fit` has already."""
+        self._ask(0)
+        yield Until(self._is_done)
+        self._take()
+
+    def advance(self, step: int) -> Iterator[Until]:
+        """After step ``step``: take a finished round, start one that is due."""
+        if not self.adapts:
+            self.gbs = self._gbs(step)
+            self.lbs = equal_lbs(self.gbs, self._workers)[self._rank]
+        if self._ticket is not None:
+            if self._awaited:
+                yield Until(self._is_done)
+            if self._ticket.done:
+                self._take()
+        if self._period and step % self._period == 0 and self._ticket is None:
+            self._ask(step)
+
+    def leave(self, rounds_everywhere: int) -> None:
+        """Take part in the rounds that others have started and this worker has not."""
+        while self.started < rounds_everywhere:
+            self.started += 1
+            self._ticket = self._collectives.gather(self.channel, [LEFT] * 4)
+
+    def settled(self) -> bool:
+        """After the last step: whether no round is left."""
+        return self._ticket is None or self._ticket.done
+
+    def _is_done(self) -> bool:
+        return self._ticket is not None and self._ticket.done
+
+    def _ask(self, step: int) -> None:
+        alpha, beta = self.fit.solve() if self.fit.pairs else (LEFT, LEFT)
+        limit = self._config.lbs_max or NO_LIMIT
+        self._asked_step = step
+        self.started += 1
+        self._ticket = self._collectives.gather(self.channel, [alpha, beta, limit, self.accuracy])
+
+    def _take(self) -> None:
+        assert self._ticket is not None
+        table, self._ticket = self._ticket.table, None
+        accuracies = table[:, 3]
+        if self._config.target_accuracy is not None and accuracies.mean() >= self._config.target_accuracy:
+            self.target_reached = True
+        if not self.adapts or np.isnan(table[:, :3]).any():  # somebody has left: the shares stay
+            return
+        limits = [int(limit) for limit in table[:, 2]]
+        gbs = min(self._gbs(self._asked_step), sum(limits))
+        fits = [(float(alpha), float(beta)) for alpha, beta in table[:, :2]]
+        self.lbs = solve_lbs(gbs, fits, limits, policy=str(self._config.batching))[self._rank]
+        self.gbs = gbs
+
+    def _gbs(self, step: int) -> int:
+        start = self._config.lbs * self._workers
+        return self._schedule.at(step) if self._schedule else start
+
+
+def _schedule(config: Config, workers: int, training_samples: int) -> GlobalBatchSchedule | None:
+    if config.gbs_schedule != "grow":
+        return None
+    return GlobalBatchSchedule(
+        start=config.lbs * workers,
+        interval=config.gbs_interval or 1,
+        warmup_step=config.gbs_warmup_step or 0,
+        warmup_limit=int((config.gbs_warmup_limit or 0) * training_samples),
+        speedup_factor=config.gbs_speedup_factor or 1,
+        limit=int((config.gbs_limit or 0) * training_samples),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A finished knowledge transfer: whose weights came, whether this worker merged them, and what it took."""
+
+    step: int
+    source: int
+    merged: bool
+    started_step: int
+    payload_bytes: int
+
+
+class KnowledgeRounds:
+    """Gathers everyone's mean recent loss, broadcasts the best worker's knowledge, merges it by the policy."""
+
+    channel = "transfer"
+
+    def __init__(self, config: Config, rank: int, workers: int, collectives: Collectives) -> None:
+        self._config, self._rank = config, rank
+        self._collectives = collectives
+        self._awaited = config.sync == "sync"
+        self._on = config.transfer not in (None, "none") and workers > 1
+        self._losses: deque[float] = deque(maxlen=config.transfer_losses or 1)
+        self._gathering: Ticket | None = None
+        self._bringing: Ticket | None = None
+        self._started_step = 0
+        self._table: list[float] = []
+        self._source = -1
+        self.started = 0
+
+    def observe(self, loss: float) -> None:
+        """The loss of a step."""
+        self._losses.append(loss)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a transfer is under way."""
+        return self._gathering is not None or self._bringing is not None
+
+    def advance(
+        self, step: int, read: Callable[[], Vector], write: Callable[[Vector], None]
+    ) -> Iterator[Until | Transfer]:
+        """After step ``step``: move the transfer on, or start one that is due.
+
+        ``read`` gives a copy of this worker's knowledge, ``write`` replaces it. Yields what it waits for, and a
+        `Transfer` when one is finished.
+        """
+        if not self._on:
+            return
+        if self._bringing is not None:
+            if self._awaited:
+                yield Until(self._is_brought)
+            if self._bringing.done:
+                yield self._merge(step, read, write)
+        elif self._gathering is not None:
+            if self._awaited:
+                yield Until(self._is_gathered)
+            self.bring(read)
+        if step % (self._config.transfer_period or 1) == 0 and step > 0 and not self.in_flight:
+            self._started_step = step
+            self._gather(float(np.mean(self._losses)) if self._losses else LEFT, left=False)
+
+    def bring(self, read: Callable[[], Vector]) -> None:
+        """If everyone's loss is here, start the broadcast from the best worker."""
+        if self._gathering is None or not self._gathering.done:
+            return
+        table, self._gathering = self._gathering.table, None
+        self._table = [float(loss) for loss in table[:, 0]]
+        source = transfer.best(self._table)
+        if table[:, 1].any() or source is None:  # somebody has left, or nobody's loss is finite
+            return
+        self._source = source
+        self._bringing = self._collectives.broadcast(self.channel, source, read())
+
+    def leave(self, rounds_everywhere: int) -> None:
+        """Take part in the rounds that others have started and this worker has not; they bring nothing."""
+        while self.started < rounds_everywhere:
+            self._gather(LEFT, left=True)
+
+    def settled(self, read: Callable[[], Vector]) -> bool:
+        """After the last step: keep an unfinished transfer moving, for the others. True when none is left."""
+        self.bring(read)
+        if self._bringing is not None and self._bringing.done:
+            self._bringing = None
+        return not self.in_flight
+
+    def _gather(self, loss: float, *, left: bool) -> None:
+        self.started += 1
+        self._gathering = self._collectives.gather(self.channel, [loss, float(left)])
+
+    def _is_gathered(self) -> bool:
+        return self._gathering is not None and self._gathering.done
+
+    def _is_brought(self) -> bool:
+        return self._bringing is not None and self._bringing.done
+
+    def _merge(self, step: int, read: Callable[[], Vector], write: Callable[[Vector], None]) -> Transfer:
+        assert self._bringing is not None
+        brought, self._bringing = self._bringing.vector, None
+        merged = transfer.merges(str(self._config.transfer), self._table, self._rank)
+        if merged:
+            write(transfer.merge(read(), brought, self._config.transfer_merge or 0.0))
+        size = 0 if self._source == self._rank else brought.nbytes
+        return Transfer(step, self._source, merged, self._started_step, size)

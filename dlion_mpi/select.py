@@ -1,0 +1,127 @@
+"""Max N: which entries of a gradient are worth sending, for many links in one pass. Pure numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dlion_mpi.flat import Indices, Layout, Vector
+from dlion_mpi.wire import ValueType, bytes_for_count, encoded_bytes
+
+SAMPLE = 1 << 16
+"""Entries that are looked at to place a threshold; more would cost more than they sharpen it."""
+MARGIN = 1.25
+"""Candidates wanted over entries needed, since a sample places the first threshold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """``indices``: (K,) uint32 ascending, None for all; ``quality``: the N in (0, 100] that they come from."""
+
+    indices: Indices | None
+    quality: float
+
+
+def relative_magnitude(vector: Vector, layout: Layout, out: Vector) -> Vector:
+    """``|v_i| / max|v|`` per variable, (P,) float32 in [0, 1], into ``out``; a variable of zeros gives zeros."""
+    np.abs(vector, out=out)
+    for segment in layout.segments():
+        part = out[segment]
+        largest = float(part.max())
+        if largest > 0:
+            # A subnormal maximum has no finite reciprocal in float32, so divide.
+            np.divide(part, np.float32(largest), out=part)
+    return out
+
+
+def max_n(relative: Vector, quality: float) -> Selection:
+    """Max N with N = ``quality``: the entries with ``|g_i| >= (1 - N/100) max|g|`` of their variable.
+
+    ``relative``: (P,) float32 of `relative_magnitude`. N = 100 keeps everything. Raises ValueError unless
+    0 < N <= 100. Source: DLion, section 2.
+    """
+    if not 0 < quality <= 100:
+        raise ValueError(f"N is {quality}, but must be in (0, 100]")
+    if quality == 100:
+        return Selection(None, 100.0)
+    threshold = np.float32(1 - quality / 100)
+    return Selection(np.flatnonzero(relative >= threshold).astype(np.uint32), quality)
+
+
+def nested(relative: Vector, budgets_bytes: Sequence[float], *, n_min: float, value_type: ValueType) -> list[Selection]:
+    """For every budget the largest N in [n_min, 100] whose encoded message fits it.
+
+    A smaller budget gets a subset of what a larger one gets. A budget that not even n_min fits gets n_min.
+    Zeros are never selected (they would say nothing) unless the whole vector fits. ``relative``: (P,) float32.
+    One pass over the vector serves all budgets. Source: DLion, section 2 (per-link N).
+    """
+    size = len(relative)
+    counts = [_affordable(budget, size, value_type) for budget in budgets_bytes]
+    least = 1 - n_min / 100
+    partial = [count for count in counts if count < size]
+    candidates = _candidates(relative, max(partial), least) if partial else np.empty(0, np.uint32)
+    magnitudes = relative[candidates]
+    selections = []
+    for budget, count in zip(budgets_bytes, counts, strict=True):
+        if count >= size:
+            selections.append(Selection(None, 100.0))
+        else:
+            selections.append(_fit(candidates, magnitudes, count, budget, least, size, value_type))
+    return selections
+
+
+def _affordable(budget_bytes: float, size: int, value_type: ValueType) -> int:
+    """The largest number of entries that is expected to fit, by bisection: the size grows with the count."""
+    low, high = 0, size
+    while low < high:
+        middle = (low + high + 1) // 2
+        if bytes_for_count(middle, size, value_type) <= budget_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _candidates(relative: Vector, count: int, least: float) -> Indices:
+    """At least the ``count`` largest entries that are not zero, and all with a magnitude >= least."""
+    size = len(relative)
+    sample = relative[:: max(1, size // SAMPLE)]
+    wanted = count * MARGIN / size
+    while True:
+        kept = min(len(sample) - 1, int(wanted * len(sample)) + 4)
+        threshold = np.partition(sample, len(sample) - 1 - kept)[len(sample) - 1 - kept]
+        threshold = min(float(threshold), least)
+        found = np.flatnonzero(relative >= threshold if threshold > 0 else relative > 0)
+        if len(found) >= count or threshold <= 0:
+            return found.astype(np.uint32)
+        if kept == len(sample) - 1:  # the sample missed the smallest entries
+            return np.flatnonzero(relative > 0).astype(np.uint32)
+        wanted *= 2
+
+
+def _fit(
+    candidates: Indices,
+    magnitudes: Vector,
+    count: int,
+    budget_bytes: float,
+    least: float,
+    size: int,
+    value_type: ValueType,
+) -> Selection:
+    """The largest candidates that fit; ``count`` is where to start, lowered while the exact size is too large."""
+    stride = max(1, len(magnitudes) // SAMPLE)
+    sample = magnitudes[::stride]
+    while True:
+        wanted = min(count // stride, len(sample))
+        threshold = 0.0
+        if wanted < len(sample):
+            at = len(sample) - max(wanted, 1)
+            threshold = float(np.partition(sample, at)[at])
+        threshold = min(threshold, least)
+        indices = candidates[magnitudes >= threshold]
+        exact_bytes = encoded_bytes(indices, size, value_type)
+        if exact_bytes <= budget_bytes or threshold >= least:
+            return Selection(indices, 100 * (1 - threshold))
+        count = min(count - 1, int(count * budget_bytes / exact_bytes))

@@ -1,0 +1,58 @@
+"""The strategies by name, and the options that each of them uses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dlion_mpi.config import Config, flag
+from dlion_mpi.errors import UserError
+from dlion_mpi.strategies.base import Strategy
+from dlion_mpi.strategies.baseline import Baseline
+from dlion_mpi.strategies.dlion import Dlion
+
+STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Dlion, Baseline)}
+
+
+def resolve(config: Config) -> tuple[Strategy, Config]:
+    """The strategy that the Config names, and the Config with that strategy's defaults filled in.
+
+    Raises UserError for an unknown strategy, a synchronisation mode it does not support, and an option it
+    does not use.
+    """
+    if config.strategy not in STRATEGIES:
+        raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(STRATEGIES)}")
+    strategy = STRATEGIES[config.strategy]()
+    sync = config.sync or strategy.sync_modes[0]
+    if sync not in strategy.sync_modes:
+        raise UserError(
+            f"--strategy {strategy.name} does not support --sync {sync}: it supports " + ", ".join(strategy.sync_modes)
+        )
+    defaults = dict(strategy.defaults)
+    if sync != "bounded":
+        defaults.pop("staleness", None)
+        defaults.pop("backup", None)
+    values: dict[str, object] = {"sync": sync}
+    for name in sorted({n for s in STRATEGIES.values() for n in s.defaults}):
+        given = getattr(config, name)
+        if given is None:
+            values[name] = defaults.get(name)
+        elif name not in defaults:
+            raise UserError(f"{flag(name)} is not used by --strategy {strategy.name} --sync {sync}: drop it")
+    for master, off, rest in _SWITCHES:
+        if (values.get(master) or getattr(config, master)) == off:
+            values.update(dict.fromkeys(rest))
+    if config.max_n is not None:
+        values["n_min"] = values["exchange_share"] = None
+    return strategy, dataclasses.replace(config, **values)  # type: ignore[arg-type]
+
+
+# A technique that is switched off leaves these options without a value.
+_SWITCHES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("batching", "fixed", ("rebalance_every",)),
+    (
+        "gbs_schedule",
+        "fixed",
+        ("gbs_interval", "gbs_warmup_step", "gbs_warmup_limit", "gbs_speedup_factor", "gbs_limit"),
+    ),
+    ("transfer", "none", ("transfer_period", "transfer_merge", "transfer_losses")),
+)

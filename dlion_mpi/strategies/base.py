@@ -1,0 +1,128 @@
+"""The contract between the worker's loop and a strategy, and the parts that strategies share.
+
+A strategy is explicit state and functions of it: no MPI, no clock, no TensorFlow. So the same code runs under
+`train` and in virtual time, and one contract test covers all of them. A state that was passed in is given up
+by the caller: a strategy may reuse its arrays in place and hand them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from dlion_mpi.config import Config
+from dlion_mpi.flat import Entries, Layout, Vector
+from dlion_mpi.wire import Kind, Message, ValueType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a strategy is told at the start: the resolved Config, its rank, all ranks, the gradient's layout."""
+
+    config: Config
+    rank: int
+    ranks: tuple[int, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class LinkView:
+    """A link as a strategy sees it: may it take a message now, and of how many bytes."""
+
+    ready: bool
+    budget_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalGradient:
+    """The worker's own mean gradient of this step: (P,) float32, over ``lbs`` of ``gbs`` samples.
+
+    The vector is read-only and valid until the next step's `outgoing`.
+    """
+
+    vector: Vector
+    step: int
+    lbs: int
+    gbs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outgoing:
+    """What goes to one peer: ``entries`` None sends the header alone, which still tells the sender's step."""
+
+    entries: Entries | None = None
+    kind: Kind = Kind.GRADIENT
+    quality: float = 0.0
+    value_type: ValueType = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What a step does to the replica: an effective gradient for the optimizer, or new weights. (P,) float32."""
+
+    gradient: Vector | None = None
+    weights: Vector | None = None
+
+
+@dataclass(slots=True)
+class Inbox:
+    """Messages that have arrived and wait to be used, and how far every live peer is known to be."""
+
+    newest: dict[int, int]
+    """Per live peer the step of its newest message; -1 before the first."""
+    held: list[Message] = field(default_factory=list)
+
+    def put(self, message: Message) -> None:
+        """A message has arrived; its payload, if any, waits for `take`."""
+        header = message.header
+        if header.sender in self.newest:
+            self.newest[header.sender] = max(self.newest[header.sender], header.step)
+        if header.kind in (Kind.GRADIENT, Kind.WEIGHTS):
+            self.held.append(message)
+
+    def take(self, last_step: float) -> list[Message]:
+        """Remove and return the messages of steps up to ``last_step``, by sender and step.
+
+        The order is fixed so that a sum of float32 does not depend on who came first.
+        """
+        taken = [m for m in self.held if m.header.step <= last_step]
+        self.held = [m for m in self.held if m.header.step > last_step]
+        return sorted(taken, key=lambda m: (m.header.sender, m.header.step))
+
+
+class Strategy(Protocol):
+    """How workers exchange what they learn."""
+
+    name: ClassVar[str]
+    sync_modes: ClassVar[tuple[str, ...]]
+    """The synchronisation modes it supports, its default first."""
+    defaults: ClassVar[Mapping[str, Any]]
+    """The technique options it uses, by their Config name, and its defaults; any other is refused."""
+
+    def start(self, plan: Plan) -> Any:
+        """The state before the first step."""
+
+    def outgoing(
+        self, state: Any, local: LocalGradient, links: Mapping[int, LinkView]
+    ) -> tuple[Any, dict[int, Outgoing]]:
+        """What to send to whom after computing ``local``. ``links`` has the live peers."""
+
+    def incoming(self, state: Any, weights: Callable[[], Vector], messages: Sequence[Message]) -> tuple[Any, Effect]:
+        """What this step does to the replica, given what arrived for it."""
+
+    def may_advance(self, state: Any, step: int, inbox: Inbox) -> bool:
+        """Whether step ``step``, computed and posted, may be completed with what has arrived."""
+
+
+def may_advance(config: Config, step: int, inbox: Inbox) -> bool:
+    """The synchronisation modes. ``sync``: everyone's message of this step is here. ``bounded``: after this
+    step the worker is at most ``staleness`` steps ahead of the slowest live peer, ``backup`` of them left out.
+    ``async``: always. Source: design document, "Synchronisation"."""
+    newest = sorted(inbox.newest.values())
+    if config.sync == "sync":
+        return all(other >= step for other in newest)
+    if config.sync == "bounded":
+        counted = newest[config.backup or 0 :]
+        return not counted or counted[0] >= step - (config.staleness or 0)
+    return True

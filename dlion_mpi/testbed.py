@@ -1,0 +1,141 @@
+"""What a worker's loop needs of its surroundings, real or simulated, and what it waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dlion_mpi.flat import Layout, Vector
+from dlion_mpi.strategies.base import LinkView, Outgoing
+from dlion_mpi.wire import Kind, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Compute a gradient over a batch: ``x`` (b, ...), ``y`` (b,). The answer is a `Computed`.
+
+    ``alone``: apply it at once, there is nobody to exchange with.
+    """
+
+    x: npt.NDArray[Any]
+    y: npt.NDArray[np.int32]
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """``gradient``: (P,) float32, None if it was applied at once. ``seconds``: all of it, ``paced_s`` slept.
+
+    ``finite``: whether loss and gradient are.
+    """
+
+    loss: float
+    gradient: Vector | None
+    finite: bool
+    seconds: float
+    paced_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What every header of a step carries besides its link's own numbers."""
+
+    epoch: int
+    step: int
+    lbs: int
+    gbs: int
+    computed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTotals:
+    """What a link has carried: bytes both ways (headers and acknowledgements too), and its measured rate."""
+
+    bytes_sent: int
+    bytes_received: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Until:
+    """The loop waits until ``ready()``. What drives the loop asks again whenever something has arrived."""
+
+    ready: Callable[[], bool]
+
+
+Loop = Generator[Compute | Until, Computed | None, None]
+
+
+class Ticket(Protocol):
+    """A collective under way. ``table``: (n, k) of a gather, row r from rank r; ``vector``: of a broadcast."""
+
+    done: bool
+    table: npt.NDArray[np.float64]
+    vector: Vector
+
+
+class Collectives(Protocol):
+    """What the rounds need of MPI, or of its simulation; see `collectives.Collectives`."""
+
+    def gather(self, channel: str, record: Sequence[float]) -> Ticket:
+        """Everyone's record to everyone."""
+
+    def broadcast(self, channel: str, root: int, vector: Vector) -> Ticket:
+        """One rank's vector to everyone."""
+
+
+class Links(Protocol):
+    """What the loop needs of the links, or of their simulation; see `links.Links`."""
+
+    def view(self, peers: Iterable[int], step_s: float) -> dict[int, LinkView]:
+        """Which links have room, and for how much."""
+
+    def post(self, messages: dict[int, Outgoing], stamp: Stamp) -> dict[int, int]:
+        """Queue messages; returns the bytes of each."""
+
+    def announce(self, kind: Kind, stamp: Stamp) -> None:
+        """Tell every peer something that has no entries."""
+
+    def poll(self) -> list[Message]:
+        """What has arrived."""
+
+    def totals(self) -> dict[int, LinkTotals]:
+        """What every link has carried."""
+
+    def fall_silent(self) -> list[int]:
+        """Send nothing more; returns how many messages went to every rank."""
+
+    def received_counts(self) -> list[int]:
+        """How many messages came from every rank."""
+
+
+class Replica(Protocol):
+    """What the loop needs of the model; see `model.Replica`."""
+
+    layout: Layout
+
+    def apply(self, gradient: Vector) -> None:
+        """Give the optimizer an effective gradient."""
+
+    def weights(self) -> Vector:
+        """A copy of the weights."""
+
+    def set_weights(self, weights: Vector) -> None:
+        """Replace the weights."""
+
+    def knowledge(self) -> Vector:
+        """A copy of weights and statistics."""
+
+    def set_knowledge(self, knowledge: Vector) -> None:
+        """Replace weights and statistics."""
+
+
+class Batches(Protocol):
+    """The worker's training data; see `data.Batches`."""
+
+    def take(self, size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """The next ``size`` rows."""

@@ -1,0 +1,230 @@
+"""The main path: a worker's loop, written once.
+
+`train` is a generator. It yields what it waits for (`Compute` a gradient, `Until` something has arrived), and
+what drives it waits in real time (`driver.py`) or advances a virtual clock. Everything else happens at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+
+import numpy as np
+
+from dlion_mpi.errors import RunError
+from dlion_mpi.metrics import StepRecord
+from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
+from dlion_mpi.strategies.base import LinkView, LocalGradient
+from dlion_mpi.testbed import Compute, Computed, Loop, Until
+from dlion_mpi.wire import Kind
+from dlion_mpi.worker import Timings, Worker
+
+CLOSING = "closing"
+CHANNELS = (StatusRounds.channel, KnowledgeRounds.channel, CLOSING)
+"""The collectives' channels; see `collectives.py`."""
+SMOOTHING = 0.2
+"""Weight of the newest step in the running means of step and compute time."""
+
+
+def train(w: Worker) -> Loop:
+    """Train until the run ends: compute, post, complete, and now and then tell the others how it goes.
+
+    The exchange of a step overlaps the computing of the next wherever the synchronisation mode lets a worker
+    go on. Raises RunError for a loss or gradient that is not finite, before it could reach a peer.
+    """
+    if w.status.adapts:
+        yield from profile(w)
+    while not w.ended():
+        timings = Timings(w.now_s(), w.status.lbs, w.status.gbs)
+        computed = yield from compute(w, timings)
+        if computed.gradient is not None:
+            sent = post(w, computed, timings)
+            yield from wait(w, timings)
+            if w.stop_reason is not None:
+                break
+            ages = complete(w, timings)
+        else:
+            sent, ages = {}, {}
+        yield from converse(w, computed, timings)
+        finish_step(w, computed, timings, sent, ages)
+    yield from leave(w)
+
+
+def profile(w: Worker) -> Loop:
+    """Time two batch sizes before the first step, so that the first step is already balanced."""
+    for size in (max(1, w.config.lbs // 4), w.config.lbs):
+        for attempt in range(3):
+            computed = yield Compute(*w.batches.take(size))
+            assert computed is not None
+            if attempt:  # the first of a size pays for allocation
+                w.status.fit.add(size, computed.seconds)
+    yield from w.status.first()
+
+
+def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, Computed]:
+    """The local gradient of this step, known to be finite or replaced by zero (``--non-finite skip``)."""
+    alone = not w.peers
+    computed = yield Compute(*w.batches.take(w.status.lbs), alone)
+    assert computed is not None
+    timings.compute_s, timings.paced_s = computed.seconds, computed.paced_s
+    if computed.finite:
+        return computed
+    if w.config.non_finite == "stop":
+        raise RunError(
+            f"rank {w.rank}, step {w.step}: the loss is {computed.loss:g} or its gradient is not finite; "
+            "lower --learning-rate, or leave such gradients out with --non-finite skip"
+        )
+    zero = None if computed.gradient is None else np.zeros_like(computed.gradient)
+    return Computed(computed.loss, zero, True, computed.seconds, computed.paced_s)
+
+
+def post(w: Worker, computed: Computed, timings: Timings) -> dict[int, float]:
+    """Hand every link the message that the strategy has for it. Returns the N of each that carries entries."""
+    start_s = w.now_s()
+    assert computed.gradient is not None
+    local = LocalGradient(vector=computed.gradient, step=w.step, lbs=w.status.lbs, gbs=w.status.gbs)
+    links = _within_share(w, w.links.view(w.peers, w.step_s or computed.seconds))
+    w.state, outgoing = w.strategy.outgoing(w.state, local, links)
+    w.links.post(outgoing, w.stamp(start_s))
+    timings.select_encode_s = w.now_s() - start_s
+    return {peer: message.quality for peer, message in outgoing.items() if message.entries is not None}
+
+
+def _within_share(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
+    """Budgets that keep the exchange's processor time within its share of computing (``--exchange-share``).
+
+    On a fast network the processor, not the link, is what a gradient costs. A byte counts with the cost of
+    sending and of receiving one, since as much arrives as is sent.
+    """
+    ready = sum(link.ready for link in links.values())
+    if not w.config.exchange_share or not w.exchange_s_per_byte or not ready:
+        return links
+    affordable = w.config.exchange_share * (w.compute_s or math.inf) / w.exchange_s_per_byte / ready
+    return {peer: LinkView(link.ready, min(link.budget_bytes, affordable)) for peer, link in links.items()}
+
+
+def wait(w: Worker, timings: Timings) -> Generator[Until, None, None]:
+    """Until the synchronisation mode lets this step be completed."""
+    start_s = w.now_s()
+    if not w.may_complete():
+        yield Until(w.may_complete)
+    timings.wait_s = w.now_s() - start_s
+
+
+def complete(w: Worker, timings: Timings) -> dict[int, list[tuple[float, int]]]:
+    """Weigh what has arrived, update the replica. Returns the ages (seconds, steps) of what was applied."""
+    start_s = w.now_s()
+    messages = w.inbox.take(w.step if w.config.sync == "sync" else math.inf)
+    w.state, effect = w.strategy.incoming(w.state, w.replica.weights, messages)
+    if effect.gradient is not None:
+        w.replica.apply(effect.gradient)
+    if effect.weights is not None:
+        w.replica.set_weights(effect.weights)
+    ages: dict[int, list[tuple[float, int]]] = {}
+    for header in (message.header for message in messages):
+        ages.setdefault(header.sender, []).append((start_s - header.computed_at, w.step - header.step))
+    timings.apply_s = w.now_s() - start_s
+    return ages
+
+
+def converse(w: Worker, computed: Computed, timings: Timings) -> Generator[Until, None, None]:
+    """What is not the gradient: evaluations, batch sizes, knowledge."""
+    step = w.step + 1  # steps done, as schedules and periods count them
+    for evaluation in w.evaluator.poll():
+        w.evaluations.append(evaluation)
+        w.recorder.evaluation(evaluation)
+        w.status.accuracy = evaluation.accuracy
+    if _evaluation_due(w, step):
+        w.evaluated_s = w.now_s()
+        w.evaluator.submit(step, w.now_s(), w.replica.knowledge())
+    w.recent_losses.append(computed.loss)
+    w.status.fit.add(timings.lbs, computed.seconds)
+    w.knowledge.observe(computed.loss)
+    yield from w.status.advance(step)
+    if w.status.target_reached:
+        w.stop_reason = w.stop_reason or "target accuracy reached"
+    for event in w.knowledge.advance(step, w.replica.knowledge, w.replica.set_knowledge):
+        if isinstance(event, Transfer):
+            w.recorder.transfer(event, w.now_s())
+        else:
+            yield event
+
+
+def _evaluation_due(w: Worker, step: int) -> bool:
+    every = w.config.evaluate_every
+    if every.steps is not None:
+        return step % every.steps == 0
+    # By the clock, a slow evaluation delays the next one instead of piling up.
+    return not w.evaluator.busy() and w.now_s() - w.evaluated_s >= (every.seconds or math.inf)
+
+
+def finish_step(
+    w: Worker,
+    computed: Computed,
+    timings: Timings,
+    sent: Mapping[int, float],
+    ages: Mapping[int, Sequence[tuple[float, int]]],
+) -> None:
+    """Record the step, learn from its timings, count it."""
+    totals = w.links.totals()
+    now_s = w.now_s()
+    step_s = now_s - timings.started_s
+    record = StepRecord(
+        step=w.step,
+        time_s=now_s,
+        compute_s=timings.compute_s,
+        paced_s=timings.paced_s,
+        select_encode_s=timings.select_encode_s,
+        wait_s=timings.wait_s,
+        apply_s=timings.apply_s,
+        step_s=step_s,
+        loss=computed.loss,
+        lbs=timings.lbs,
+        gbs=timings.gbs,
+        quality=sent,
+        bytes_sent={peer: t.bytes_sent for peer, t in totals.items()},
+        bytes_received={peer: t.bytes_received for peer, t in totals.items()},
+        bytes_per_s={peer: t.bytes_per_s for peer, t in totals.items()},
+        age_s={peer: float(np.mean([age for age, _ in a])) for peer, a in ages.items()},
+        age_steps={peer: float(np.mean([age for _, age in a])) for peer, a in ages.items()},
+    )
+    w.recorder.step(record)
+    w.on_step(record)
+    w.spent.add(timings)
+    w.step_s = _running_mean(w.step_s, step_s)
+    w.compute_s = _running_mean(w.compute_s, timings.compute_s)
+    w.step += 1
+
+
+def _running_mean(mean: float, value: float) -> float:
+    return mean + SMOOTHING * (value - mean) if mean else value
+
+
+def leave(w: Worker) -> Loop:
+    """Leave together, so that nobody's message, collective or knowledge transfer is cut off half-way.
+
+    First everyone says that it has ended and which rounds it took part in; who missed a round that others have
+    started takes part now. Then nobody sends any more, so the messages that are still under way can be counted
+    and waited for. After that no rank has anything left to do for another.
+    """
+    w.links.announce(Kind.STOP if w.stop_reason else Kind.CLOSE, w.stamp())
+    ended = w.collectives.gather(CLOSING, [w.status.started, w.knowledge.started])
+    yield Until(lambda: _keep_moving(w) and ended.done)
+    status_rounds, knowledge_rounds = ended.table.max(axis=0)
+    w.status.leave(int(status_rounds))
+    w.knowledge.leave(int(knowledge_rounds))
+    yield Until(lambda: _keep_moving(w) and w.status.settled() and w.knowledge.settled(w.replica.knowledge))
+    sent = w.collectives.gather(CLOSING, w.links.fall_silent())
+    yield Until(lambda: _keep_moving(w) and sent.done)
+    expected = [int(count) for count in sent.table[:, w.rank]]
+    yield Until(lambda: _keep_moving(w) and w.links.received_counts() == expected)
+    drained = w.collectives.gather(CLOSING, [0.0])
+    yield Until(lambda: drained.done)
+
+
+def _keep_moving(w: Worker) -> bool:
+    """Go on serving those who have not ended: empty the inbox, move a knowledge transfer on."""
+    w.collect()
+    w.inbox.held.clear()
+    w.knowledge.settled(w.replica.knowledge)
+    return True

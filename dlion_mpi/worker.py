@@ -1,0 +1,154 @@
+"""One worker: what its loop in `train.py` works on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dlion_mpi.config import Config
+from dlion_mpi.evaluate import Evaluation
+from dlion_mpi.flat import Vector
+from dlion_mpi.membership import Membership
+from dlion_mpi.metrics import StepRecord
+from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
+from dlion_mpi.strategies.base import Inbox, Plan, Strategy
+from dlion_mpi.testbed import Batches, Collectives, Links, Replica, Stamp
+from dlion_mpi.wire import Kind
+
+
+class Evaluator(Protocol):
+    """Evaluates snapshots off the critical path; see `evaluate.BackgroundEvaluator`."""
+
+    def busy(self) -> bool:
+        """Whether one is under way."""
+
+    def submit(self, step: int, time_s: float, knowledge: Vector) -> None:
+        """Evaluate a snapshot."""
+
+    def poll(self) -> list[Evaluation]:
+        """What has been evaluated."""
+
+
+class Recorder(Protocol):
+    """Keeps what happens; see `metrics.Recorder`."""
+
+    def step(self, record: StepRecord) -> None:
+        """A step."""
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """An evaluation."""
+
+    def transfer(self, transfer: Transfer, time_s: float) -> None:
+        """A knowledge transfer."""
+
+
+@dataclass(slots=True)
+class Timings:
+    """Where the time of the step at hand has gone, in seconds."""
+
+    started_s: float
+    lbs: int
+    gbs: int
+    compute_s: float = 0.0
+    paced_s: float = 0.0
+    select_encode_s: float = 0.0
+    wait_s: float = 0.0
+    apply_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Spent:
+    """Where this worker's time has gone since training began, in seconds; and how many samples it computed."""
+
+    samples: int = 0
+    compute_s: float = 0.0
+    select_encode_s: float = 0.0
+    wait_s: float = 0.0
+    apply_s: float = 0.0
+
+    def add(self, timings: Timings) -> None:
+        """One more step."""
+        self.samples += timings.lbs
+        self.compute_s += timings.compute_s
+        self.select_encode_s += timings.select_encode_s
+        self.wait_s += timings.wait_s
+        self.apply_s += timings.apply_s
+
+
+@dataclass(slots=True)
+class Worker:
+    """Everything one worker's loop works on. ``now_s``: the run's common clock, 0 when training begins."""
+
+    config: Config
+    rank: int
+    members: Membership
+    strategy: Strategy
+    replica: Replica
+    batches: Batches
+    links: Links
+    collectives: Collectives
+    evaluator: Evaluator
+    recorder: Recorder
+    now_s: Callable[[], float]
+    training_samples: int
+    exchange_s_per_byte: float
+    """Processor seconds to send and receive a byte (`exchange_cost`); 0: do not bound the exchange by it."""
+    on_step: Callable[[StepRecord], None] = lambda record: None
+    stop_reason: str | None = None
+    """Why the run must end before its time: a signal, a failure, a reached target; "" if another rank knows."""
+    exit_code: int = 0
+
+    step: int = 0
+    step_s: float = 0.0
+    compute_s: float = 0.0
+    evaluated_s: float = 0.0
+    evaluations: list[Evaluation] = field(default_factory=list)
+    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=10))
+    spent: Spent = field(default_factory=Spent)
+    state: Any = None
+    inbox: Inbox = field(init=False)
+    status: StatusRounds = field(init=False)
+    knowledge: KnowledgeRounds = field(init=False)
+
+    def __post_init__(self) -> None:
+        workers = len(self.members)
+        self.inbox = Inbox(dict.fromkeys(self.members.peers(self.rank), -1))
+        self.status = StatusRounds(self.config, self.rank, workers, self.training_samples, self.collectives)
+        self.knowledge = KnowledgeRounds(self.config, self.rank, workers, self.collectives)
+        self.state = self.strategy.start(
+            Plan(config=self.config, rank=self.rank, ranks=self.members.ranks, layout=self.replica.layout)
+        )
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """The live peers."""
+        return self.members.peers(self.rank)
+
+    def ended(self) -> bool:
+        """Whether there is no next step."""
+        timed_out = self.config.seconds is not None and self.now_s() >= self.config.seconds
+        return self.stop_reason is not None or self.step >= self.config.last_step or timed_out
+
+    def stamp(self, computed_at: float = 0.0) -> Stamp:
+        """For the headers of this step."""
+        return Stamp(self.members.epoch, self.step, self.status.lbs, self.status.gbs, computed_at)
+
+    def collect(self) -> None:
+        """Take in what has arrived: gradients wait in the inbox, departures change the membership."""
+        for message in self.links.poll():
+            sender = message.header.sender
+            self.inbox.put(message)
+            if message.header.kind is Kind.STOP:
+                self.stop_reason = self.stop_reason or ""
+            if message.header.kind in (Kind.CLOSE, Kind.STOP):
+                self.members = self.members.without(sender)
+                self.inbox.newest.pop(sender, None)
+                if self.config.sync == "sync":  # nobody can complete a step without everyone
+                    self.stop_reason = self.stop_reason or ""
+
+    def may_complete(self) -> bool:
+        """Whether this step can be completed, or will never be."""
+        self.collect()
+        return self.stop_reason is not None or self.strategy.may_advance(self.state, self.step, self.inbox)
