@@ -32,16 +32,16 @@ class GlobalBatchSchedule:
 
     def at(self, step: int) -> int:
         """GBS at this step: the start after ``step // interval`` adjustments."""
-        gbs = self.start
+        gbs = float(self.start)  # whole samples only in the end, or a small factor would never add one
         for _ in range(step // self.interval):
             if gbs < self.warmup_limit and self.warmup_step > 0:
-                grown = min(gbs + self.warmup_step, self.warmup_limit)
+                grown = min(gbs + self.warmup_step, self.warmup_limit, self.limit)
             else:
-                grown = min(int(gbs * self.speedup_factor), self.limit)
+                grown = min(gbs * self.speedup_factor, self.limit)
             if grown <= gbs:
                 break
             gbs = grown
-        return gbs
+        return int(gbs)
 
 
 @dataclass(slots=True)

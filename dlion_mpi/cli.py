@@ -131,9 +131,9 @@ def _train(args: argparse.Namespace) -> int:
     from dlion_mpi.run import run
 
     outcome = run(config)
-    if outcome.failure is not None:
-        _complain(str(outcome.failure))
     if outcome.rank == 0:
+        if outcome.exit_code:
+            _complain(str(outcome.result["stopped"]))
         print(json.dumps(outcome.result), flush=True)
     return outcome.exit_code
 

@@ -31,13 +31,13 @@ class Every:
     @classmethod
     def parse(cls, text: str) -> Every:
         """``"100"`` is 100 steps, ``"20s"`` is 20 seconds. Raises UserError for anything else."""
-        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)s", text.strip())
-        if match is None or float(match[1] or match[2]) <= 0:
+        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?(?:e[+-]?\d+)?)s", text.strip())
+        if match is None or not 0 < float(match[1] or match[2]) < math.inf:
             raise UserError(f"'{text}' is not a number of steps such as 100, nor of seconds such as 20s")
         return cls(steps=int(match[1])) if match[1] else cls(seconds=float(match[2]))
 
     def __str__(self) -> str:
-        return str(self.steps) if self.steps is not None else f"{self.seconds:g}s"
+        return str(self.steps) if self.steps is not None else f"{self.seconds!r}s".replace(".0s", "s")
 
 
 _EVERY_20_S = Every(seconds=20.0)
@@ -164,6 +164,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
+            _check_text(f.name, getattr(self, f.name))
             _check_choice(f, getattr(self, f.name))
         for name, (low, high, wanted) in _BOUNDS.items():
             value = getattr(self, name)
@@ -204,7 +205,9 @@ class Config:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value is not None:
-                text = json.dumps(str(value) if isinstance(value, Every) else value)
+                # Of what JSON writes, TOML knows neither surrogate pairs nor a bare DEL.
+                text = json.dumps(str(value) if isinstance(value, Every) else value, ensure_ascii=False)
+                text = text.replace("\x7f", "\\u007f")
                 tables.setdefault(f.metadata["table"], []).append(f"{f.name} = {text}")
         return "\n".join(f"[{table}]\n" + "\n".join(lines) + "\n" for table, lines in tables.items())
 
@@ -245,6 +248,15 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _check_text(name: str, value: Any) -> None:
+    """Texts go to a file and to other ranks as UTF-8; a name that the file system has in another code cannot."""
+    try:
+        if isinstance(value, str):
+            value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag(name)} {value!a}: must be UTF-8") from None
+
+
 def _check_choice(f: dataclasses.Field[Any], value: Any) -> None:
     choices = f.metadata["choices"]
     if choices and value is not None and value not in choices:
@@ -255,7 +267,10 @@ def convert(name: str, text: Any) -> Any:
     """A value of the command line or of TOML as the field's type. Raises UserError."""
     declared = str(_FIELDS[name].type)
     if declared.startswith("Every"):
-        return text if isinstance(text, Every) else Every.parse(str(text))
+        try:
+            return text if isinstance(text, Every) else Every.parse(str(text))
+        except UserError as error:
+            raise UserError(f"{flag(name)}: {error}") from None
     wanted = int if declared.startswith("int") else float if declared.startswith("float") else str
     try:
         if isinstance(text, bool) or (wanted is str and not isinstance(text, str)):
@@ -263,7 +278,7 @@ def convert(name: str, text: Any) -> Any:
         value = wanted(text)
         if wanted is int and float(text) != value:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         kinds = {int: "a whole number", float: "a number", str: "a text"}
         raise UserError(f"{flag(name)} {text}: must be {kinds[wanted]}") from None
     return value
@@ -289,7 +304,10 @@ def from_toml(path: str) -> dict[str, Any]:
                     f"--config {path}: unknown key '{key}' in [{table}]; "
                     + (f"known there: {known}" if known else f"tables are {', '.join(_TABLES)}")
                 )
-            values[name] = convert(name, value)
+            try:
+                values[name] = convert(name, value)
+            except UserError as error:
+                raise UserError(f"--config {path}: {error}") from None
     return values
 
 

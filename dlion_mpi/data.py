@@ -107,9 +107,7 @@ def _with_channels(x: Pixels) -> Pixels:
     return x.reshape(*x.shape, 1) if x.ndim == 3 else x
 
 
-def load(
-    spec: str, *, rank: int, ranks: int, partition: str = "iid", alpha: float = 0.5, seed: int = 0
-) -> Shard:
+def load(spec: str, *, rank: int, ranks: int, partition: str = "iid", alpha: float = 0.5, seed: int = 0) -> Shard:
     """One rank's shard of the data set that ``spec`` names.
 
     ``spec``: ``fashion-mnist``, ``digits``, ``cifar10``, ``cifar10:FOLDER``, an HDF5 file, or a path with
@@ -122,9 +120,7 @@ def load(
     return _load(spec, [rank], ranks, partition, alpha, seed)[0]
 
 
-def load_shards(
-    spec: str, *, ranks: int, partition: str = "iid", alpha: float = 0.5, seed: int = 0
-) -> list[Shard]:
+def load_shards(spec: str, *, ranks: int, partition: str = "iid", alpha: float = 0.5, seed: int = 0) -> list[Shard]:
     """The shards of all ranks, as ``load`` gives them with the facts merged.
 
     For tools and the simulator: a data set is opened once, not once per rank, and its test images are shared.
@@ -132,6 +128,19 @@ def load_shards(
     shards = _load(spec, range(ranks), ranks, partition, alpha, seed)
     facts = merge_facts([(shard.classes, shard.samples) for shard in shards])
     return [shard.with_facts(*facts) for shard in shards]
+
+
+def shard_of_arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Shard:
+    """This rank's own arrays as a shard, held to the same rules as an HDF5 file.
+
+    x: (m, F), (m, H, W) or (m, H, W, C) of uint8 or float. y: (m,) integers. Raises UserError otherwise.
+    """
+    source = "arrays in memory"
+    parts = {name: np.asarray(part) for name, part in zip(DATASETS, (x_train, y_train, x_test, y_test), strict=True)}
+    _check(parts, source)
+    y_train, y_test, classes = _labels(parts, None, source)
+    test, train = (_read_rows(parts[name], np.arange(len(parts[name])), name, source) for name in ("x_test", "x_train"))
+    return _Source("arrays", source, classes, y_train, test, y_test, lambda _: train).shard(np.arange(len(train)))
 
 
 def _load(spec: str, wanted: Sequence[int], ranks: int, method: str, alpha: float, seed: int) -> list[Shard]:
@@ -194,6 +203,8 @@ class Batches:
     """
 
     def __init__(self, shard: Shard, *, seed: int, rank: int) -> None:
+        if shard.samples == 0:
+            raise UserError("the shard has no training rows to draw batches from: give each rank some")
         self._shard = shard
         self._seed = seed
         self._rank = rank
@@ -249,9 +260,7 @@ class Batches:
             raise UserError("the saved position in the data is damaged: resume from another checkpoint")
         for key in ("seed", "rank", "samples"):
             if (saved := state[key]) != here[key]:
-                raise UserError(
-                    f"{key} was {saved}, is now {here[key]}: resume with the same data, seed and ranks"
-                )
+                raise UserError(f"{key} was {saved}, is now {here[key]}: resume with the same data, seed and ranks")
         self._start_epoch(state["epoch"])
         self._position = state["position"]
 
@@ -298,90 +307,84 @@ def _hdf5(path: str) -> Iterator[h5py.File]:
 
 def _open_hdf5(path: str, name: str) -> _Source:
     with _hdf5(path) as file:
-        x_train, x_test = _images(file, "x_train", path), _images(file, "x_test", path)
-        if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype.kind != x_test.dtype.kind:
-            train, test = (f"{x.dtype} rows of {x.shape[1:]}" for x in (x_train, x_test))
-            raise UserError(f"{path}: x_train has {train}, x_test {test}: store both alike")
-        y_train, y_test = _labels(file, "y_train", x_train, path), _labels(file, "y_test", x_test, path)
-        classes = _classes(file, max(int(y_train.max()), int(y_test.max())), path)
-        test_images = _read_rows(x_test, np.arange(len(x_test)), path)
+        parts = {part: file.get(part) for part in DATASETS}
+        for part, dataset in parts.items():
+            if not isinstance(dataset, h5py.Dataset):
+                raise UserError(f"{path} has no dataset {part}: it needs {', '.join(DATASETS)}")
+        _check(parts, path)
+        declared = file.attrs.get("classes", parts["y_train"].attrs.get("classes"))
+        y_train, y_test, classes = _labels(parts, declared, path)
+        x_test = _read_rows(parts["x_test"], np.arange(len(y_test)), "x_test", path)
 
     def read_train(rows: Rows) -> Pixels:
         with _hdf5(path) as file:
-            return _read_rows(file["x_train"], rows, path)
+            return _read_rows(file["x_train"], rows, "x_train", path)
 
-    return _Source(name, path, classes, y_train, test_images, y_test, read_train)
-
-
-def _dataset(file: h5py.File, name: str, path: str) -> h5py.Dataset:
-    found = file.get(name)
-    if not isinstance(found, h5py.Dataset):
-        raise UserError(f"{path} has no dataset {name}: it needs {', '.join(DATASETS)}")
-    if not found.size:
-        raise UserError(f"{path}: {name} is empty, shape {found.shape}: store at least one row")
-    return found
+    return _Source(name, path, classes, y_train, x_test, y_test, read_train)
 
 
-def _images(file: h5py.File, name: str, path: str) -> h5py.Dataset:
-    x = _dataset(file, name, path)
-    if x.ndim not in (2, 3, 4):
-        shapes = "(rows, features), (rows, height, width) or (rows, height, width, channels)"
-        raise UserError(f"{path}: {name} has shape {x.shape}: store {shapes}")
-    if x.dtype != np.uint8 and x.dtype.kind != "f":
-        raise UserError(f"{path}: {name} is {x.dtype}: store it as uint8 (0 to 255) or float32")
-    return x
+def _check(parts: Mapping[str, Any], where: str) -> None:
+    """Refuse HDF5 datasets or arrays of the wrong shape or dtype, before any value is read."""
+    for name, part in parts.items():
+        if not part.size:
+            raise UserError(f"{where}: {name} is empty, shape {part.shape}: store at least one row")
+    for x_name, y_name in (("x_train", "y_train"), ("x_test", "y_test")):
+        x, y = parts[x_name], parts[y_name]
+        if x.ndim not in (2, 3, 4):
+            shapes = "(rows, features), (rows, height, width) or (rows, height, width, channels)"
+            raise UserError(f"{where}: {x_name} has shape {x.shape}: store {shapes}")
+        if x.dtype != np.uint8 and x.dtype.kind != "f":
+            raise UserError(f"{where}: {x_name} is {x.dtype}: store it as uint8 (0 to 255) or float32")
+        if y.dtype.kind not in "iu" or y.shape not in ((y.size,), (y.size, 1)):
+            raise UserError(f"{where}: {y_name} is {y.dtype} of shape {y.shape}: store one integer label per row")
+        if len(y) != len(x):
+            raise UserError(f"{where}: {x_name} has {len(x)} rows, {y_name} {len(y)}: store one label per row")
+    x, other = parts["x_train"], parts["x_test"]
+    if x.shape[1:] != other.shape[1:] or x.dtype.kind != other.dtype.kind:
+        train, test = (f"{part.dtype} rows of {part.shape[1:]}" for part in (x, other))
+        raise UserError(f"{where}: x_train has {train}, x_test {test}: store both alike")
 
 
-def _labels(file: h5py.File, name: str, x: h5py.Dataset, path: str) -> npt.NDArray[Any]:
-    """(m,) integers of the stored dtype, none negative; a column (m, 1) counts as (m,)."""
-    y = _dataset(file, name, path)
-    if y.dtype.kind not in "iu" or y.shape not in ((y.size,), (y.size, 1)):
-        raise UserError(f"{path}: {name} is {y.dtype} of shape {y.shape}: store one integer label per row")
-    if len(y) != len(x):
-        raise UserError(f"{path}: x{name[1:]} has {len(x)} rows, {name} {len(y)}: store one label per row")
-    labels = y[()].reshape(-1)
-    if labels.min() < 0:
-        raise UserError(f"{path}: {name} has the negative label {labels.min()}: count labels from 0")
-    return labels
-
-
-def _classes(file: h5py.File, largest: int, path: str) -> int:
-    """The attribute ``classes`` of the file or of y_train, else the largest label + 1."""
-    declared = file.attrs.get("classes", file["y_train"].attrs.get("classes"))
+def _labels(parts: Mapping[str, Any], declared: Any, where: str) -> tuple[Labels, Labels, int]:
+    """Labels for training and test, each (m,), and the classes: ``declared``, else the largest label + 1."""
+    y_train, y_test = (parts[name][()].reshape(-1) for name in ("y_train", "y_test"))
+    smallest, largest = min(int(y_train.min()), int(y_test.min())), max(int(y_train.max()), int(y_test.max()))
+    if smallest < 0:
+        raise UserError(f"{where}: label {smallest} is negative: count labels from 0")
     if declared is None:
         declared = min(largest + 1, 2**31 - 1)  # labels are kept as int32
     elif np.ndim(declared) or np.asarray(declared).dtype.kind not in "iu":
-        raise UserError(f"{path}: the attribute classes is {declared!r}: store one integer")
+        raise UserError(f"{where}: the attribute classes is {declared!r}: store one integer")
     if largest >= declared:
-        last = declared - 1
-        raise UserError(f"{path}: label {largest} is too large: {declared} classes go from 0 to {last}")
-    return int(declared)
+        raise UserError(f"{where}: label {largest} is too large: {declared} classes go from 0 to {declared - 1}")
+    return y_train.astype(np.int32), y_test.astype(np.int32), int(declared)
 
 
-def _read_rows(dataset: h5py.Dataset, rows: Rows, path: str) -> Pixels:
-    """The rows (ascending) as uint8 or float32; raises UserError unless they are finite.
+def _read_rows(part: Any, rows: Rows, name: str, where: str) -> Pixels:
+    """These rows (ascending) of an HDF5 dataset or array as uint8 or float32; UserError unless all are finite.
 
-    Other ranks' rows are passed over, save in chunked storage: there HDF5 reads whole chunks anyway, and a
-    block at a time is much the fastest.
+    Other ranks' rows are passed over, save in chunked storage: there HDF5 reads whole chunks anyway, and a block at a
+    time is much the fastest.
     """
-    x = np.empty((len(rows), *dataset.shape[1:]), np.uint8 if dataset.dtype == np.uint8 else np.float32)
-    span = max(1, _BLOCK_BYTES * len(dataset) // (dataset.dtype.itemsize * dataset.size))
+    x = np.empty((len(rows), *part.shape[1:]), np.uint8 if part.dtype == np.uint8 else np.float32)
+    span = max(1, _BLOCK_BYTES * len(part) // (part.dtype.itemsize * part.size))
+    is_chunked = getattr(part, "chunks", None) is not None
     at = 0
     while at < len(rows):
         piece = rows[at : np.searchsorted(rows, rows[at] + span)]
-        if dataset.chunks is None:
+        if not is_chunked:
             piece = piece[:_SELECTION_ROWS]
         first, last = piece[0], piece[-1]
         with np.errstate(over="ignore"):  # a float64 beyond float32 is caught as infinite below
-            if dataset.chunks or last - first == len(piece) - 1:
-                x[at : at + len(piece)] = dataset[first : last + 1][piece - first]
+            if is_chunked or last - first == len(piece) - 1:
+                x[at : at + len(piece)] = part[first : last + 1][piece - first]
             else:
-                x[at : at + len(piece)] = dataset[piece]
+                x[at : at + len(piece)] = part[piece]
         at += len(piece)
     finite = x.dtype == np.uint8 or np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
     if not np.all(finite):
-        where = f"{dataset.name.strip('/')} row {rows[np.argmin(finite)]}"
-        raise UserError(f"{path}: {where} has NaN, infinity or more than float32 holds: clean the data")
+        name = f"{name} row {rows[np.argmin(finite)]}"
+        raise UserError(f"{where}: {name} has NaN, infinity or more than float32 holds: clean the data")
     return x
 
 
@@ -444,19 +447,11 @@ def _open_digits() -> _Source:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError("data 'digits' needs scikit-learn: pip install 'dlion-mpi[digits]'") from error
-    images, labels = load_digits().images, load_digits().target
-    x = np.rint(images * (255 / 16)).astype(np.uint8)
+    pixels, y = load_digits(return_X_y=True)
+    x = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     order = np.random.default_rng(0).permutation(len(x))  # not the run's seed: one test set for all runs
     test, train = np.split(order, [len(x) // 5])
-    return _Source(
-        "digits",
-        "scikit-learn's digits",
-        10,
-        labels[train],
-        x[test],
-        labels[test],
-        lambda rows: x[train[rows]],
-    )
+    return _Source("digits", "scikit-learn's digits", 10, y[train], x[test], y[test], lambda rows: x[train[rows]])
 
 
 def _open_cifar10(folder: str) -> _Source:
@@ -468,10 +463,8 @@ def _open_cifar10(folder: str) -> _Source:
     train = np.concatenate([_read_cifar10(folder, f"data_batch_{number}.bin") for number in range(1, 6)])
     test = _read_cifar10(folder, "test_batch.bin")
     source = f"CIFAR-10's binary version in {folder}"
-    test_images = _cifar10_images(test)
-    return _Source(
-        "cifar10", source, 10, train[:, 0], test_images, test[:, 0], lambda rows: _cifar10_images(train[rows])
-    )
+    x_test, y_test = _cifar10_images(test), test[:, 0]
+    return _Source("cifar10", source, 10, train[:, 0], x_test, y_test, lambda rows: _cifar10_images(train[rows]))
 
 
 def _cifar10_images(records: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO
 
 from dlion_mpi import emulation as emulations
-from dlion_mpi import environments, linkcheck, mpilaunch, netns
+from dlion_mpi import environments, mpilaunch, netns
 from dlion_mpi.emulation import Emulation
 from dlion_mpi.environments import Environment
 from dlion_mpi.errors import RunError, UserError
@@ -204,9 +204,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--seconds", type=float, help="planned length of the run, which times its phases")
     run.add_argument("--name", help="name of the emulation (default: random)")
     run.add_argument("--mpi-options", default="", metavar="OPTIONS", help="more options for mpirun, in one string")
-    run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="command of every rank")
+    run.add_argument("rank_command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="command of every rank")
     check = add("check", "measure the links and paces of an environment against what is set", env=True)
-    check.add_argument("--seconds", type=float, default=8.0, help="seconds of traffic per phase (default: 8)")
+    check.add_argument("--seconds", type=float, default=6.0, help="seconds of traffic per phase (default: 6)")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
     up = add("up", "build an environment's namespaces and links, and leave them", env=True)
     up.add_argument("--name", help="name of the emulation (default: random)")
@@ -224,7 +224,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    command = args.rank_command[1:] if args.rank_command[:1] == ["--"] else args.rank_command
     try:
         options = shlex.split(args.mpi_options)
     except ValueError as error:
@@ -233,6 +233,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from dlion_mpi import linkcheck  # it needs NumPy, which `dlion --help` should not wait for
+
     environment = environments.load(args.env)
     if not linkcheck.SETTLE_S < args.seconds < float("inf"):
         raise UserError(f"--seconds {args.seconds:g}: give more than {linkcheck.SETTLE_S:g}, for rates to settle")
@@ -333,7 +335,8 @@ def _take_down(emulation: Emulation) -> list[str]:
     return emulations.take_down(emulation)
 
 
-def _program() -> int:
+def program() -> int:
+    """`python -m dlion_mpi.emulate`. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="dlion emulate", description=__doc__)
     add_arguments(parser)
     try:
@@ -344,4 +347,4 @@ def _program() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_program())
+    sys.exit(program())

@@ -70,11 +70,14 @@ def claim(environment: str, workers: int, *, name: str | None, owned: bool) -> E
     taken = f"an emulation {chosen} exists already: choose another --name, or {down}"
     if netns.exists(chosen, workers):
         raise UserError(taken)
+    temporary = Path(tempfile.gettempdir())
+    if any(character.isspace() for character in str(temporary)):
+        raise UserError(f"TMPDIR {str(temporary)!r} has a space, which mpirun cannot take: set another TMPDIR")
     emulation = Emulation(
         name=chosen,
         environment=environment,
         workers=workers,
-        folder=str(Path(tempfile.gettempdir()) / f"{FOLDER_PREFIX}{chosen}-{secrets.token_hex(4)}"),
+        folder=str(temporary / f"{FOLDER_PREFIX}{chosen}-{secrets.token_hex(4)}"),
         owner_pid=os.getpid() if owned else None,
         owner_started=_started(os.getpid()) if owned else None,
     )

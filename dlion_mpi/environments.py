@@ -173,21 +173,24 @@ class Clock:
     run_seconds: float | None
 
 
-def start_clock(run_seconds: float | None, environ: Mapping[str, str] = os.environ) -> float:
-    """Tell the emulator that training begins now, so that it times the phases from here.
+def start_clock(
+    run_seconds: float | None, *, started_s: float | None = None, environ: Mapping[str, str] = os.environ
+) -> float:
+    """Tell the emulator that training begins, so that it times the phases from here.
 
-    Called by rank 0 only. Outside an emulation it tells nobody. Returns now, in seconds since the epoch.
+    Called by rank 0 only; outside an emulation it tells nobody. `started_s`: when it begins, in seconds
+    since the epoch (None: now). Returns that time.
     """
-    now_s = time.time()
+    begin_s = time.time() if started_s is None else started_s
     path = environ.get(CLOCK_VARIABLE)
     if not path:
-        return now_s
+        return begin_s
     planned_s = math.nan if run_seconds is None else float(run_seconds)
     partial = f"{path}.{os.getpid()}"
     with open(partial, "w", encoding="ascii") as file:
-        file.write(f"{now_s!r} {planned_s!r}\n")
+        file.write(f"{begin_s!r} {planned_s!r}\n")
     os.replace(partial, path)  # the reader sees all of the line or none of it
-    return now_s
+    return begin_s
 
 
 def read_clock(path: str | os.PathLike[str]) -> Clock | None:

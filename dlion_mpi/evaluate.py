@@ -27,7 +27,7 @@ class Evaluation:
 
 
 class BackgroundEvaluator:
-    """Evaluates snapshots in a thread of its own, one at a time, the newest first when it falls behind.
+    """Evaluates snapshots in a thread of its own, one at a time and in order.
 
     ``correct``: (knowledge, x, y) -> number of correct rows.
     """

@@ -25,6 +25,7 @@ WINDOW = 6  # messages under way per link and direction
 MESSAGE_S = 0.015  # what a message lasts on its link
 # Its bounds: above 64 KiB Open MPI asks the receiver first, and that question waits behind the other direction.
 MESSAGE_BYTES = (4_096, 49_152)
+WARM_UP_S = 2.0  # before the clock starts: connections are made, TCP finds its rate
 IDLE_S = 0.0003
 PACED_BATCH = 32
 PACED_ITERATIONS = 5
@@ -34,7 +35,7 @@ TAG = 1
 def measure_links(
     comm: MPI.Comm, environment: Environment, start_s: float, run_seconds: float
 ) -> npt.NDArray[np.int64]:
-    """Saturate every link until `run_seconds` after `start_s` (seconds since the epoch).
+    """Saturate every link from now until `run_seconds` after `start_s` (seconds since the epoch).
 
     Returns (ranks, bins) int64: payload bytes received here from each rank in each bin.
     """
@@ -51,8 +52,6 @@ def measure_links(
     sources = [peer for peer in peers for _ in range(WINDOW)]
     requests = receives + sends
     MPI.Prequest.Startall(receives)
-    comm.Barrier()
-    time.sleep(max(0.0, start_s - time.time()))
     MPI.Prequest.Startall(sends)
     end_s = start_s + run_seconds
     talking = set(peers)
@@ -67,10 +66,10 @@ def measure_links(
         for index, status in zip(done, statuses, strict=False):
             if index < len(receives):
                 count = status.Get_count(MPI.BYTE)
-                slot = int((now_s - start_s) / BIN_S)
+                slot = math.floor((now_s - start_s) / BIN_S)
                 if count == 0:
                     talking.discard(sources[index])
-                elif slot < bins:
+                elif 0 <= slot < bins:
                     received_bytes[sources[index], slot] += count
                 if sources[index] in talking:
                     receives[index].Start()
@@ -125,7 +124,7 @@ def main() -> None:
         sys.exit(f"rank {comm.rank} of {comm.size} runs on {socket.gethostname()}: not one rank per worker")
     start_s = np.zeros(1)
     if comm.rank == 0:
-        start_s[0] = environments.start_clock(run_seconds)
+        start_s[0] = environments.start_clock(run_seconds, started_s=time.time() + WARM_UP_S)
     comm.Bcast(start_s)
     received_bytes = measure_links(comm, environment, float(start_s[0]), run_seconds)
     paces_s = measure_pace(environment, comm.rank, run_seconds)

@@ -207,7 +207,13 @@ class Links:
         if not self._requests:
             return moved
         statuses = [MPI.Status() for _ in self._requests]
-        done = MPI.Request.Testsome(self._requests, statuses) or []
+        try:
+            done = MPI.Request.Testsome(self._requests, statuses) or []
+        except MPI.Exception as error:
+            raise RunError(
+                f"MPI could not complete a message ({error}): its sender is gone, or sent more than any message of "
+                "this run may hold"
+            ) from error
         if not done:
             return moved
         finished = [(self._on_complete[i], statuses[n]) for n, i in enumerate(done)]

@@ -51,14 +51,16 @@ def tensorflow(threads: int = 0, local_rank: int = 0) -> Any:
         raise UserError(
             "TensorFlow is not installed: pip install 'dlion-mpi[cpu]', or [gpu] where there are GPUs"
         ) from None
-    if threads:
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)
-    gpus = tf.config.list_physical_devices("GPU")
-    if gpus:
-        mine = gpus[local_rank % len(gpus)]
-        tf.config.set_visible_devices(mine, "GPU")
-        tf.config.experimental.set_memory_growth(mine, True)
+    # A caller that brings its own model has initialised TensorFlow already, as it wants it.
+    with contextlib.suppress(RuntimeError):
+        if threads:
+            tf.config.threading.set_intra_op_parallelism_threads(threads)
+            tf.config.threading.set_inter_op_parallelism_threads(threads)
+        gpus = tf.config.list_physical_devices("GPU")
+        if gpus:
+            mine = gpus[local_rank % len(gpus)]
+            tf.config.set_visible_devices(mine, "GPU")
+            tf.config.experimental.set_memory_growth(mine, True)
     return tf
 
 

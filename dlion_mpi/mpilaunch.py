@@ -71,7 +71,8 @@ def write_agent(emulation: Emulation) -> Path:
     """Write the launch agent of an emulation, and make a temporary directory for each rank and for mpirun.
 
     Each worker has a host name of its own, for ranks that share one take each other for neighbours on one
-    machine and hang; and a TMPDIR of its own, for the daemons of one host would share theirs.
+    machine and hang; a TMPDIR of its own, for the daemons of one host would share theirs; and a /dev/shm of
+    its own, so that no MPI passes messages beside the network and none leaves segments behind.
     """
     folder = Path(emulation.folder)
     for host in ("hub", *map(netns.hostname, range(emulation.workers))):

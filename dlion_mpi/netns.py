@@ -27,12 +27,14 @@ TOOLS = {
     "tc": "iproute2",
     "nsenter": "util-linux",
     "unshare": "util-linux",
+    "mount": "mount",
     "hostname": "hostname",
 }
 INSTEAD = "or use `dlion simulate`, which needs none of this"
 # Whatever the host uses (BBR, say, shares an uplink 4 to 1 between equals), and always allowed in a namespace.
 TCP_SETTINGS = "echo reno > /proc/sys/net/ipv4/tcp_congestion_control"
-_MIN_BURST_BYTES = 4 * 1514  # four Ethernet frames
+_FRAME_BYTES = 1514
+_MIN_BURST_BYTES = 4 * _FRAME_BYTES
 _CATCH_UP_S = 0.02
 _PEAK_S = 0.002
 _FIRST_PEER_CLASS = 0x10
@@ -120,9 +122,24 @@ def build(name: str, workers: int) -> None:
         _run(["nsenter", f"--net={NAMESPACES / namespace}", "sh", "-c", TCP_SETTINGS])
 
 
+def segment_bytes(environment: Environment, worker: int) -> int:
+    """Most bytes the kernel may hand to a worker's eth0 in one piece: 4 ms of its slowest link.
+
+    Left at 64 KiB, a link of 4 Mbit/s would pass that at a stroke and then nothing for 0.13 s. Below
+    8 frames there would be so many acknowledgements that they fill slow links the other way.
+    """
+    peers = [peer for peer in range(environment.workers) if peer != worker]
+    rates = [environment.rate_mbit(worker, peer, phase) for phase in environment.phases for peer in peers]
+    slowest_bytes = min(rates, default=0.0) * 1e6 / 8 * 0.004
+    return int(min(max(slowest_bytes, 8 * _FRAME_BYTES), 65_536))
+
+
 def shape(name: str, environment: Environment, phase: Phase, *, verb: str) -> None:
     """Set every link's rate. `verb`: "add" after `build`, "change" while the links carry traffic."""
     for worker in range(environment.workers):
+        if verb == "add":
+            largest = segment_bytes(environment, worker)
+            _ip(of_worker(name, worker), f"link set eth0 gso_max_size {largest}")
         commands = shaping(environment, worker, phase, verb=verb)
         if commands:
             _run(["tc", "-n", of_worker(name, worker), "-batch", "-"], text="\n".join(commands) + "\n")

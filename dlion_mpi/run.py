@@ -44,30 +44,30 @@ PACKAGES = ("dlion-mpi", "mpi4py", "numpy", "h5py", "keras")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """``result``: the run's JSON object, the same on every rank. ``failure``: what failed on this rank, or None.
+    """How a run ended; but for ``rank`` the same on every rank.
 
-    ``exit_code``: the same on every rank: 0, 1 if the run failed on any, 128 + the signal that ended it.
+    ``result``: its JSON object. ``exit_code``: 0, 1 if it failed on any rank, 128 + the signal that ended it.
     """
 
     rank: int
     result: dict[str, Any]
-    failure: RunError | None
     exit_code: int
 
 
-def run(config: Config, *, model: Any = None, shard: Shard | None = None, report: bool = True) -> Outcome:
+def run(
+    config: Config, *, model: Any = None, own_data: Callable[[], Shard] | None = None, report: bool = True
+) -> Outcome:
     """Train on all ranks of MPI's world. Every rank calls this with an equal Config.
 
-    ``model``, ``shard``: a Keras model and this rank's data, in place of what the Config names. ``report``:
-    say how it goes on stderr. Raises UserError on every rank if any has one.
+    ``model``, ``own_data``: a Keras model, and what gives this rank's data, in place of what the Config names.
+    ``report``: say how it goes on stderr. Raises UserError on every rank if any has one.
     """
     ranks = startup.begin()
     startup.agree(ranks, "\n".join(f"{k} = {v}" for k, v in _versions().items()) + "\n" + config.to_toml())
     strategy, config = resolve(config)
     pace_clock = together(ranks, lambda: PaceClock.from_environ(ranks.rank, run_seconds=config.seconds))
-    own_shard = shard if shard is not None else together(ranks, lambda: _load(config, ranks))
-    shard = _merge(ranks, own_shard)
-    replica = together(ranks, lambda: _replica(config, ranks, own_shard, model))
+    shard = _merge(ranks, together(ranks, own_data or (lambda: _load(config, ranks))))
+    replica = together(ranks, lambda: _replica(config, ranks, shard, model))
     replica.set_knowledge(startup.share_from_root(ranks, replica.knowledge()))
     folder = together(ranks, lambda: _new_folder(config, ranks))
     recorder = together(ranks, lambda: _recorder(config, ranks, shard, folder))
@@ -118,32 +118,29 @@ def run(config: Config, *, model: Any = None, shard: Shard | None = None, report
         if ranks.rank == 0:
             start_clock(config.seconds)
         progress.start(links, collectives)
-        failure = _train(worker, driven)
+        _train(worker, driven)
         seconds = clock.now_s()
         progress.stop()
         links.cancel()
         collectives.free()
         links_communicator.Free()
         _evaluate_last(worker, evaluator, replica, seconds)
-    recorder.close(complete=failure is None)
+    recorder.close(complete=worker.exit_code == 0)
     result, rows = _sum_up(worker, ranks, seconds)
     exit_codes = startup.gather_numbers(ranks.communicator, worker.exit_code)[:, 0]
     ranks.communicator.Free()
     if report and ranks.rank == 0:
         say(summary(result, rows))
-    return Outcome(ranks.rank, result, failure, 1 if 1 in exit_codes else int(exit_codes.max()))
+    return Outcome(ranks.rank, result, 1 if 1 in exit_codes else int(exit_codes.max()))
 
 
-def _train(worker: Worker, driven: Callable[[Loop], None]) -> RunError | None:
+def _train(worker: Worker, driven: Callable[[Loop], None]) -> None:
     """Train, and leave in good order whatever happens to this rank's training."""
-    failure = None
     try:
         driven(train(worker))
     except RunError as error:
-        failure = error
         worker.stop_reason, worker.exit_code = str(error), 1
     driven(leave(worker))
-    return failure
 
 
 @contextlib.contextmanager

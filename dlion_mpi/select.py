@@ -63,13 +63,14 @@ def nested(relative: Vector, budgets_bytes: Sequence[float], *, n_min: float, va
     partial = [count for count in counts if count < size]
     candidates = _candidates(relative, max(partial), least) if partial else np.empty(0, np.uint32)
     magnitudes = relative[candidates]
-    selections = []
-    for budget, count in zip(budgets_bytes, counts, strict=True):
+    selections: dict[float, Selection] = {}
+    for budget, count in sorted(set(zip(budgets_bytes, counts, strict=True))):
         if count >= size:
-            selections.append(Selection(None, 100.0))
-        else:
-            selections.append(_fit(candidates, magnitudes, count, budget, least, size, value_type))
-    return selections
+            selections[budget] = Selection(None, 100.0)
+        else:  # what a smaller budget has got, this one gets too: its threshold is the new least
+            indices, least = _fit(candidates, magnitudes, count, budget, least, size, value_type)
+            selections[budget] = Selection(indices, 100 * (1 - least))
+    return [selections[budget] for budget in budgets_bytes]
 
 
 def _affordable(budget_bytes: float, size: int, value_type: ValueType) -> int:
@@ -109,19 +110,28 @@ def _fit(
     least: float,
     size: int,
     value_type: ValueType,
-) -> Selection:
-    """The largest candidates that fit; ``count`` is where to start, lowered while the exact size is too large."""
+) -> tuple[Indices, float]:
+    """The largest candidates that fit, and the threshold that they reach, at most ``least``.
+
+    ``count`` is where to start, lowered while the exact size is too large.
+    """
+    if not len(candidates):
+        return candidates, least
     stride = max(1, len(magnitudes) // SAMPLE)
     sample = magnitudes[::stride]
+    wanted = min(count // stride, len(sample))
     while True:
-        wanted = min(count // stride, len(sample))
-        threshold = 0.0
-        if wanted < len(sample):
-            at = len(sample) - max(wanted, 1)
+        threshold = least
+        if wanted == len(sample):
+            threshold = float(magnitudes.min())
+        elif wanted:
+            at = len(sample) - wanted
             threshold = float(np.partition(sample, at)[at])
         threshold = min(threshold, least)
         indices = candidates[magnitudes >= threshold]
         exact_bytes = encoded_bytes(indices, size, value_type)
         if exact_bytes <= budget_bytes or threshold >= least:
-            return Selection(indices, 100 * (1 - threshold))
-        count = min(count - 1, int(count * budget_bytes / exact_bytes))
+            return indices, threshold
+        # Equal magnitudes come all or none: if they are too many, only what is larger can fit.
+        larger = int(np.count_nonzero(sample > threshold))
+        wanted = min(larger, int(len(indices) * budget_bytes / exact_bytes) // stride)

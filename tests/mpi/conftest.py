@@ -1,0 +1,24 @@
+"""MPI tests run as ``mpirun -n N python -m pytest --with-mpi tests/mpi``; every one has a time limit.
+
+A rank that fails alone would leave the others waiting inside an MPI call, so a test's time limit ends the whole
+process, and with it the job.
+"""
+
+from __future__ import annotations
+
+import pytest
+from mpi4py import MPI
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test without a limit of its own gets one that ends the process, not the test."""
+    for item in items:
+        if "mpi" in item.path.parts and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(100, method="thread"))
+
+
+@pytest.fixture
+def world() -> MPI.Intracomm:
+    """All ranks, in step: what one test left behind cannot meet the next."""
+    MPI.COMM_WORLD.Barrier()
+    return MPI.COMM_WORLD

@@ -1,0 +1,276 @@
+"""Whole runs inside the test processes: the algorithms' promises, over real MPI, on real data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from dlion_mpi import data
+from dlion_mpi.cli import config_of
+from dlion_mpi.model import build, tensorflow
+from dlion_mpi.run import Outcome, run
+
+MODEL = "tests.nets:dense"
+PLAIN = {
+    "sync": "sync",
+    "batching": "fixed",
+    "gbs_schedule": "fixed",
+    "transfer": "none",
+    "max_n": 100,
+}
+"""DLion with every technique switched off: synchronous SGD on the joint batch."""
+
+
+def train(model: Any = None, **options: Any) -> Outcome:
+    options = {"data": "digits", "model": MODEL, "steps": 20, "learning_rate": 0.1, **options}
+    options = {name: value for name, value in options.items() if value is not None}
+    return run(config_of(options), model=model, report=False)
+
+
+def fresh_model(seed: int = 0) -> Any:
+    tensorflow(1)
+    return build(MODEL, (8, 8, 1), 10, seed)
+
+
+def flat_weights(model: Any) -> np.ndarray:
+    return np.concatenate([w.ravel() for w in model.get_weights()])
+
+
+def trained_weights(**options: Any) -> np.ndarray:
+    model = fresh_model()
+    assert train(model, **options).exit_code == 0
+    return flat_weights(model)
+
+
+def joint_sgd(ranks: int, steps: int, lbs: int) -> np.ndarray:
+    """Plain Keras SGD in this process, on every rank's batches put together."""
+    import keras
+    import tensorflow as tf
+
+    model = fresh_model()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = keras.optimizers.SGD(0.1)
+    shards = [data.load("digits", rank=r, ranks=ranks, partition="iid", alpha=0.5, seed=0) for r in range(ranks)]
+    batches = [data.Batches(shard, seed=0, rank=r) for r, shard in enumerate(shards)]
+    for _ in range(steps):
+        parts = [b.take(lbs) for b in batches]
+        x = np.concatenate([x for x, _ in parts]).astype(np.float32) / 255
+        y = np.concatenate([y for _, y in parts])
+        with tf.GradientTape() as tape:
+            value = loss(y, model(x, training=True))
+        variables = [v.value for v in model.trainable_variables]
+        optimizer.apply(tape.gradient(value, variables), model.trainable_variables)
+    return flat_weights(model)
+
+
+def metrics(folder: Path, rank: int) -> h5py.File:
+    return h5py.File(folder / f"metrics-{rank:05d}.h5", "r", swmr=True)
+
+
+@pytest.fixture
+def shared_folder(world: MPI.Intracomm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One new folder for all ranks."""
+    own = str(tmp_path_factory.mktemp("run")) if world.Get_rank() == 0 else ""
+    return Path(world.bcast(own, root=0)) / "out"
+
+
+@pytest.mark.mpi
+def test_dlion_with_everything_off_is_sgd_on_the_joint_batch(world: MPI.Intracomm) -> None:
+    expected = joint_sgd(world.Get_size(), steps=20, lbs=32)
+    np.testing.assert_allclose(trained_weights(**PLAIN), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.mpi
+def test_baseline_gives_the_same_weights(world: MPI.Intracomm) -> None:
+    np.testing.assert_allclose(
+        trained_weights(strategy="baseline"), trained_weights(**PLAIN), rtol=0, atol=2e-6
+    )
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("sync", ["sync", "bounded", "async"])
+def test_every_synchronisation_mode_learns(world: MPI.Intracomm, sync: str) -> None:
+    result = train(sync=sync, steps=150, transfer_period=20).result
+    assert result["steps"] == 150
+    assert min(result["accuracy_per_rank"]) > 0.8
+
+
+@pytest.mark.mpi(min_size=2)
+def test_sync_with_fixed_n_and_batches_is_deterministic_and_replicas_differ_by_what_was_dropped(
+    world: MPI.Intracomm,
+) -> None:
+    options = {**PLAIN, "max_n": 60, "unsent": "drop"}
+    first, second = trained_weights(**options), trained_weights(**options)
+    np.testing.assert_array_equal(first, second)
+    assert len({w.tobytes() for w in world.allgather(first)}) == world.Get_size()
+    whole = trained_weights(**PLAIN)
+    spread = np.ptp(np.array(world.allgather(whole)), axis=0).max()
+    assert spread < 1e-6, "with N = 100 in sync all replicas stay equal but for the order of summing"
+
+
+@pytest.mark.mpi(min_size=2)
+def test_accumulate_sends_later_what_drop_forgets(world: MPI.Intracomm) -> None:
+    """With a small N the replicas that accumulate stay nearer to the whole exchange."""
+    whole = trained_weights(**PLAIN, steps=60)
+    dropped = trained_weights(**{**PLAIN, "max_n": 30, "unsent": "drop"}, steps=60)
+    kept = trained_weights(**{**PLAIN, "max_n": 30, "unsent": "accumulate"}, steps=60)
+    assert np.linalg.norm(kept - whole) < 0.7 * np.linalg.norm(dropped - whole)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_n_decides_what_is_sent(world: MPI.Intracomm) -> None:
+    sent = [train(**{**PLAIN, "max_n": n}).result["bytes_sent"] for n in (10, 60, 100)]
+    assert sent[0] < sent[1] < sent[2]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_knowledge_transfer_brings_the_best_workers_weights(world: MPI.Intracomm, shared_folder: Path) -> None:
+    """In sync with lambda 1 everyone equals the best worker at the step of the merge, and it is recorded."""
+    options = {**PLAIN, "max_n": 20, "unsent": "drop", "transfer": "all", "transfer_period": 10, "transfer_merge": 1}
+    del options["max_n"]
+    outcome = train(**options, n_min=20, steps=12, out=str(shared_folder))
+    assert outcome.exit_code == 0
+    world.Barrier()
+    sources = set()
+    for rank in range(world.Get_size()):
+        with metrics(shared_folder, rank) as file:
+            assert list(file["transfers/step"]) == [12]
+            assert list(file["transfers/started_step"]) == [10]
+            source = int(file["transfers/source"][0])
+            assert bool(file["transfers/merged"][0]) == (rank != source)
+            assert (file["transfers/payload_bytes"][0] == 0) == (rank == source)
+            sources.add(source)
+    assert len(sources) == 1
+    assert len(set(outcome.result["accuracy_per_rank"])) == 1
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_slow_worker_gets_a_smaller_batch_and_gbs_is_met_at_every_step(
+    world: MPI.Intracomm, shared_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = shared_folder.parent / f"slow-{world.Get_rank()}.toml"
+    cores = [24.0] * (world.Get_size() - 1) + [6.0]
+    environment.write_text(
+        f'name = "slow"\nworkers = {world.Get_size()}\nalpha_s = 0.005\nseconds_per_sample_24 = 0.0005\n'
+        f"[[phase]]\ncores = {cores}\nuplink_mbit = {[1000.0] * world.Get_size()}\n"
+    )
+    monkeypatch.setenv("DLION_ENVIRONMENT", str(environment))
+    options = {"sync": "sync", "gbs_schedule": "fixed", "transfer": "none", "steps": 60}
+    outcome = train(**options, out=str(shared_folder))
+    assert outcome.exit_code == 0
+    world.Barrier()
+    lbs, gbs = [], []
+    for rank in range(world.Get_size()):
+        with metrics(shared_folder, rank) as file:
+            lbs.append(file["steps/lbs"][:])
+            gbs.append(file["steps/gbs"][:])
+            assert (file["steps/paced_s"][:] > 0).any()
+    np.testing.assert_array_equal(np.sum(lbs, axis=0), gbs[0])
+    # A quarter of the speed is a little over a quarter of the batch, since alpha is alike.
+    ratios = lbs[-1] / lbs[0]
+    assert np.median(ratios) < 0.5
+    equal = train(**options, batching="fixed", out=str(shared_folder) + "-fixed")
+    assert equal.result["seconds"] > outcome.result["seconds"]
+
+
+@pytest.mark.mpi
+def test_gbs_grows_by_its_schedule(world: MPI.Intracomm, shared_folder: Path) -> None:
+    schedule = {"gbs_interval": 10, "gbs_warmup_step": 4, "gbs_warmup_limit": 0.1, "batching": "fixed"}
+    train(steps=31, lbs=8, sync="sync", transfer="none", out=str(shared_folder), **schedule)
+    world.Barrier()
+    with metrics(shared_folder, 0) as file:
+        start = 8 * world.Get_size()
+        expected = [start + 4 * (step // 10) for step in range(31)]
+        assert list(file["steps/gbs"]) == expected
+
+
+@pytest.mark.mpi
+def test_adam_momentum_batch_norm_and_dropout_go_through_the_same_update(world: MPI.Intracomm) -> None:
+    for options in ({"optimizer": "adam", "learning_rate": 0.003}, {"momentum": 0.9, "learning_rate": 0.02}):
+        result = train(model=None, **{"steps": 120, **options, "transfer_period": 20, "seed": 3}).result
+        assert min(result["accuracy_per_rank"]) > 0.85
+    outcome = run(
+        config_of({"data": "digits", "model": "tests.nets:normalised", "steps": 100, "transfer_period": 10}),
+        report=False,
+    )
+    assert min(outcome.result["accuracy_per_rank"]) > 0.8
+
+
+@pytest.mark.mpi
+def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_a_peer(world: MPI.Intracomm) -> None:
+    outcome = train(learning_rate=1e30, steps=50)
+    assert outcome.exit_code == 1
+    assert "not finite" in outcome.result["stopped"]
+    assert outcome.result["steps"] < 50
+
+
+@pytest.mark.mpi
+def test_skip_leaves_such_a_gradient_out_and_goes_on(world: MPI.Intracomm) -> None:
+    outcome = train(learning_rate=1e30, steps=10, non_finite="skip")
+    assert outcome.exit_code == 0
+    assert outcome.result["steps"] == 10
+    assert outcome.result["loss"] is None
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("sync", ["sync", "bounded", "async"])
+def test_a_time_limit_ends_all_ranks_together(world: MPI.Intracomm, sync: str, shared_folder: Path) -> None:
+    result = train(steps=None, seconds=1.5, sync=sync, transfer_period=3, transfer="all", out=str(shared_folder)).result
+    assert result["stopped"] is None
+    assert result["seconds"] < 20
+    world.Barrier()
+    steps = []
+    for rank in range(world.Get_size()):
+        with metrics(shared_folder, rank) as file:
+            steps.append(file["steps/step"].shape[0])
+            assert file["ended"][()] == 1
+    if sync == "sync":
+        assert len(set(steps)) == 1
+
+
+@pytest.mark.mpi
+def test_a_target_ends_the_run_and_says_when(world: MPI.Intracomm) -> None:
+    result = train(steps=2000, target_accuracy=0.6, evaluate_every="10").result
+    assert result["stopped"] == "target accuracy reached"
+    assert result["steps"] < 2000
+    assert 0 < result["target_reached_s"] <= result["seconds"]
+
+
+@pytest.mark.mpi
+def test_metrics_have_every_step_and_link(world: MPI.Intracomm, shared_folder: Path) -> None:
+    outcome = train(steps=30, out=str(shared_folder), evaluate_every="10")
+    world.Barrier()
+    rank, size = world.Get_rank(), world.Get_size()
+    with metrics(shared_folder, rank) as file:
+        assert list(file["steps/step"]) == list(range(30))
+        parts = sum(file[f"steps/{name}"][:] for name in ("compute_s", "select_encode_s", "wait_s", "apply_s"))
+        assert np.all(parts <= file["steps/step_s"][:] + 1e-3)
+        assert file["evaluations/accuracy"][-1] == pytest.approx(outcome.result["accuracy_per_rank"][rank], abs=1e-6)
+        sent = file["links/bytes_sent"][:]
+        assert sent.shape == (30, size)
+        assert np.all(np.diff(sent.astype(np.int64), axis=0) >= 0)
+        assert sent[-1, rank] == 0
+        if size > 1:
+            assert sent[-1].sum() > 0
+            peer = (rank + 1) % size
+            assert np.isfinite(file["links/quality"][:, peer]).any()
+            assert np.nanmin(file["links/age_s"][:, peer]) >= 0
+        assert file.attrs["rank"] == rank
+        assert "learning_rate" in file.attrs["config"]
+    assert (shared_folder / "config.toml").read_text().startswith("[run]")
+
+
+@pytest.mark.mpi
+def test_an_out_that_exists_is_refused_on_every_rank(world: MPI.Intracomm, shared_folder: Path) -> None:
+    from dlion_mpi.errors import UserError
+
+    if world.Get_rank() == 0:
+        shared_folder.mkdir()
+    world.Barrier()
+    with pytest.raises(UserError, match="exists already"):
+        train(out=str(shared_folder))
