@@ -13,7 +13,9 @@ from dlion_mpi.run import run
 def fit(model: Any, train: tuple[Any, Any], test: tuple[Any, Any], options: dict[str, Any]) -> dict[str, Any]:
     """See `dlion_mpi.fit`."""
     config = config_of({"model": model.name, "data": "arrays", **options})
-    outcome = run(config, model=model, own_data=lambda: shard_of_arrays(*train, *test), report=config.progress_every > 0)
+    outcome = run(
+        config, model=model, own_data=lambda: shard_of_arrays(*train, *test), report=config.progress_every > 0
+    )
     if outcome.exit_code:
         raise RunError(str(outcome.result["stopped"]))
     return outcome.result

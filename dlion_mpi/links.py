@@ -224,11 +224,6 @@ class Links:
             complete(status)
         return True
 
-    def idle(self) -> bool:
-        """Whether everything queued has left this worker."""
-        posted = 2 * RECEIVES * len(self._links)
-        return not self._outbox and len(self._requests) <= posted
-
     def cancel(self) -> None:
         """Take back the posted receives: a buffer belongs to MPI until its receive is done or cancelled."""
         for request in self._requests:

@@ -103,7 +103,7 @@ def run(
         recorder=recorder,
         now_s=clock.now_s,
         training_samples=shard.train_samples_global,
-        exchange_s_per_byte=seconds_per_byte(replica.layout.size, config.value_type) if config.value_type else 0.0,
+        exchange_s_per_byte=seconds_per_byte(config.value_type) if config.value_type else 0.0,
     )
     if report:
         worker.on_step = Progress(

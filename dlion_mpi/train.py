@@ -40,7 +40,7 @@ def train(w: Worker) -> Loop:
         if computed.gradient is not None:
             sent = post(w, computed, timings)
             yield from wait(w, timings)
-            if w.stop_reason is not None:
+            if w.cut_short():
                 break
             ages = complete(w, timings)
         else:
@@ -63,8 +63,7 @@ def profile(w: Worker) -> Loop:
 
 def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, Computed]:
     """The local gradient of this step, known to be finite or replaced by zero (``--non-finite skip``)."""
-    alone = not w.peers
-    computed = yield Compute(*w.batches.take(w.status.lbs), alone)
+    computed = yield Compute(*w.batches.take(w.status.lbs), w.alone)
     assert computed is not None
     timings.compute_s, timings.paced_s = computed.seconds, computed.paced_s
     if computed.finite:

@@ -100,6 +100,10 @@ class Worker:
     """Why the run must end before its time: a signal, a failure, a reached target; "" if another rank knows."""
     exit_code: int = 0
 
+    alone: bool = field(init=False)
+    """Whether there has never been a peer."""
+    end_step: float = field(init=False)
+    """Steps after which the run ends, for this worker or for one that it cannot go on without."""
     step: int = 0
     step_s: float = 0.0
     compute_s: float = 0.0
@@ -114,6 +118,8 @@ class Worker:
 
     def __post_init__(self) -> None:
         workers = len(self.members)
+        self.alone = workers == 1
+        self.end_step = self.config.last_step
         self.inbox = Inbox(dict.fromkeys(self.members.peers(self.rank), -1))
         self.status = StatusRounds(self.config, self.rank, workers, self.training_samples, self.collectives)
         self.knowledge = KnowledgeRounds(self.config, self.rank, workers, self.collectives)
@@ -129,7 +135,11 @@ class Worker:
     def ended(self) -> bool:
         """Whether there is no next step."""
         timed_out = self.config.seconds is not None and self.now_s() >= self.config.seconds
-        return self.stop_reason is not None or self.step >= self.config.last_step or timed_out
+        return self.cut_short() or timed_out
+
+    def cut_short(self) -> bool:
+        """Whether the step at hand will never be completed."""
+        return self.stop_reason is not None or self.step >= self.end_step
 
     def stamp(self, computed_at: float = 0.0) -> Stamp:
         """For the headers of this step."""
@@ -145,10 +155,10 @@ class Worker:
             if message.header.kind in (Kind.CLOSE, Kind.STOP):
                 self.members = self.members.without(sender)
                 self.inbox.newest.pop(sender, None)
-                if self.config.sync == "sync":  # nobody can complete a step without everyone
-                    self.stop_reason = self.stop_reason or ""
+                if self.config.sync == "sync":  # nobody can complete a step that one has not taken
+                    self.end_step = min(self.end_step, message.header.step)
 
     def may_complete(self) -> bool:
         """Whether this step can be completed, or will never be."""
         self.collect()
-        return self.stop_reason is not None or self.strategy.may_advance(self.state, self.step, self.inbox)
+        return self.cut_short() or self.strategy.may_advance(self.state, self.step, self.inbox)

@@ -1,0 +1,246 @@
+"""Synchronous SGD by formula, in virtual time: the limit that others are held against, and what stands for Horovod.
+
+All replicas are equal after every step, so one is computed: the exact mean gradient over the global batch.
+Strategies of `dlion simulate` only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from dlion_mpi.batching import equal_lbs, solve_lbs
+from dlion_mpi.config import Config, flag
+from dlion_mpi.environments import Environment, Pace
+from dlion_mpi.errors import UserError
+from dlion_mpi.evaluate import Evaluation
+from dlion_mpi.flat import Vector
+from dlion_mpi.metrics import StepRecord
+from dlion_mpi.outcome import stopped_by_signals
+from dlion_mpi.rounds import NO_LIMIT, _schedule
+from dlion_mpi.strategies import STRATEGIES
+from dlion_mpi.strategies.dlion import Dlion
+from dlion_mpi.virtual import payload_bytes_per_s
+from dlion_mpi.virtual_run import Finish, VirtualRun
+
+BATCH_OPTIONS = ("lbs_max", *(name for name in Dlion.defaults if name.startswith("gbs_")))
+
+
+class Ideal(Protocol):
+    """How a global batch is shared, and what the exchange of a step costs."""
+
+    name: ClassVar[str]
+
+    def share(self, gbs: int, paces: Sequence[Pace], limit: int) -> list[int]:
+        """Everyone's batch size."""
+
+    def exchange(self, environment: Environment, time_s: float, seconds: float | None, size: int) -> tuple[float, int]:
+        """Seconds, and the bytes that every worker sends to the next, for a gradient of ``size`` entries."""
+
+
+class FreeNetwork:
+    """Perfect balance, and communication that costs nothing. Source: design document "dlion", rough estimate."""
+
+    name: ClassVar[str] = "free-network"
+
+    def share(self, gbs: int, paces: Sequence[Pace], limit: int) -> list[int]:
+        """So that all finish together."""
+        fits = [(pace.alpha_s, pace.beta_s) for pace in paces]
+        return solve_lbs(min(gbs, limit * len(paces)), fits, [limit] * len(paces))
+
+    def exchange(self, environment: Environment, time_s: float, seconds: float | None, size: int) -> tuple[float, int]:
+        """Nothing."""
+        return 0.0, 0
+
+
+class AllReduce:
+    """Equal batches and a ring all-reduce after the computing, as Horovod does it.
+
+    Each worker sends 2 (n - 1) / n of the gradient to the next, in 2 (n - 1) rounds that all go at the pace of the
+    slowest link. Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
+    """
+
+    name: ClassVar[str] = "allreduce"
+
+    def share(self, gbs: int, paces: Sequence[Pace], limit: int) -> list[int]:
+        """Equally."""
+        return equal_lbs(min(gbs, limit * len(paces)), len(paces))
+
+    def exchange(self, environment: Environment, time_s: float, seconds: float | None, size: int) -> tuple[float, int]:
+        """Rounds x latency + bytes / slowest link; a worker sends to one peer only, so that has the whole uplink."""
+        workers = environment.workers
+        if workers == 1:
+            return 0.0, 0
+        phase = environment.phase_at(time_s, seconds)
+        if phase.uplink_mbit is not None:
+            slowest_mbit = min(phase.uplink_mbit)
+        else:
+            slowest_mbit = min(environment.rate_mbit(k, (k + 1) % workers, phase) for k in range(workers))
+        sent_bytes = math.ceil(2 * (workers - 1) / workers * 4 * size)
+        return 2 * (workers - 1) * environment.latency_s + sent_bytes / payload_bytes_per_s(slowest_mbit), sent_bytes
+
+
+IDEALS: dict[str, type[Ideal]] = {cls.name: cls for cls in (FreeNetwork, AllReduce)}
+
+
+def resolve(config: Config) -> Config:
+    """The Config with the defaults of the ideal that it names filled in: the global batch is fixed unless it is
+    told to grow. Raises UserError for an option that the ideal does not use."""
+    ideal = IDEALS[config.strategy]
+    if config.sync not in (None, "sync"):
+        raise UserError(f"--strategy {ideal.name} does not support --sync {config.sync}: it supports sync")
+    for name in sorted({name for strategy in STRATEGIES.values() for name in strategy.defaults}):
+        if getattr(config, name) is not None and name not in BATCH_OPTIONS:
+            raise UserError(f"{flag(name)} is not used by --strategy {ideal.name}: drop it")
+    values: dict[str, Any] = {"sync": "sync", "gbs_schedule": config.gbs_schedule or "fixed"}
+    for name in BATCH_OPTIONS:
+        if getattr(config, name) is None and (name == "lbs_max" or values["gbs_schedule"] == "grow"):
+            values.setdefault(name, Dlion.defaults[name])
+    return dataclasses.replace(config, **values)
+
+
+@dataclass(kw_only=True)
+class Together:
+    """All workers, which are always at the same step. ``losses``, ``compute_s``, ``samples``: by rank."""
+
+    run: VirtualRun
+    ideal: Ideal
+    losses: list[deque[float]]
+    compute_s: list[float]
+    samples: list[int]
+    stop_reason: str | None = None
+    exit_code: int = 0
+    step: int = 0
+    now_s: float = 0.0
+    evaluated_s: float = 0.0
+    bytes_sent: int = 0
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    def ended(self) -> bool:
+        """Whether there is no next step."""
+        config = self.run.config
+        timed_out = config.seconds is not None and self.now_s >= config.seconds
+        return self.stop_reason is not None or self.step >= config.last_step or timed_out
+
+
+def train_together(run: VirtualRun) -> list[Finish]:
+    """Train until the run ends: everyone computes, the exact mean is applied, time passes."""
+    workers = run.workers
+    all_ = Together(
+        run=run,
+        ideal=IDEALS[run.config.strategy](),
+        losses=[deque(maxlen=10) for _ in range(workers)],
+        compute_s=[0.0] * workers,
+        samples=[0] * workers,
+    )
+    evaluator = run.evaluator()
+    schedule = _schedule(run.config, workers, run.shards[0].train_samples_global)
+    every = run.config.evaluate_every
+    with stopped_by_signals([all_]):
+        while not all_.ended():
+            gbs = schedule.at(all_.step) if schedule else run.config.lbs * workers
+            _step(all_, gbs)
+            _take(all_, evaluator.poll())
+            due = all_.now_s - all_.evaluated_s >= (every.seconds or math.inf)
+            if due or (every.steps is not None and all_.step % every.steps == 0):
+                all_.evaluated_s = all_.now_s
+                evaluator.submit(all_.step, all_.now_s, run.seats[0].knowledge())
+    evaluator.submit(all_.step, all_.now_s, run.seats[0].knowledge())
+    _take(all_, evaluator.poll())
+    return [_finish(all_, rank) for rank in range(workers)]
+
+
+def _step(all_: Together, gbs: int) -> None:
+    """One step of everyone: share the batch, compute, take the mean, apply it, let the time pass."""
+    run, config, environment = all_.run, all_.run.config, all_.run.environment
+    paces = [environment.pace(rank, all_.now_s, config.seconds) for rank in range(run.workers)]
+    shares = all_.ideal.share(gbs, paces, config.lbs_max or NO_LIMIT)
+    futures = [
+        run.pool.submit(seat.gradient, *batches.take(lbs))
+        for seat, batches, lbs in zip(run.seats, run.batches, shares, strict=True)
+    ]
+    mean: Vector = np.zeros(run.shared.layout.size, np.float32)
+    losses = []
+    finite = True
+    for future, lbs in zip(futures, shares, strict=True):
+        gradient = future.result()
+        losses.append(gradient.loss)
+        finite = finite and gradient.finite
+        mean += np.float32(lbs / sum(shares)) * gradient.vector
+    if finite:
+        run.seats[0].apply(mean)
+        for seat in run.seats[1:]:
+            seat.set_weights(run.seats[0].weights())
+    elif config.non_finite == "stop":
+        all_.stop_reason, all_.exit_code = (
+            f"step {all_.step}: the loss or its gradient is not finite; lower --learning-rate, or leave such "
+            "gradients out with --non-finite skip",
+            1,
+        )
+        return
+    _record(all_, shares, [pace.seconds(lbs) for pace, lbs in zip(paces, shares, strict=True)], losses)
+
+
+def _record(all_: Together, shares: Sequence[int], compute_s: Sequence[float], losses: Sequence[float]) -> None:
+    run, workers = all_.run, all_.run.workers
+    exchange_s, sent_bytes = all_.ideal.exchange(
+        run.environment, all_.now_s + max(compute_s), run.config.seconds, run.shared.layout.size
+    )
+    step_s = max(compute_s) + exchange_s
+    all_.now_s += step_s
+    all_.bytes_sent += sent_bytes
+    for rank, (lbs, own_s, loss) in enumerate(zip(shares, compute_s, losses, strict=True)):
+        all_.losses[rank].append(loss)
+        all_.compute_s[rank] += own_s
+        all_.samples[rank] += lbs
+        record = StepRecord(
+            step=all_.step,
+            time_s=all_.now_s,
+            compute_s=own_s,
+            paced_s=own_s,
+            select_encode_s=0.0,
+            wait_s=step_s - own_s,
+            apply_s=0.0,
+            step_s=step_s,
+            loss=loss,
+            lbs=lbs,
+            gbs=sum(shares),
+            bytes_sent=_link((rank + 1) % workers, all_.bytes_sent),
+            bytes_received=_link((rank - 1) % workers, all_.bytes_sent),
+        )
+        run.recorders[rank].step(record)
+        run.meter.step(rank, all_.step + 1, all_.now_s, all_.evaluations)
+    all_.step += 1
+
+
+def _link(peer: int, total_bytes: int) -> Mapping[int, int]:
+    return {peer: total_bytes} if total_bytes else {}
+
+
+def _take(all_: Together, evaluations: Sequence[Evaluation]) -> None:
+    """Everyone has the same weights, so one evaluation is everyone's."""
+    for evaluation in evaluations:
+        all_.evaluations.append(evaluation)
+        for recorder in all_.run.recorders:
+            recorder.evaluation(evaluation)
+        if all_.run.config.target_accuracy is not None and evaluation.accuracy >= all_.run.config.target_accuracy:
+            all_.stop_reason = all_.stop_reason or "target accuracy reached"
+
+
+def _finish(all_: Together, rank: int) -> Finish:
+    loss = float(np.mean(all_.losses[rank])) if all_.losses[rank] else math.nan
+    compute_s = all_.compute_s[rank]
+    wait_s = all_.now_s - compute_s
+    row = [all_.step, all_.evaluations[-1].accuracy, loss, all_.samples[rank], compute_s, 0.0, wait_s, 0.0]
+    return Finish(
+        row=[*row, all_.now_s, all_.bytes_sent],
+        evaluations=all_.evaluations,
+        stop_reason=all_.stop_reason,
+        exit_code=all_.exit_code,
+    )

@@ -1,0 +1,128 @@
+"""`dlion simulate`: the worker's loop and the strategies of `dlion train`, in virtual time, in one process.
+
+Gradients are real; how long they take, and how long messages travel, is what the environment says. A run is
+deterministic: the same options give the same result, the same metrics, to the last digit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dlion_mpi import environments
+from dlion_mpi.config import Config
+from dlion_mpi.environments import Environment
+from dlion_mpi.errors import UserError
+
+if TYPE_CHECKING:  # heavy: imported when a simulation begins, so that `--help` answers at once
+    from dlion_mpi.data import Shard
+    from dlion_mpi.outcome import Outcome
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dlion simulate`: those of `dlion train`, and the micro-cloud."""
+    from dlion_mpi.cli import TABLES, _add_option
+
+    cloud = parser.add_argument_group("the micro-cloud")
+    cloud.add_argument(
+        "--env",
+        required=True,
+        metavar="NAME|FILE.toml",
+        help=f"one of {', '.join(environments.names())}, or a file such as those",
+    )
+    cloud.add_argument(
+        "--workers", metavar="N", help="as many workers, where those of the environment are all alike"
+    )
+    parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line comes first")
+    groups = {table: parser.add_argument_group(title) for table, title in TABLES.items()}
+    for f in dataclasses.fields(Config):
+        _add_option(groups[f.metadata["table"]], f)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Simulate what was asked for; the result is one JSON object on stdout. Returns the exit code."""
+    from dlion_mpi.cli import _complain, config_of
+
+    config = config_of(vars(args))
+    environment = micro_cloud(args.env, args.workers)
+    outcome = simulate(config, environment)
+    if outcome.exit_code:
+        _complain(str(outcome.result["stopped"]))
+    print(json.dumps(outcome.result), flush=True)
+    return outcome.exit_code
+
+
+def micro_cloud(reference: str, workers: str | int | None = None) -> Environment:
+    """The environment of that name or file, with another number of ``workers`` if that is given.
+
+    Raises UserError where the environment does not say what one more worker is like.
+    """
+    environment = environments.load(reference)
+    if workers is None:
+        return environment
+    try:
+        wanted = int(workers)
+    except ValueError:
+        raise UserError(f"--workers {workers}: must be a whole number") from None
+    if wanted < 1:
+        raise UserError(f"--workers {wanted}: must be at least 1")
+    if wanted == environment.workers:
+        return environment
+    phases = []
+    for phase in environment.phases:
+        links = [rate for row in phase.link_mbit or () for rate in row if rate]
+        alike = [set(phase.cores), set(phase.uplink_mbit or ()), set(links)]
+        if max(len(values) for values in alike) > 1 or (phase.link_mbit is not None and not links):
+            raise UserError(
+                f"--workers {wanted}: environment {environment.name} has {environment.workers} workers that are not "
+                "all alike: leave --workers out, or write an environment file for as many"
+            )
+        matrix = tuple(tuple(0.0 if a == b else links[0] for b in range(wanted)) for a in range(wanted) if links)
+        phases.append(
+            dataclasses.replace(
+                phase,
+                cores=phase.cores[:1] * wanted,
+                uplink_mbit=phase.uplink_mbit[:1] * wanted if phase.uplink_mbit else None,
+                link_mbit=matrix or None,
+            )
+        )
+    return dataclasses.replace(environment, workers=wanted, phases=tuple(phases))
+
+
+def simulate(
+    config: Config,
+    environment: Environment,
+    *,
+    model: Any = None,
+    shards: Sequence[Shard] | None = None,
+    report: bool = True,
+) -> Outcome:
+    """Train on all workers of ``environment`` in virtual time.
+
+    ``model``, ``shards``: a Keras model, and everyone's data by rank, in place of what the Config names.
+    ``report``: say how it goes on stderr. Raises UserError.
+    """
+    import numpy as np
+
+    from dlion_mpi import idealised, strategies
+    from dlion_mpi.console import say, summary
+    from dlion_mpi.outcome import Outcome, exit_code, result_of
+    from dlion_mpi.virtual_driver import drive
+    from dlion_mpi.virtual_run import prepare
+
+    ideal = config.strategy in idealised.IDEALS
+    config = idealised.resolve(config) if ideal else strategies.resolve(config)[1]
+    run = prepare(config, environment, model=model, shards=shards, report=report)
+    with run:
+        finishes = idealised.train_together(run) if ideal else drive(run)
+        code = exit_code([finish.exit_code for finish in finishes])
+        run.complete = code == 0
+    rows = np.array([finish.row for finish in finishes], dtype=np.float64)
+    reasons = [finish.stop_reason or "" for finish in finishes]
+    result = result_of(config, rows, reasons, [finish.evaluations for finish in finishes])
+    if report:
+        say(summary(result, rows.tolist()))
+    return Outcome(0, result, code)

@@ -1,0 +1,153 @@
+"""Drives the workers' loops in virtual time: what `driver.py` and `progress.py` do in real time for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+
+from dlion_mpi.errors import RunError
+from dlion_mpi.membership import Membership
+from dlion_mpi.metrics import StepRecord
+from dlion_mpi.model import Gradient
+from dlion_mpi.outcome import stopped_by_signals, summary_row
+from dlion_mpi.strategies import STRATEGIES
+from dlion_mpi.testbed import Compute, Computed, Loop
+from dlion_mpi.train import leave, train
+from dlion_mpi.virtual import Events, Network
+from dlion_mpi.virtual_run import Finish, VirtualRun
+from dlion_mpi.virtual_testbed import Operations, VirtualCollectives, VirtualLinks
+from dlion_mpi.worker import Worker
+
+
+class Process:
+    """One worker's loop, and what it waits for."""
+
+    def __init__(self, worker: Worker, run: VirtualRun, events: Events, on_end: Callable[[], None]) -> None:
+        self.worker = worker
+        self.ended_s = 0.0
+        self._run = run
+        self._events = events
+        self._on_end = on_end
+        self._loop: Loop = _life(worker)
+        self._ready: Callable[[], bool] | None = None
+        self._woken = False
+
+    def wake(self) -> None:
+        """Something has come: ask once whether that was it, after all that comes at this same time."""
+        if self._ready is not None and not self._woken:
+            self._woken = True
+            self._events.at(self._events.now_s, self._look)
+
+    def _look(self) -> None:
+        self._woken = False
+        if self._ready is not None and self._ready():
+            self._ready = None
+            self.resume(None)
+
+    def resume(self, answer: Computed | None) -> None:
+        """Let the loop go on until it waits for something that is not there."""
+        try:
+            while True:
+                request = self._loop.send(answer)
+                if isinstance(request, Compute):
+                    self._compute(request)
+                    return
+                if not request.ready():
+                    self._ready = request.ready
+                    return
+                answer = None
+        except StopIteration:
+            self.ended_s = self._events.now_s
+            self._on_end()
+
+    def _compute(self, request: Compute) -> None:
+        """The gradient is computed in the pool while the events go on; it is there when its time has come."""
+        run, rank, now_s = self._run, self.worker.rank, self._events.now_s
+        seconds = run.environment.pace(rank, now_s, run.config.seconds).seconds(len(request.y))
+        future = run.pool.submit(run.seats[rank].gradient, request.x, request.y)
+        self._events.at(now_s + seconds, partial(self._computed, future, seconds, request.alone))
+
+    def _computed(self, future: Future[Gradient], seconds: float, alone: bool) -> None:
+        gradient = future.result()
+        vector = gradient.vector
+        if alone and gradient.finite:
+            self._run.seats[self.worker.rank].apply(vector)
+        self.resume(Computed(gradient.loss, None if alone else vector, gradient.finite, seconds, seconds))
+
+
+def _life(worker: Worker) -> Loop:
+    """Train, and leave in good order whatever happens to this worker's training."""
+    try:
+        yield from train(worker)
+    except RunError as error:
+        worker.stop_reason, worker.exit_code = str(error), 1
+        yield from leave(worker)
+
+
+def drive(run: VirtualRun) -> list[Finish]:
+    """Run everyone's loop to its end, then test everyone's last weights."""
+    events = Events()
+    network = Network(run.environment, events, run.config.seconds)
+    processes: list[Process] = []
+    operations = Operations(run.workers, network, lambda rank: processes[rank].wake())
+    running = set(range(run.workers))
+    links = [
+        VirtualLinks(
+            rank,
+            run.workers,
+            network,
+            events,
+            size=run.shared.layout.size,
+            window=run.config.window,
+            wake=partial(lambda rank: processes[rank].wake(), rank),
+        )
+        for rank in range(run.workers)
+    ]
+    for rank, own_links in enumerate(links):
+        own_links.connect(links)
+        worker = Worker(
+            config=run.config,
+            rank=rank,
+            members=Membership(tuple(range(run.workers))),
+            strategy=STRATEGIES[run.config.strategy](),
+            replica=run.seats[rank],
+            batches=run.batches[rank],
+            links=own_links,
+            collectives=VirtualCollectives(rank, operations),
+            evaluator=run.evaluator(),
+            recorder=run.recorders[rank],
+            now_s=lambda: events.now_s,
+            training_samples=run.shards[0].train_samples_global,
+            exchange_s_per_byte=0.0,
+        )
+        worker.on_step = partial(_metered, run, worker)
+        processes.append(Process(worker, run, events, partial(running.discard, rank)))
+    with stopped_by_signals([process.worker for process in processes]):
+        for process in processes:
+            events.at(0.0, partial(process.resume, None))
+        events.run(lambda: not running)
+    if running:
+        raise RuntimeError(f"workers {sorted(running)} wait for something that cannot come")
+    for process in processes:
+        worker = process.worker
+        worker.evaluator.submit(worker.step, process.ended_s, worker.replica.knowledge())
+    return [_finish(process) for process in processes]
+
+
+def _metered(run: VirtualRun, worker: Worker, record: StepRecord) -> None:
+    run.meter.step(worker.rank, record.step + 1, record.time_s, worker.evaluations)
+
+
+def _finish(process: Process) -> Finish:
+    """Take in the last evaluations, and sum up."""
+    worker = process.worker
+    for evaluation in worker.evaluator.poll():
+        worker.evaluations.append(evaluation)
+        worker.recorder.evaluation(evaluation)
+    return Finish(
+        row=summary_row(worker, process.ended_s),
+        evaluations=worker.evaluations,
+        stop_reason=worker.stop_reason,
+        exit_code=worker.exit_code,
+    )

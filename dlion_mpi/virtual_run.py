@@ -1,0 +1,184 @@
+"""What every simulated run has, whoever trains in it: data, model, threads, recorders, and a line now and then."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dlion_mpi.config import Config
+from dlion_mpi.console import say
+from dlion_mpi.data import Batches, Shard, load_shards
+from dlion_mpi.environments import Environment
+from dlion_mpi.evaluate import Evaluation
+from dlion_mpi.flat import Vector
+from dlion_mpi.metrics import NoRecorder, Recorder
+from dlion_mpi.model import build, optimizer
+from dlion_mpi.outcome import new_folder, new_recorder
+from dlion_mpi.seats import Seat, SharedReplica, prepare_tensorflow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """How a worker ended. ``row``: its numbers of SUMMARY_COLUMNS."""
+
+    row: list[float]
+    evaluations: list[Evaluation]
+    stop_reason: str | None
+    exit_code: int
+
+
+@dataclass(kw_only=True)
+class VirtualRun:
+    """A run in virtual time before its first step. By rank: ``shards``, ``seats``, ``batches``, ``recorders``.
+
+    ``pool``: the threads that compute gradients and test accuracy while the events go on.
+    """
+
+    config: Config
+    environment: Environment
+    shards: Sequence[Shard]
+    shared: SharedReplica
+    seats: Sequence[Seat]
+    batches: Sequence[Batches]
+    recorders: Sequence[Recorder | NoRecorder]
+    pool: ThreadPoolExecutor
+    meter: Meter
+    complete: bool = False
+    """Whether it has ended as it should; the recorders say so."""
+
+    def __enter__(self) -> VirtualRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        for recorder in self.recorders:
+            recorder.close(complete=self.complete)
+
+    @property
+    def workers(self) -> int:
+        """How many workers it has."""
+        return self.environment.workers
+
+    def evaluator(self) -> VirtualEvaluator:
+        """What tests one worker's snapshots."""
+        return VirtualEvaluator(self.shared, self.shards[0], self.pool)
+
+
+def prepare(
+    config: Config, environment: Environment, *, model: Any, shards: Sequence[Shard] | None, report: bool
+) -> VirtualRun:
+    """Read the data, build the model, make the folder: everything that can be wrong before time begins to pass.
+
+    ``config`` is resolved. ``model``, ``shards``: in place of what it names. Raises UserError.
+    """
+    workers = environment.workers
+    threads = config.threads or _cores()
+    if shards is None:
+        shards = load_shards(
+            config.data,
+            ranks=workers,
+            partition=config.partition,
+            alpha=config.dirichlet_alpha,
+            seed=config.seed,
+        )
+    prepare_tensorflow(threads)
+    if model is None:
+        model = build(config.model, shards[0].input_shape, shards[0].classes, config.seed)
+    own = getattr(model, "optimizer", None)
+    shared = SharedReplica(
+        model,
+        own if own is not None else optimizer(config.optimizer, config.learning_rate, config.momentum),
+        shards[0].x_train.dtype,
+    )
+    shared.trace()
+    folder = new_folder(config)
+    if report:
+        say(
+            f"dlion simulate: {config.strategy}, {config.sync}, {workers} worker{'s' * (workers > 1)} of "
+            f"{environment.name}; {config.model}, {shared.layout.size:,} parameters; {shards[0].name} from "
+            f"{shards[0].source}, {shards[0].train_samples_global:,} training samples"
+        )
+        if config.seconds is None and any(phase.share for phase in environment.phases[1:]):
+            say("the length of the run is not known, so its first phase stays: give --seconds")
+    return VirtualRun(
+        config=config,
+        environment=environment,
+        shards=shards,
+        shared=shared,
+        seats=[Seat(shared, rank) for rank in range(workers)],
+        batches=[Batches(shard, seed=config.seed, rank=rank) for rank, shard in enumerate(shards)],
+        recorders=_recorders(config, environment, folder, shards),
+        pool=ThreadPoolExecutor(threads, thread_name_prefix="compute"),
+        meter=Meter(workers, config.progress_every if report else 0.0),
+    )
+
+
+def _recorders(
+    config: Config, environment: Environment, folder: Path | None, shards: Sequence[Shard]
+) -> list[Recorder | NoRecorder]:
+    about = {"mpi": "none: simulated", "environment": json.dumps(dataclasses.asdict(environment))}
+    return [new_recorder(config, folder, rank, len(shards), shard, about) for rank, shard in enumerate(shards)]
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class VirtualEvaluator:
+    """Tests snapshots in the pool; in virtual time that takes no time. See `evaluate.BackgroundEvaluator`."""
+
+    def __init__(self, shared: SharedReplica, shard: Shard, pool: ThreadPoolExecutor) -> None:
+        self._shared, self._shard, self._pool = shared, shard, pool
+        self._submitted: deque[tuple[int, float, Future[float]]] = deque()
+
+    def busy(self) -> bool:
+        """Never, in virtual time."""
+        return False
+
+    def submit(self, step: int, time_s: float, knowledge: Vector) -> None:
+        """Test this snapshot; it must not be changed any more."""
+        future = self._pool.submit(self._shared.accuracy, knowledge, self._shard.x_test, self._shard.y_test)
+        self._submitted.append((step, time_s, future))
+
+    def poll(self) -> list[Evaluation]:
+        """All that was submitted since the last call."""
+        submitted, self._submitted = self._submitted, deque()
+        return [Evaluation(step, time_s, future.result()) for step, time_s, future in submitted]
+
+
+@dataclass
+class Meter:
+    """Says every ``every_s`` seconds of real time (0: never) how far the virtual run is."""
+
+    workers: int
+    every_s: float
+    steps: list[int] = field(init=False)
+    accuracies: list[float] = field(init=False)
+    _said_s: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.steps = [0] * self.workers
+        self.accuracies = [math.nan] * self.workers
+
+    def step(self, rank: int, steps: int, time_s: float, evaluations: Sequence[Evaluation]) -> None:
+        """A worker has done so many steps."""
+        self.steps[rank] = steps
+        if evaluations:
+            self.accuracies[rank] = evaluations[-1].accuracy
+        if self.every_s and time.monotonic() - self._said_s >= self.every_s:
+            self._said_s = time.monotonic()
+            known = [a for a in self.accuracies if not math.isnan(a)]
+            tested = f"  test {np.mean(known):.1%}" if known else ""
+            say(f"{time_s:8.1f} virtual s  steps {min(self.steps)} to {max(self.steps)}{tested}")

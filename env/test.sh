@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+# Run the tests, all or by part; ends with a line per part and the total.
+#
+#   bash env/test.sh [unit|contract|mpi|mpich|system ...] [-- PYTEST OPTIONS]
+#
+# unit, contract and system run pytest as it is; mpi runs tests/mpi on 1, 2, 3 and 4 ranks; mpich does so on 2 and 3
+# ranks of MPICH, in an environment of its own.
+# DLION_TEST_MPICH=0         leave mpich out
+# DLION_TEST_TIMEOUT_S=900   end a part that takes longer
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+parts=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case "$1" in
+        unit | contract | mpi | mpich | system) parts+=("$1") ;;
+        *)
+            echo "env/test.sh: no part '$1': choose unit, contract, mpi, mpich or system; pytest's options go after --" >&2
+            exit 2
+            ;;
+    esac
+    shift
+done
+[ $# -eq 0 ] || shift
+if [ ${#parts[@]} -eq 0 ]; then
+    parts=(unit contract mpi system)
+    [ "${DLION_TEST_MPICH:-1}" = 0 ] || parts=(unit contract mpi mpich system)
+fi
+
+# shellcheck source=env/setup.sh
+source env/setup.sh
+timeout_s=${DLION_TEST_TIMEOUT_S:-900}
+results=$(mktemp -d)
+[ -t 1 ] && color=yes || color=no # said outright, since Open MPI gives every rank a terminal
+touch "$results/parts"
+trap 'rm -rf "$results"' EXIT
+trap 'exit 130' INT TERM
+# Each start of Open MPI would spend a second looking for network fabrics that ranks on one machine do not use.
+export OMPI_MCA_btl=${OMPI_MCA_btl:-^ofi}
+
+run_pytest() {
+    local name=$1 code=0 start=$SECONDS
+    shift
+    printf '\n== %s\n' "$name"
+    timeout --foreground --kill-after=10 "$timeout_s" \
+        python -m pytest "tests/$name" --color="$color" --junitxml="$results/$name.xml" "$@" </dev/null || code=$?
+    echo "$name $code $((SECONDS - start))" >>"$results/parts"
+}
+
+# One rank: rank 0 shows its output, the others keep theirs in a file. The first failure on any rank ends the job
+# (-x, and mpi4py's runner, which aborts when pytest closes with an error): the other ranks would wait for it in MPI.
+run_rank() {
+    local base=$1.rank${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-${PMIX_RANK:-0}}}
+    shift
+    [[ $base = *.rank0 ]] || exec >"$base.log" 2>&1
+    exec python -m mpi4py -m pytest tests/mpi --with-mpi -x -p no:cacheprovider --junitxml="$base.xml" "$@"
+}
+export -f run_rank
+
+run_mpi() {
+    local name=$1-$2 ranks=$2 code=0 rank failed start=$SECONDS
+    shift 2
+    printf '\n== %s: tests/mpi on %s\n' "$name" "$ranks ranks"
+    # A rank that waits in MPI hears no signal: only a thread can end it.
+    DLION_MPIRUN_TIMEOUT_S=$timeout_s dlion_mpirun "$ranks" bash -c 'run_rank "$@"' run_rank "$results/$name" \
+        --color="$color" --timeout-method=thread "$@" </dev/null || code=$?
+    if [ "$code" != 0 ]; then
+        failed=$(grep -lsE '<(failure|error)[ >]' "$results/$name".rank*.xml || true)
+        for ((rank = 1; rank < ranks; rank++)); do
+            [[ -z $failed || $failed = *.rank$rank.xml* ]] || continue
+            printf '\n-- rank %s of %s, its last lines\n' "$rank" "$name"
+            tail -n 100 "$results/$name.rank$rank.log" 2>/dev/null || echo "it did not start"
+        done
+    fi
+    echo "$name $code $((SECONDS - start))" >>"$results/parts"
+}
+
+# True if pytest's options, such as -k, leave no test in a folder. A folder without tests is a failure all the same.
+selects_nothing() {
+    local folder=$1 code=0
+    shift
+    [ $# -gt 0 ] || return
+    python -m pytest "$folder" --collect-only --quiet "$@" >/dev/null 2>&1 </dev/null || code=$?
+    [ "$code" = 5 ]
+}
+
+run_part() {
+    local part=$1 ranks
+    shift
+    if selects_nothing "tests/${part/mpich/mpi}" "$@"; then
+        printf '\n== %s: no test selected\n' "$part"
+        return
+    fi
+    case "$part" in
+        mpi) for ranks in 1 2 3 4; do run_mpi mpi "$ranks" "$@"; done ;;
+        mpich)
+            (
+                # shellcheck source=env/setup.sh
+                DLION_MPI=mpich source env/setup.sh || exit
+                for ranks in 2 3; do run_mpi mpich "$ranks" "$@"; done
+            ) || echo "mpich 1 0" >>"$results/parts"
+            ;;
+        *) run_pytest "$part" "$@" ;;
+    esac
+}
+
+# A test counts once per part, with the worst that it came to on any rank.
+summarise() {
+    python - "$results" <<'PYTHON'
+import sys
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+SEVERITY = ("skipped", "passed", "failed")
+results = Path(sys.argv[1])
+total = Counter()
+ok = True
+print("\n{:10} {:6} {:>7} {:>7} {:>7} {:>7}".format("part", "result", *reversed(SEVERITY), "time"))
+for line in (results / "parts").read_text().splitlines():
+    name, code, seconds = line.split()
+    worst = {}
+    for path in [*results.glob(f"{name}.xml"), *results.glob(f"{name}.rank*.xml")]:
+        for case in ElementTree.parse(path).iter("testcase"):
+            tags = {child.tag for child in case}
+            outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
+            test = case.get("classname"), case.get("name")
+            worst[test] = max(worst.get(test, "skipped"), outcome, key=SEVERITY.index)
+    count = Counter(worst.values())
+    if code != "0" and not count["failed"]:
+        count["failed"] = 1  # the part itself: a crash, a time-out, or no tests found
+    ok &= code == "0"
+    total += count
+    columns = [count[outcome] for outcome in reversed(SEVERITY)]
+    print("{:10} {:6} {:7} {:7} {:7} {:>5} s".format(name, "ok" if code == "0" else "FAILED", *columns, seconds))
+if ok and not total["passed"]:
+    print("no test has run")
+    ok = False
+print(f"\n{total['passed']} passed, {total['failed']} failed" + f", {total['skipped']} skipped" * (total["skipped"] > 0))
+sys.exit(not ok)
+PYTHON
+}
+
+for part in "${parts[@]}"; do
+    run_part "$part" "$@"
+done
+summarise
