@@ -164,22 +164,6 @@ def test_a_malformed_message_is_refused_and_its_sender_named(world: MPI.Intracom
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_message_larger_than_any_can_be_ends_the_wait(world: MPI.Intracomm) -> None:
-    e = Exchange(world)
-    e.barrier()
-    if world.Get_rank() == 0:
-        huge = np.zeros(wire.capacity_bytes(SIZE) + 4096, np.uint8)
-        e.links._outbox.append((e.links._links[1], huge, len(huge)))
-        e.progress.wake()
-    if world.Get_rank() == 1:
-        with pytest.raises(RunError, match="more than any message"):
-            e.progress.wait_until(lambda: bool(e.links.poll()), timeout_s=60)
-    # The thread of rank 1 has ended, so there is nothing left to end in good order.
-    world.Barrier()
-    e.progress.stop()
-
-
-@pytest.mark.mpi(min_size=2)
 def test_closing_leaves_nothing_behind_whoever_stops_first(world: MPI.Intracomm) -> None:
     """Many messages are still under way when ranks fall silent at different times."""
     for _ in range(5):
