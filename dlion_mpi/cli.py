@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from dlion_mpi import __version__
 from dlion_mpi.config import Config, convert, flag, from_toml
-from dlion_mpi.errors import UserError
+from dlion_mpi.errors import RunError, UserError
 
 TABLES = {
     "run": "the run",
@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not error.quiet:
             _complain(str(error))
         return 2
+    except RunError as error:  # not even leaving in good order was possible
+        _complain(str(error))
+        return _end_job(1)
     except KeyboardInterrupt:
         _complain("interrupted")
         return _end_job(130)

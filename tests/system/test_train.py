@@ -1,0 +1,338 @@
+"""`dlion train` as a user starts it: what it prints, how it ends, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.system.launch import Ended, complaints, end, processes_with, run, start
+
+pytestmark = pytest.mark.timeout(200)
+SMALL = ("--data", "digits", "--model", "tests.nets:dense", "--progress-every", "0")
+KEYS = ["strategy", "ranks", "steps", "seconds", "accuracy_mean", "accuracy_std", "accuracy_per_rank", "loss"]
+KEYS += ["bytes_sent", "target_reached_s", "stopped", "out"]
+
+
+def result_of(ended: Ended) -> dict[str, object]:
+    return json.loads(ended.out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("ranks", [None, 1, 3])
+def test_a_run_ends_with_one_json_line_and_whole_metrics(ranks: int | None, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    ended = run(ranks, "dlion", "train", *SMALL, "--steps", "40", "--out", str(out))
+    assert ended.code == 0, ended.err
+    assert len(ended.out.strip().splitlines()) == 1
+    result = result_of(ended)
+    assert list(result) == KEYS
+    assert (result["ranks"], result["steps"], result["out"]) == (ranks or 1, 40, str(out))
+    for rank in range(ranks or 1):
+        with h5py.File(out / f"metrics-{rank:05d}.h5", "r", swmr=True) as file:
+            assert file["steps/step"].shape == (40,)
+            assert file["ended"][()] == 1
+            assert json.loads(file.attrs["versions"])["dlion-mpi"]
+
+
+def test_progress_has_a_line_per_rank_and_a_summary() -> None:
+    ended = run(2, "dlion", "train", *SMALL[:-1], "0.2", "--seconds", "1.5")
+    for rank in range(2):
+        lines = [line for line in ended.err.splitlines() if line.startswith(f"[{rank}]")]
+        assert lines
+        assert all(word in lines[-1] for word in ("step", "batch", "loss", "samples/s", f"->{1 - rank} N", "MB"))
+    assert "test accuracy" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--strategy", "sgd"], "--strategy sgd"),
+        (["--model", "nowhere.nets:build"], "nowhere"),
+        (["--model", "tests.nets:missing"], "missing"),
+        (["--data", "missing.h5"], "missing.h5"),
+        (["--data", "shard-{rank}.h5"], "shard-"),
+        (["--max-n", "0"], "--max-n"),
+        (["--max-n", "101"], "--max-n"),
+        (["--sync", "async", "--staleness", "3"], "--staleness"),
+        (["--out", "/proc/run"], "/proc/run"),
+        (["--out", "tests"], "exists already"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_code_2_on_all_ranks(options: list[str], names: str) -> None:
+    ended = run(2, "dlion", "train", *SMALL[: 4 if "--model" not in options else 2], *options, "--steps", "5")
+    assert ended.code == 2, ended.err
+    lines = set(complaints(ended))
+    assert len(lines) == 1, ended.err
+    assert names in lines.pop()
+    assert "Traceback" not in ended.err
+
+
+def write_shard(path: Path, rows: int = 60, **changes: Any) -> None:
+    generator = np.random.default_rng(1)
+    arrays = {
+        "x_train": generator.random((rows, 8, 8, 1), dtype=np.float32),
+        "y_train": generator.integers(0, 10, rows),
+        "x_test": generator.random((30, 8, 8, 1), dtype=np.float32),
+        "y_test": generator.integers(0, 10, 30),
+        **changes,
+    }
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+
+
+def test_shard_files_give_every_rank_its_own_rows(tmp_path: Path) -> None:
+    for rank, rows in enumerate((40, 70)):
+        write_shard(tmp_path / f"shard-{rank}.h5", rows)
+    shards = str(tmp_path / "shard-{rank}.h5")
+    ended = run(2, "dlion", "train", *SMALL, "--data", shards, "--steps", "5", "--out", str(tmp_path / "run"))
+    assert ended.code == 0, ended.err
+    samples = []
+    for rank in range(2):
+        with h5py.File(tmp_path / "run" / f"metrics-{rank:05d}.h5", "r", swmr=True) as file:
+            samples.append(int(file.attrs["samples"]))
+    assert samples == [40, 70]
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"x_train": np.full((60, 8, 8, 1), np.nan, np.float32)}, "NaN"),
+        ({"y_train": np.full(60, -1)}, "label"),
+        ({"x_train": np.zeros((60, 7, 7, 1), np.float32), "x_test": np.zeros((30, 7, 7, 1), np.float32)}, "alike"),
+        ({"y_train": np.zeros(59, np.int64)}, "59"),
+    ],
+)
+def test_a_bad_shard_on_one_rank_ends_all_with_one_line(tmp_path: Path, changes: dict[str, Any], names: str) -> None:
+    write_shard(tmp_path / "shard-0.h5")
+    write_shard(tmp_path / "shard-1.h5", **changes)
+    write_shard(tmp_path / "shard-2.h5")
+    ended = run(3, "dlion", "train", *SMALL, "--data", str(tmp_path / "shard-{rank}.h5"), "--steps", "5")
+    assert ended.code == 2, ended.err
+    lines = complaints(ended)
+    assert len(lines) == 1, ended.err
+    assert names in lines[0]
+
+
+def test_different_options_on_different_ranks_are_named(tmp_path: Path) -> None:
+    script = tmp_path / "rank.sh"
+    script.write_text(
+        '#!/bin/sh\nexec dlion train "$@" --seed ${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}\n', encoding="utf-8"
+    )
+    script.chmod(0o755)
+    ended = run(2, str(script), *SMALL, "--steps", "5")
+    assert ended.code == 2, ended.err
+    assert "rank 1 has 'seed = 1' where rank 0 has 'seed = 0'" in complaints(ended)[0]
+
+
+def test_fewer_samples_than_ranks(tmp_path: Path) -> None:
+    write_shard(tmp_path / "all.h5", rows=2)
+    ended = run(3, "dlion", "train", *SMALL, "--data", str(tmp_path / "all.h5"), "--steps", "5")
+    assert ended.code == 2
+    assert "2 training samples for 3 ranks" in complaints(ended)[0]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_rank() -> None:
+    ended = run(2, "dlion", "train", *SMALL, "--learning-rate", "1e30", "--steps", "50")
+    assert ended.code == 1
+    assert len(complaints(ended)) == 1
+    assert "step" in complaints(ended)[0]
+    assert "rank" in complaints(ended)[0]
+    assert "Traceback" not in ended.err
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def steps_in(folder: Path, rank: int) -> int:
+    """Steps that a reader finds in the metrics of a run that goes on, or went on until it was killed."""
+    path = folder / f"metrics-{rank:05d}.h5"
+    try:
+        with h5py.File(path, "r", swmr=True) as file:
+            return int(file["steps/step"].shape[0])
+    except OSError:
+        return 0
+
+
+def started_run(folder: Path, ranks: int = 2, *options: str) -> subprocess.Popen[str]:
+    process = start(ranks, "dlion", "train", *SMALL, "--seconds", "600", "--out", str(folder), *options)
+    wait_for(lambda: all(steps_in(folder, rank) > 0 for rank in range(ranks)))
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_mpirun_ends_all_ranks_with_whole_metrics(tmp_path: Path, number: signal.Signals) -> None:
+    process = started_run(tmp_path / "run")
+    process.send_signal(number)
+    ended = end(process, 30)
+    assert ended.code != 0
+    assert "Traceback" not in ended.err
+    assert not processes_with(str(tmp_path))
+    for rank in range(2):
+        with h5py.File(tmp_path / "run" / f"metrics-{rank:05d}.h5", "r", swmr=True) as file:
+            columns = {file[f"steps/{name}"].shape[0] for name in file["steps"]}
+            assert len(columns) == 1
+            assert np.all(np.diff(file["steps/step"][:]) == 1)
+
+
+def test_a_signal_to_one_rank_ends_all_in_good_order(tmp_path: Path) -> None:
+    """What a batch system's `scancel --signal` to one task does: the run ends everywhere, and is summed up."""
+    process = started_run(tmp_path / "run")
+    pids = [
+        int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _is_rank(entry, str(tmp_path))
+    ]
+    os.kill(max(pids), signal.SIGTERM)
+    ended = end(process, 60)
+    assert result_of(ended)["stopped"] == "SIGTERM"
+    assert ended.code == 128 + signal.SIGTERM
+    for rank in range(2):
+        with h5py.File(tmp_path / "run" / f"metrics-{rank:05d}.h5", "r", swmr=True) as file:
+            assert file["steps/step"].shape[0] > 0
+
+
+def _is_rank(entry: Path, word: str) -> bool:
+    try:
+        line = (entry / "cmdline").read_bytes()
+    except OSError:
+        return False
+    return word.encode() in line and b"train" in line and b"mpirun" not in line
+
+
+def test_a_killed_rank_ends_all_and_its_metrics_can_be_read(tmp_path: Path) -> None:
+    process = started_run(tmp_path / "run", 3)
+    pids = [int(e.name) for e in Path("/proc").iterdir() if e.name.isdigit() and _is_rank(e, str(tmp_path))]
+    os.kill(max(pids), signal.SIGKILL)
+    ended = end(process, 30)
+    assert ended.code != 0
+    wait_for(lambda: not processes_with(str(tmp_path)), 10)
+    for rank in range(3):
+        assert steps_in(tmp_path / "run", rank) > 0
+
+
+FAILING = """
+from dlion_mpi.strategies.dlion import Dlion
+from dlion_mpi.cli import main
+import sys
+original = Dlion.incoming
+def incoming(self, state, weights, messages):
+    if state.plan.rank == 1 and state.local.step == 7:
+        raise ZeroDivisionError("planted")
+    return original(self, state, weights, messages)
+Dlion.incoming = incoming
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING, encoding="utf-8")
+    ended = run(3, "python", str(script), "train", *SMALL, "--seconds", "600")
+    assert ended.code != 0
+    assert "ZeroDivisionError: planted" in ended.err
+
+
+OVERSIZED = """
+import numpy as np
+from dlion_mpi import links, wire
+from dlion_mpi.cli import main
+import sys
+original = links.Links.post
+def post(self, messages, stamp):
+    sizes = original(self, messages, stamp)
+    if self.rank == 0 and stamp.step == 5:
+        huge = np.zeros(self._capacity_bytes + 64, np.uint8)
+        self._outbox.append((self._links[1], huge, len(huge)))
+        self._wake()
+    return sizes
+links.Links.post = post
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_message_larger_than_any_can_be_ends_the_run(tmp_path: Path) -> None:
+    script = tmp_path / "oversized.py"
+    script.write_text(OVERSIZED, encoding="utf-8")
+    ended = run(2, "python", str(script), "train", *SMALL, "--seconds", "600")
+    assert ended.code != 0
+    assert "more than any message of this run may hold" in ended.err
+
+
+CORRUPTED = """
+from dlion_mpi import links
+from dlion_mpi.cli import main
+import sys
+original = links.wire.encode
+def encode(header, entries, out, *more):
+    length = original(header, entries, out, *more)
+    if header.sender == 1 and header.step == 5 and entries is not None:
+        out[length // 2] ^= 4
+    return length
+links.wire.encode = encode
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_corrupted_message_ends_the_run_and_its_sender_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "corrupted.py"
+    script.write_text(CORRUPTED, encoding="utf-8")
+    ended = run(2, "python", str(script), "train", *SMALL, "--seconds", "600")
+    assert ended.code == 1
+    assert len(complaints(ended)) == 1
+    assert "rejected a message from rank 1" in complaints(ended)[0]
+    assert "Traceback" not in ended.err
+
+
+FIT = """
+import numpy as np, keras, dlion_mpi, json, sys
+keras.utils.set_random_seed(1)
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, activation="relu"), keras.layers.Dense(2)])
+model.compile(optimizer=keras.optimizers.SGD(0.3), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+x = np.random.default_rng(2).standard_normal((400, 4)).astype("float32")
+y = (x[:, 0] + x[:, 1] > 0).astype("int64")
+before = model.get_weights()[0].copy()
+result = dlion_mpi.fit(model, (x[:300], y[:300]), (x[300:], y[300:]), steps=150, progress_every=0)
+hits = (model.predict(x[300:], verbose=0).argmax(1) == y[300:]).mean()
+assert abs(hits - result["accuracy_per_rank"][int(sys.argv[1])]) < 1e-6 if len(sys.argv) > 1 else True
+assert hits > 0.9, hits
+assert not np.array_equal(before, model.get_weights()[0])
+if len(sys.argv) > 1: print(json.dumps(result))
+"""
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_a_handful_of_lines_beside_an_existing_keras_model(tmp_path: Path, ranks: int | None) -> None:
+    script = tmp_path / "mine.py"
+    script.write_text(FIT, encoding="utf-8")
+    ended = run(ranks, "python", str(script), *(["0"] if ranks is None else []))
+    assert ended.code == 0, ended.err
+
+
+def test_a_config_file_gives_the_options_and_the_command_line_comes_first(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[run]\nsteps = 7\nseed = 3\nprogress_every = 0\n[data]\ndata = "digits"\n'
+        '[model]\nmodel = "tests.nets:dense"\n[exchange]\nmax-n = 50\n',
+        encoding="utf-8",
+    )
+    ended = run(None, "dlion", "train", "--config", str(file), "--steps", "9", "--out", str(tmp_path / "run"))
+    assert ended.code == 0, ended.err
+    assert result_of(ended)["steps"] == 9
+    written = (tmp_path / "run" / "config.toml").read_text(encoding="utf-8")
+    assert "seed = 3" in written
+    assert "max_n = 50" in written
+    again = run(None, "dlion", "train", "--config", str(tmp_path / "run" / "config.toml"))
+    assert again.code == 2, "the written configuration names an --out that exists by now"
+    assert "exists already" in complaints(again)[0]
