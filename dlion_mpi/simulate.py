@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE.toml",
         help=f"one of {', '.join(environments.names())}, or a file such as those",
     )
-    cloud.add_argument(
-        "--workers", metavar="N", help="as many workers, where those of the environment are all alike"
-    )
+    cloud.add_argument("--workers", metavar="N", help="as many workers, where those of the environment are all alike")
     parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line comes first")
     groups = {table: parser.add_argument_group(title) for table, title in TABLES.items()}
     for f in dataclasses.fields(Config):

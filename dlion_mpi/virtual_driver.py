@@ -92,18 +92,8 @@ def drive(run: VirtualRun) -> list[Finish]:
     processes: list[Process] = []
     operations = Operations(run.workers, network, lambda rank: processes[rank].wake())
     running = set(range(run.workers))
-    links = [
-        VirtualLinks(
-            rank,
-            run.workers,
-            network,
-            events,
-            size=run.shared.layout.size,
-            window=run.config.window,
-            wake=partial(lambda rank: processes[rank].wake(), rank),
-        )
-        for rank in range(run.workers)
-    ]
+    size, window = run.shared.layout.size, run.config.window
+    links = [VirtualLinks(k, run.workers, network, events, size=size, window=window) for k in range(run.workers)]
     for rank, own_links in enumerate(links):
         own_links.connect(links)
         worker = Worker(
@@ -123,6 +113,7 @@ def drive(run: VirtualRun) -> list[Finish]:
         )
         worker.on_step = partial(_metered, run, worker)
         processes.append(Process(worker, run, events, partial(running.discard, rank)))
+        own_links.wake = processes[rank].wake
     with stopped_by_signals([process.worker for process in processes]):
         for process in processes:
             events.at(0.0, partial(process.resume, None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -58,9 +59,11 @@ class VirtualRun:
     """Whether it has ended as it should; the recorders say so."""
 
     def __enter__(self) -> VirtualRun:
+        gc.freeze()  # what is there by now stays: a million objects of TensorFlow's need no looking through
         return self
 
     def __exit__(self, *_: object) -> None:
+        gc.unfreeze()
         self.pool.shutdown(cancel_futures=True)
         for recorder in self.recorders:
             recorder.close(complete=self.complete)

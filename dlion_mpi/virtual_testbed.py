@@ -81,10 +81,7 @@ class _Link:
 
 
 class VirtualLinks:
-    """All links of one worker; see `links.Links`. ``size``: entries of the gradient vector (P).
-
-    ``wake``: called when something has come that the loop may be waiting for.
-    """
+    """All links of one worker; see `links.Links`. ``size``: entries of the gradient vector (P)."""
 
     def __init__(
         self,
@@ -95,19 +92,17 @@ class VirtualLinks:
         *,
         size: int,
         window: int,
-        wake: Callable[[], None],
     ) -> None:
         self.rank = rank
         self.quiet = False
+        self.wake: Callable[[], None] = lambda: None
+        """Called when something has come that the loop may be waiting for."""
         self._workers = workers
         self._events = events
         self._window = window
-        self._wake = wake
         self._nothing = Entries(size, np.empty(0, np.float32), np.empty(0, np.uint32))
         self._arrivals: list[tuple[_Link, _Parcel]] = []
-        self._links = {
-            peer: _Link(self, peer, network.stream(rank, peer)) for peer in range(workers) if peer != rank
-        }
+        self._links = {peer: _Link(self, peer, network.stream(rank, peer)) for peer in range(workers) if peer != rank}
 
     def connect(self, everyone: Sequence[VirtualLinks]) -> None:
         """Join this end of every link to the other: ``everyone`` by rank."""
@@ -203,13 +198,13 @@ class VirtualLinks:
     def arrived(self, link: _Link, parcel: _Parcel) -> None:
         """A message is across and waits for `poll`."""
         self._arrivals.append((link, parcel))
-        self._wake()
+        self.wake()
 
     def acknowledged(self, rate: LinkRate, received: int) -> None:
         """An acknowledgement is across. The loop waits for those only when all messages are to be counted."""
         rate.acknowledged(received, self._events.now_s)
         if self.quiet:
-            self._wake()
+            self.wake()
 
 
 def _kind(message: Outgoing) -> Kind:

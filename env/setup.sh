@@ -125,7 +125,7 @@ dlion_check_options() {
                     return 1
                     ;;
                 "$DLION_ROOT"/.venv*)
-                    dlion_say "DLION_MPI=system, but the mpirun on PATH is the one in $VIRTUAL_ENV: run 'deactivate' first"
+                    dlion_say "DLION_MPI=system, but mpirun is the one of $DLION_ROOT/.venv: run 'deactivate' first"
                     return 1
                     ;;
             esac

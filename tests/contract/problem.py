@@ -1,0 +1,69 @@
+"""What the contract tests train on: quadratics of which every worker knows a part, and the Configs to do it with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from dlion_mpi.config import Config
+from dlion_mpi.flat import Layout, Vector
+from dlion_mpi.strategies import STRATEGIES
+from dlion_mpi.strategies.base import LocalGradient
+from tests.inmemory import Quadratic, Run, Weather, run
+
+LAYOUT = Layout.of([(4, 5), (7,), (), (12,)])
+SIZE = LAYOUT.size
+LEARNING_RATE = 0.08
+OPTIMUM = np.random.default_rng(1).normal(size=SIZE).astype(np.float32)
+
+EVERY_MODE = [(name, mode) for name, strategy in STRATEGIES.items() for mode in strategy.sync_modes]
+every_mode = pytest.mark.parametrize(("name", "mode"), EVERY_MODE)
+ROUGH = Weather(seed=5, delay=12, budget=(100, 330), blocked=0.3)
+
+
+def config(name: str, mode: str, **options: Any) -> Config:
+    """A Config with small periods, of those options that this strategy has."""
+    small: dict[str, Any] = {"gbs_schedule": "fixed"}
+    if options.get("transfer") != "none":
+        small["transfer_period"] = 40
+    if options.get("batching") != "fixed":
+        small["rebalance_every"] = 7
+    used = {option: value for option, value in (small | options).items() if has_option(name, option)}
+    return Config(**{"strategy": name, "sync": mode, "steps": 250, "lbs": 8, **used})
+
+
+def has_option(name: str, option: str) -> bool:
+    """Whether it is not a technique's option, or one of a technique that this strategy has."""
+    technique = any(option in strategy.defaults for strategy in STRATEGIES.values())
+    return not technique or option in STRATEGIES[name].defaults
+
+
+def specialists(workers: int) -> list[Quadratic]:
+    """Worker k has curvature only where i mod n is k: the rest it can learn from the others alone."""
+    owner = np.arange(SIZE) % workers
+    return [
+        Quadratic(LAYOUT, np.where(owner == rank, workers, 0).astype(np.float32), LEARNING_RATE)
+        for rank in range(workers)
+    ]
+
+
+def rows(workers: int) -> list[npt.NDArray[np.float32]]:
+    return [np.tile(OPTIMUM, (16, 1))] * workers
+
+
+def trained(settings: Config, workers: int = 3, weather: Weather | None = None, **options: Any) -> Run:
+    return run(settings, specialists(workers), rows(workers), weather=weather, **options)
+
+
+def local(gradient: Vector, *, step: int = 0, lbs: int = 8, gbs: int = 24) -> LocalGradient:
+    return LocalGradient(vector=gradient, step=step, lbs=lbs, gbs=gbs)
+
+
+def gradients(seed: int, steps: int, *, whole: bool) -> list[Vector]:
+    """Of very different magnitudes; ``whole``: whole numbers, which float32 adds up exactly."""
+    generator = np.random.default_rng(seed)
+    drawn = generator.normal(size=(steps, SIZE)) * generator.choice([1e-6, 1, 1e3], size=(1, SIZE))
+    return list((np.rint(drawn * 50) if whole else drawn).astype(np.float32))

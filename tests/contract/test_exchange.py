@@ -1,0 +1,231 @@
+"""What a strategy sends to whom, what it keeps for later, and what it makes of what arrives."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dlion_mpi import wire
+from dlion_mpi.config import Config
+from dlion_mpi.flat import Entries, Vector
+from dlion_mpi.strategies import resolve
+from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, Plan
+from dlion_mpi.wire import Header, Kind, Message
+from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, config, every_mode, gradients, local, trained
+from tests.inmemory import Weather
+
+
+def first_messages(settings: Config, links: dict[int, LinkView]) -> dict[int, Outgoing]:
+    strategy, resolved = resolve(settings)
+    state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, *links), layout=LAYOUT))
+    return strategy.outgoing(state, local(OPTIMUM), links)[1]
+
+
+def dense(message: Outgoing) -> Vector:
+    """What the receiver adds, (P,): after the wire."""
+    vector = np.zeros(SIZE, np.float32)
+    assert message.entries is not None
+    header = Header(kind=Kind.GRADIENT, sender=0, epoch=0, step=0, sequence=1, acknowledged=0)
+    buffer = np.empty(wire.capacity_bytes(SIZE), np.uint8)
+    length = wire.encode(header, message.entries, buffer, message.value_type)
+    wire.decode(buffer[:length], size=SIZE).entries.add_to(vector, 1.0)
+    return vector
+
+
+@every_mode
+def test_what_a_link_gets_when_it_takes_no_message(name: str, mode: str) -> None:
+    """In async nothing; else at least a header, since somebody may wait for this worker's step."""
+    messages = first_messages(config(name, mode), {1: LinkView(False, 1e9), 2: LinkView(True, 1e9)})
+    assert messages[2].entries is not None
+    assert (1 in messages) == (mode != "async")
+    if mode == "bounded":
+        assert messages[1].entries is None
+        assert messages[1].kind is Kind.GRADIENT
+
+
+def start_dlion(**options: Any) -> tuple[Any, Any]:
+    strategy, resolved = resolve(Config(strategy="dlion", sync="async", **options))
+    return strategy, strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1, 2), layout=LAYOUT))
+
+
+OFFERS = st.lists(
+    st.tuples(*[st.tuples(st.booleans(), st.floats(0, 400))] * 2), min_size=1, max_size=12
+)  # per step, per peer: ready, budget
+
+
+@given(seed=st.integers(0, 1000), offers=OFFERS)
+def test_accumulate_loses_nothing_bit_for_bit(seed: int, offers: list[Any]) -> None:
+    """Whole numbers add up exactly, so over a run sent + unsent must equal the sum of all gradients."""
+    strategy, state = start_dlion(unsent="accumulate")
+    sent = {peer: np.zeros(SIZE, np.float64) for peer in (1, 2)}
+    own = gradients(seed, len(offers), whole=True)
+    for step, (gradient, offer) in enumerate(zip(own, offers, strict=True)):
+        views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
+        state, messages = strategy.outgoing(state, local(gradient, step=step), views)
+        for peer, message in messages.items():
+            sent[peer] += dense(message)
+    for peer in (1, 2):
+        np.testing.assert_array_equal(sent[peer] + state.residuals[peer], np.sum(own, axis=0, dtype=np.float64))
+
+
+@given(seed=st.integers(0, 1000), offers=OFFERS)
+def test_accumulate_is_float32_addition_and_nothing_else(seed: int, offers: list[Any]) -> None:
+    """Of any numbers: at every step, selected + residual == accumulated, each entry in exactly one of them."""
+    strategy, state = start_dlion(unsent="accumulate")
+    for step, (gradient, offer) in enumerate(zip(gradients(seed, len(offers), whole=False), offers, strict=True)):
+        before = {peer: residual.copy() for peer, residual in state.residuals.items()}
+        views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
+        state, messages = strategy.outgoing(state, local(gradient, step=step), views)
+        for peer in (1, 2):
+            accumulated = before[peer] + gradient
+            sent = dense(messages[peer]) if peer in messages else np.zeros(SIZE, np.float32)
+            assert not (sent * state.residuals[peer]).any(), "an entry is sent whole or kept whole"
+            assert (sent + state.residuals[peer]).tobytes() == (accumulated + np.float32(0)).tobytes()
+
+
+@pytest.mark.parametrize("value_type", ["float16", "bfloat16"])
+@given(seed=st.integers(0, 1000), offers=OFFERS)
+def test_with_16_bit_values_the_rounding_error_is_kept(
+    value_type: wire.ValueType, seed: int, offers: list[Any]
+) -> None:
+    strategy, state = start_dlion(unsent="accumulate", value_type=value_type)
+    for step, (gradient, offer) in enumerate(zip(gradients(seed, len(offers), whole=False), offers, strict=True)):
+        before = {peer: residual.copy() for peer, residual in state.residuals.items()}
+        views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
+        state, messages = strategy.outgoing(state, local(gradient, step=step), views)
+        for peer, message in messages.items():
+            accumulated = before[peer] + gradient
+            seen = dense(message)
+            entries = message.entries
+            chosen = slice(None) if entries.indices is None else entries.indices
+            np.testing.assert_array_equal(seen[chosen], wire.rounded(accumulated[chosen], value_type))
+            # The error of rounding to nearest is a float32 itself, so that even this sum is exact.
+            np.testing.assert_array_equal(seen.astype(np.float64) + state.residuals[peer], accumulated)
+
+
+def test_what_a_blocked_link_misses_comes_later() -> None:
+    strategy, state = start_dlion(unsent="accumulate")
+    own = gradients(3, 3, whole=True)
+    blocked, open_ = LinkView(False, 1e9), LinkView(True, 1e9)
+    for gradient in own[:2]:
+        state, messages = strategy.outgoing(state, local(gradient), {1: blocked, 2: open_})
+        np.testing.assert_array_equal(dense(messages[2]), gradient)
+    state, messages = strategy.outgoing(state, local(own[2]), {1: open_, 2: open_})
+    np.testing.assert_array_equal(dense(messages[1]), own[0] + own[1] + own[2])
+    np.testing.assert_array_equal(dense(messages[2]), own[2])
+
+
+def test_a_message_does_not_change_after_it_was_made() -> None:
+    """It is encoded later than the residual is taken from, and the next step reuses the buffers."""
+    for unsent in ("accumulate", "drop"):
+        strategy, state = start_dlion(unsent=unsent)
+        for budget in (1e9, 150.0):
+            state, messages = strategy.outgoing(state, local(OPTIMUM), {1: LinkView(True, budget)})
+            values = messages[1].entries.values.copy()
+            state, _ = strategy.outgoing(state, local(np.zeros(SIZE, np.float32)), {1: LinkView(True, 100)})
+            np.testing.assert_array_equal(messages[1].entries.values, values)
+
+
+def test_drop_forgets() -> None:
+    strategy, state = start_dlion(unsent="drop")
+    large, small = OPTIMUM * np.float32(1000), OPTIMUM[::-1].copy()
+    link = {1: LinkView(True, 150.0)}
+    state, _ = strategy.outgoing(state, local(large), link)
+    state, _ = strategy.outgoing(state, local(large), {1: LinkView(False, 150.0)})
+    state, messages = strategy.outgoing(state, local(small), link)
+    sent = dense(messages[1])
+    assert 0 < np.count_nonzero(sent) < SIZE
+    np.testing.assert_array_equal(sent[sent != 0], small[sent != 0])
+
+
+@pytest.mark.parametrize("unsent", ["drop", "accumulate"])
+@pytest.mark.parametrize("quality", [0.85, 10.0, 50.0, 99.0, 100.0])
+def test_a_fixed_n_selects_by_definition_in_every_variable(unsent: str, quality: float) -> None:
+    strategy, state = start_dlion(unsent=unsent, max_n=quality)
+    gradient = gradients(7, 1, whole=True)[0]
+    links = {1: LinkView(True, 0.0), 2: LinkView(True, 1e9)}  # whatever they can carry
+    _, messages = strategy.outgoing(state, local(gradient), links)
+    for message in messages.values():
+        assert message.quality == quality
+        expected = np.zeros(SIZE, np.float32)
+        for start, stop in zip(LAYOUT.starts, LAYOUT.starts[1:], strict=False):
+            magnitudes = [abs(float(g)) for g in gradient[start:stop]]
+            for i, magnitude in enumerate(magnitudes):
+                if magnitude >= (1 - quality / 100) * max(magnitudes):
+                    expected[start + i] = gradient[start + i]
+        np.testing.assert_array_equal(dense(message), expected)
+
+
+@given(budgets=st.tuples(st.floats(88, 400), st.floats(88, 400)), seed=st.integers(0, 100))
+def test_every_link_gets_its_own_n_and_a_slower_one_a_subset(budgets: tuple[float, float], seed: int) -> None:
+    strategy, state = start_dlion(unsent="drop")
+    gradient = gradients(seed, 1, whole=False)[0]
+    views = {peer: LinkView(True, budget) for peer, budget in zip((1, 2), sorted(budgets), strict=True)}
+    _, messages = strategy.outgoing(state, local(gradient), views)
+    slow, fast = (dense(messages[peer]) for peer in (1, 2))
+    assert messages[1].quality <= messages[2].quality
+    np.testing.assert_array_equal(slow[slow != 0], fast[slow != 0])
+    alone = [strategy.outgoing(state, local(gradient), {peer: views[peer]})[1][peer] for peer in (1, 2)]
+    np.testing.assert_array_equal(dense(alone[0]), slow)
+    np.testing.assert_array_equal(dense(alone[1]), fast)
+
+
+def test_slow_links_get_less_over_a_whole_run() -> None:
+    weather = Weather(seed=1, budget=(100, 330))
+    result = trained(config("dlion", "bounded", steps=50), weather=weather)
+    offered = [(view.budget_bytes, sent) for own in result.sent for step in own for view, sent in step.values()]
+    tight = [sent for budget, sent in offered if budget < 150 and sent is not None]
+    wide = [sent for budget, sent in offered if budget > 250 and sent is not None]
+    assert np.mean(wide) > 3 * np.mean(tight)
+
+
+# ---- what arrives
+
+
+def message(sender: int, gradient: Vector, *, lbs: int, gbs: int = 24, step: int = 0) -> Message:
+    header = Header(kind=Kind.GRADIENT, sender=sender, epoch=0, step=step, sequence=1, acknowledged=0, lbs=lbs, gbs=gbs)
+    return Message(header, Entries(SIZE, gradient))
+
+
+def applied(settings: Config, own: LocalGradient, messages: list[Message]) -> Vector:
+    """The effective gradient of a step of rank 0 of 3."""
+    strategy, resolved = resolve(settings)
+    state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1, 2), layout=LAYOUT))
+    state, _ = strategy.outgoing(state, own, {1: LinkView(True, 1e9), 2: LinkView(True, 1e9)})
+    effect = strategy.incoming(state, lambda: np.zeros(SIZE, np.float32), messages)[1]
+    assert effect.gradient is not None
+    return effect.gradient
+
+
+def test_dlion_weighs_gradients_by_their_batches() -> None:
+    a, b, c = gradients(2, 3, whole=True)
+    arrived = [message(1, b, lbs=4), message(2, c, lbs=12)]
+    settings = config("dlion", "bounded", weighting="global")
+    effective = applied(settings, local(a, lbs=8), arrived)
+    np.testing.assert_allclose(effective, (8 * a + 4 * b + 12 * c) / 24, rtol=1e-5, atol=1e-3)
+    effective = applied(dataclasses.replace(settings, weighting="paper"), local(a, lbs=8), arrived)
+    np.testing.assert_allclose(effective, (8 * a + 4 * b + 12 * c) / (3 * 8), rtol=1e-5, atol=1e-3)
+
+
+def test_dlion_weighs_a_gradient_by_the_batches_of_when_it_was_computed() -> None:
+    a, b, _ = gradients(2, 3, whole=True)
+    effective = applied(config("dlion", "bounded"), local(a, lbs=8, gbs=24), [message(1, b, lbs=10, gbs=100)])
+    np.testing.assert_allclose(effective, a * (8 / 24) + b * 0.1, rtol=1e-5, atol=1e-3)
+
+
+def test_baseline_takes_the_mean_of_everyone() -> None:
+    a, b, c = gradients(2, 3, whole=True)
+    arrived = [message(1, b, lbs=8), message(2, c, lbs=8)]
+    effective = applied(config("baseline", "sync"), local(a), arrived)
+    np.testing.assert_allclose(effective, (a + b + c) / 3, rtol=1e-5, atol=1e-3)
+
+
+def test_baseline_sends_everyone_everything() -> None:
+    messages = first_messages(config("baseline", "sync"), {1: LinkView(False, 0), 2: LinkView(True, 90)})
+    for outgoing in messages.values():
+        np.testing.assert_array_equal(dense(outgoing), OPTIMUM)

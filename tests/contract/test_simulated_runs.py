@@ -1,0 +1,317 @@
+"""Whole runs in virtual time: the loop of `train`, with digits and a small dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from dlion_mpi import virtual_driver
+from dlion_mpi.config import Config, Every
+from dlion_mpi.data import Batches, load_shards
+from dlion_mpi.environments import Environment, Phase
+from dlion_mpi.errors import UserError
+from dlion_mpi.model import Replica, build, optimizer
+from dlion_mpi.outcome import Outcome
+from dlion_mpi.simulate import simulate
+from dlion_mpi.strategies import STRATEGIES, resolve
+from dlion_mpi.virtual import payload_bytes_per_s
+from dlion_mpi.virtual_run import prepare
+from dlion_mpi.wire import HEADER_BYTES, Message
+from dlion_mpi.worker import Worker
+
+PARAMETERS = 2410
+EVERY_MODE = [(name, mode) for name, strategy in STRATEGIES.items() for mode in strategy.sync_modes]
+
+
+def config(**options: Any) -> Config:
+    """Digits, the small model, and ends and periods that suit a test."""
+    small = {"data": "digits", "model": "tests.nets:dense", "evaluate_every": Every(steps=10)}
+    if not {"steps", "seconds", "target_accuracy"} & set(options):
+        small["steps"] = 12
+    return Config(**(small | options))  # type: ignore[arg-type]
+
+
+def cloud(cores: tuple[float, ...] = (24.0, 24.0, 24.0), mbit: float = 1000.0, **rest: Any) -> Environment:
+    phase = Phase(cores=cores, uplink_mbit=(mbit,) * len(cores))
+    return Environment(name="test", workers=len(cores), phases=(phase,), **rest)
+
+
+def metrics(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every data set of every rank's file, by file and name."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("metrics-*.h5")):
+        with h5py.File(path) as file:
+            groups = [name for name, item in file.items() if isinstance(item, h5py.Group)]
+            names = ["ended", *(f"{group}/{name}" for group in groups for name in file[group])]
+            found[path.name] = {name: file[name][()] for name in names}
+    return found
+
+
+def recorded(tmp_path: Path, environment: Environment, **options: Any) -> tuple[Outcome, list[dict[str, Any]]]:
+    """A run with metrics, and those of every rank."""
+    outcome = simulate(config(out=str(tmp_path / "run"), **options), environment, report=False)
+    return outcome, list(metrics(tmp_path / "run").values())
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
+    """The workers of the run that the test makes, for it to look into."""
+    made: list[Worker] = []
+
+    class Spy(virtual_driver.Process):
+        def __init__(self, worker: Worker, *rest: Any) -> None:
+            made.append(worker)
+            super().__init__(worker, *rest)
+
+    monkeypatch.setattr(virtual_driver, "Process", Spy)
+    return made
+
+
+# ---- the same again, and nothing lost
+
+
+@pytest.mark.parametrize("strategy", ["dlion", "baseline", "free-network", "allreduce"])
+def test_the_same_run_twice_is_the_same_to_the_last_byte(strategy: str, tmp_path: Path) -> None:
+    environment = cloud((24.0, 12.0, 4.0), mbit=2.0, latency_s=0.003)
+    options = {"transfer_period": 5, "transfer": "all", "rebalance_every": 3} if strategy == "dlion" else {}
+    results = []
+    for name in ("a", "b"):
+        outcome = simulate(config(strategy=strategy, out=str(tmp_path / name), **options), environment, report=False)
+        results.append(outcome.result | {"out": None})
+    assert results[0] == results[1]
+    first, second = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert len(first) == 3
+    assert first.keys() == second.keys()
+    for file, sets in first.items():
+        assert sets.keys() == second[file].keys()
+        for name, values in sets.items():
+            assert np.asarray(values).tobytes() == np.asarray(second[file][name]).tobytes(), f"{file} {name}"
+
+
+@pytest.mark.parametrize(("name", "mode"), EVERY_MODE)
+def test_every_message_sent_has_come(name: str, mode: str, workers: list[Worker]) -> None:
+    outcome = simulate(config(strategy=name, sync=mode), cloud(), report=False)
+    assert outcome.exit_code == 0
+    assert [worker.step for worker in workers] == [12, 12, 12]
+    sent = [worker.links.fall_silent() for worker in workers]
+    assert [[row[k] for row in sent] for k in range(3)] == [worker.links.received_counts() for worker in workers]
+    for worker in workers:
+        for peer, totals in worker.links.totals().items():
+            assert totals.bytes_sent == workers[peer].links.totals()[worker.rank].bytes_received
+            assert totals.bytes_sent > 12 * HEADER_BYTES
+
+
+@pytest.mark.parametrize("value_type", ["float32", "float16"])
+def test_what_was_computed_was_sent_or_is_remembered(
+    value_type: str, workers: list[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On links that carry a part of it, for every pair: entries that came + residual == sum of gradients."""
+    came: dict[tuple[int, int], Any] = {}
+    computed: dict[int, Any] = {}
+    sparse: list[bool] = []
+    poll, outgoing = virtual_driver.VirtualLinks.poll, STRATEGIES["dlion"].outgoing
+
+    def spy_poll(self: Any) -> list[Message]:
+        messages = poll(self)
+        for message in messages:
+            total = came.setdefault((message.header.sender, self.rank), np.zeros(PARAMETERS, np.float32))
+            message.entries.add_to(total, 1.0)
+            sparse.append(message.entries.indices is not None and len(message.entries) > 0)
+        return messages
+
+    def spy_outgoing(self: Any, state: Any, local: Any, links: Any) -> Any:
+        computed.setdefault(state.plan.rank, np.zeros(PARAMETERS, np.float32))
+        computed[state.plan.rank] += local.vector
+        return outgoing(self, state, local, links)
+
+    monkeypatch.setattr(virtual_driver.VirtualLinks, "poll", spy_poll)
+    monkeypatch.setattr(STRATEGIES["dlion"], "outgoing", spy_outgoing)
+    options = {"sync": "async", "steps": 40, "value_type": value_type}
+    simulate(config(**options), cloud(mbit=0.3), report=False)
+    assert sum(sparse) > 20
+    for (source, destination), total in came.items():
+        kept = workers[source].state.residuals[destination]
+        assert np.abs(kept).max() > 0
+        np.testing.assert_allclose(total + kept, computed[source], rtol=1e-3, atol=2e-5)
+
+
+# ---- what it computes
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("dlion", {"sync": "sync", "max_n": 100.0, "batching": "fixed", "gbs_schedule": "fixed", "transfer": "none"}),
+        ("baseline", {}),
+        ("allreduce", {}),
+        (
+            "dlion",
+            {
+                "sync": "sync",
+                "max_n": 100.0,
+                "batching": "fixed",
+                "gbs_schedule": "fixed",
+                "transfer": "none",
+                "momentum": 0.9,
+            },
+        ),
+        ("allreduce", {"optimizer": "adam", "learning_rate": 0.01}),
+    ],
+)
+def test_all_workers_together_are_one_process_with_the_joint_batch(strategy: str, options: dict[str, Any]) -> None:
+    wanted = config(strategy=strategy, **options)
+    run = prepare(_resolved(wanted), cloud((24.0, 12.0, 4.0)), model=None, shards=None, report=False)
+    with run:
+        _train(run)
+        got = [seat.weights() for seat in run.seats]
+    shards = load_shards("digits", ranks=3)
+    batches = [Batches(shard, seed=0, rank=rank) for rank, shard in enumerate(shards)]
+    replica = Replica(
+        build("tests.nets:dense", shards[0].input_shape, shards[0].classes, 0),
+        optimizer(wanted.optimizer, wanted.learning_rate, wanted.momentum),
+        shards[0].x_train.dtype,
+    )
+    start = replica.weights()
+    for _ in range(12):
+        x, y = (np.concatenate(part) for part in zip(*(b.take(32) for b in batches), strict=True))
+        replica.apply(np.array(replica.gradient(x, y).vector))
+    assert np.abs(replica.weights() - start).max() > 0.01
+    for weights in got:
+        np.testing.assert_allclose(weights, replica.weights(), rtol=1e-3, atol=2e-5)
+
+
+def _resolved(wanted: Config) -> Config:
+    from dlion_mpi import idealised
+
+    return idealised.resolve(wanted) if wanted.strategy in idealised.IDEALS else resolve(wanted)[1]
+
+
+def _train(run: Any) -> None:
+    from dlion_mpi import idealised
+
+    (idealised.train_together if run.config.strategy in idealised.IDEALS else virtual_driver.drive)(run)
+
+
+def test_one_worker_alone_is_plain_training() -> None:
+    outcome = simulate(config(steps=100), cloud((24.0,)), report=False)
+    assert outcome.result["bytes_sent"] == 0
+    assert outcome.result["accuracy_mean"] > 0.6
+    assert outcome.result["seconds"] == pytest.approx(100 * 0.2, abs=1e-3)
+
+
+# ---- how long it takes
+
+
+@pytest.mark.parametrize("latency_s", [0.0, 0.05])
+def test_a_step_of_baseline_takes_computing_and_sending(latency_s: float, tmp_path: Path) -> None:
+    outcome, ranks = recorded(tmp_path, cloud(mbit=1.0, latency_s=latency_s), strategy="baseline", steps=4)
+    exchange_s = 2 * (HEADER_BYTES + 4 * PARAMETERS) / payload_bytes_per_s(1.0) + latency_s
+    for own in ranks:
+        np.testing.assert_allclose(own["steps/compute_s"], 0.2, rtol=1e-6)
+        np.testing.assert_allclose(own["steps/wait_s"], exchange_s, rtol=1e-5)
+        np.testing.assert_allclose(own["steps/time_s"], np.arange(1, 5) * (0.2 + exchange_s), rtol=1e-6)
+    assert outcome.result["seconds"] >= 4 * (0.2 + exchange_s)
+
+
+def test_an_allreduce_step_is_the_slowest_worker_and_the_ring(tmp_path: Path) -> None:
+    _, ranks = recorded(tmp_path, cloud((24.0, 12.0, 4.0), mbit=1.0), strategy="allreduce", steps=3)
+    slowest_s = 0.02 + 32 * 0.18 / 32 * 6
+    ring_s = 2 * 2 / 3 * 4 * PARAMETERS / payload_bytes_per_s(1.0)
+    for own in ranks:
+        np.testing.assert_allclose(own["steps/step_s"], slowest_s + ring_s, rtol=1e-4)
+    np.testing.assert_allclose(ranks[0]["steps/wait_s"], slowest_s + ring_s - 0.2, rtol=1e-4)
+    assert ranks[0]["links/bytes_sent"][-1].tolist() == pytest.approx([0, 3 * 2 * 2 / 3 * 4 * PARAMETERS, 0], abs=3)
+
+
+def test_a_free_network_costs_nothing_and_balances(tmp_path: Path) -> None:
+    outcome, ranks = recorded(tmp_path, cloud((24.0, 12.0, 4.0), mbit=0.01), strategy="free-network", steps=3)
+    assert sum(int(own["steps/lbs"][0]) for own in ranks) == 96
+    compute_s = [own["steps/compute_s"][0] for own in ranks]
+    assert max(compute_s) - min(compute_s) < 0.035  # a sample on 4 cores
+    assert outcome.result["seconds"] == pytest.approx(3 * max(compute_s), rel=1e-3)
+    assert outcome.result["bytes_sent"] == 0
+
+
+def test_paces_and_rates_change_with_the_phase(tmp_path: Path) -> None:
+    phases = (
+        Phase(cores=(24.0,) * 2, uplink_mbit=(1.0,) * 2, share=0.5),
+        Phase(cores=(12.0,) * 2, uplink_mbit=(4.0,) * 2, share=0.5),
+    )
+    environment = Environment(name="test", workers=2, phases=phases)
+    _, (own, _) = recorded(tmp_path, environment, strategy="baseline", seconds=10.0)
+    message_bytes = HEADER_BYTES + 4 * PARAMETERS
+    assert own["steps/compute_s"][0] == pytest.approx(0.2)
+    assert own["steps/compute_s"][-1] == pytest.approx(0.38)
+    assert own["steps/wait_s"][0] == pytest.approx(message_bytes / payload_bytes_per_s(1.0), rel=1e-4)
+    assert own["steps/wait_s"][-1] == pytest.approx(message_bytes / payload_bytes_per_s(4.0), rel=1e-4)
+
+
+# ---- the techniques act
+
+
+def test_batches_follow_the_cores(tmp_path: Path) -> None:
+    options = {"steps": 30, "gbs_schedule": "fixed", "transfer": "none"}
+    _, ranks = recorded(tmp_path, cloud((24.0, 12.0, 4.0)), **options)
+    shares = [int(own["steps/lbs"][-1]) for own in ranks]
+    assert sum(shares) == 96
+    assert shares[0] > 1.5 * shares[1] > 3 * shares[2]
+    compute_s = [own["steps/compute_s"][-1] for own in ranks]
+    assert max(compute_s) - min(compute_s) < 0.035
+
+
+def test_knowledge_is_transferred_and_brings_the_workers_together(tmp_path: Path) -> None:
+    def spread(name: str, **options: Any) -> tuple[float, list[dict[str, Any]]]:
+        folder = str(tmp_path / name)
+        common = {"max_n": 0.01, "unsent": "drop", "steps": 41, "gbs_schedule": "fixed"}
+        run = prepare(
+            _resolved(config(out=folder, **common, **options)), cloud(), model=None, shards=None, report=False
+        )
+        with run:
+            _train(run)
+            weights = np.stack([seat.weights() for seat in run.seats])
+        return float(weights.std(axis=0).mean()), list(metrics(tmp_path / name).values())
+
+    apart, without = spread("without", transfer="none")
+    together, with_ = spread("with", transfer="all", transfer_period=10, transfer_merge=1.0)
+    assert together < 0.7 * apart
+    assert all(len(own["transfers/step"]) == 0 for own in without)
+    for rank, own in enumerate(with_):
+        assert len(own["transfers/step"]) >= 3
+        assert (own["transfers/merged"] == (own["transfers/source"] != rank)).all()
+        assert set(own["transfers/payload_bytes"]) <= {0, 4 * PARAMETERS}
+
+
+def test_a_slow_network_makes_n_small_and_a_fast_one_large(tmp_path: Path) -> None:
+    means = []
+    for name, mbit in (("slow", 0.1), ("fast", 100.0)):
+        _, ranks = recorded(tmp_path / name, cloud(mbit=mbit), steps=40, transfer="none")
+        means.append(float(np.nanmean(ranks[0]["links/quality"][20:])))
+    assert means[0] < 95
+    assert means[1] == 100
+
+
+# ---- how it ends
+
+
+def test_a_target_ends_the_run() -> None:
+    outcome = simulate(config(target_accuracy=0.5), cloud(), report=False)
+    assert outcome.result["stopped"] == "target accuracy reached"
+    assert outcome.result["target_reached_s"] is not None
+    assert outcome.result["target_reached_s"] <= outcome.result["seconds"]
+
+
+@pytest.mark.parametrize("strategy", ["dlion", "baseline", "free-network"])
+def test_a_loss_that_is_not_finite_ends_the_run_everywhere(strategy: str, tmp_path: Path) -> None:
+    outcome, ranks = recorded(tmp_path, cloud(), strategy=strategy, learning_rate=1e30)
+    assert outcome.exit_code == 1
+    assert "--learning-rate" in outcome.result["stopped"]
+    assert [int(own["ended"]) for own in ranks] == [0, 0, 0]
+
+
+def test_a_folder_that_exists_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists already"):
+        simulate(config(out=str(tmp_path)), cloud(), report=False)

@@ -1,0 +1,303 @@
+"""What every strategy owes: it learns what all workers know, keeps to its synchronisation mode, ends in order.
+
+The loop is the real one; machines and links are in memory (`tests/inmemory.py`), so delays can be as adverse as
+a schedule can make them, and a run can be repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dlion_mpi.config import Config
+from dlion_mpi.errors import RunError, UserError
+from dlion_mpi.strategies import STRATEGIES, resolve
+from dlion_mpi.strategies.base import Inbox, Plan
+from dlion_mpi.worker import Worker
+from tests.contract.problem import (
+    EVERY_MODE,
+    LAYOUT,
+    LEARNING_RATE,
+    OPTIMUM,
+    ROUGH,
+    SIZE,
+    config,
+    every_mode,
+    has_option,
+    local,
+    rows,
+    specialists,
+    trained,
+)
+from tests.inmemory import Network, Quadratic, Weather, run
+
+in_mode = {mode: [name for name, own in EVERY_MODE if own == mode] for mode in ("sync", "bounded", "async")}
+
+
+@every_mode
+def test_every_worker_reaches_the_optimum_that_only_all_together_know(name: str, mode: str) -> None:
+    """By the exchange alone: knowledge transfer, which would help, is off."""
+    result = trained(config(name, mode, transfer="none"), weather=ROUGH)
+    np.testing.assert_allclose(result.weights, np.tile(OPTIMUM, (3, 1)), atol=0.02)
+    assert [len(records) for records in result.records] == [250] * 3
+
+
+@every_mode
+def test_the_same_seed_gives_the_same_weights(name: str, mode: str) -> None:
+    first, second = (trained(config(name, mode, steps=60), weather=ROUGH) for _ in range(2))
+    assert first.weights.tobytes() == second.weights.tobytes()
+
+
+@pytest.mark.parametrize("name", in_mode["sync"])
+def test_in_sync_the_result_does_not_depend_on_who_is_late(name: str) -> None:
+    weathers = [Weather(seed=1), Weather(seed=2, delay=300), Weather(seed=3, delay=5, slow=1)]
+    results = [trained(config(name, "sync", steps=90), weather=weather) for weather in weathers]
+    assert len({result.weights.tobytes() for result in results}) == 1
+    lbs = [[[record.lbs for record in records] for records in result.records] for result in results]
+    assert lbs[0] == lbs[1] == lbs[2]
+
+
+@every_mode
+def test_one_worker_alone_descends_as_plain_sgd(name: str, mode: str) -> None:
+    result = trained(config(name, mode, steps=50), workers=1)
+    expected = np.zeros(SIZE, np.float32)
+    for _ in range(50):
+        expected -= np.float32(LEARNING_RATE) * (expected - OPTIMUM)
+    np.testing.assert_allclose(result.weights[0], expected, rtol=1e-5)
+
+
+@every_mode
+def test_a_strategy_of_one_rank_sends_nothing_and_applies_its_own_gradient(name: str, mode: str) -> None:
+    strategy, resolved = resolve(config(name, mode))
+    state = strategy.start(Plan(config=resolved, rank=0, ranks=(0,), layout=LAYOUT))
+    state, outgoing = strategy.outgoing(state, local(OPTIMUM, lbs=8, gbs=8), {})
+    assert outgoing == {}
+    assert strategy.may_advance(state, 0, Inbox({}))
+    state, effect = strategy.incoming(state, lambda: np.zeros(SIZE, np.float32), [])
+    if effect.gradient is not None:
+        np.testing.assert_array_equal(effect.gradient, OPTIMUM)
+
+
+@every_mode
+def test_options_resolve_once_and_for_all(name: str, mode: str) -> None:
+    """A resolved Config is legal, complete, and resolves to itself: it can be written and read back."""
+    strategy, resolved = resolve(config(name, mode))
+    assert resolve(resolved)[1] == resolved
+    assert strategy.name == name
+    assert resolved.sync == mode
+    bounded_only = {"staleness", "backup"} if mode != "bounded" else set()
+    unset = {option for option in strategy.defaults if getattr(resolved, option) is None}
+    assert unset <= {"max_n", *bounded_only, *(o for o in strategy.defaults if o.startswith("gbs_"))}
+
+
+# ---- synchronisation modes
+
+
+class Leads:
+    """Watches a run: how far ahead of the slowest peers a worker is after each of its steps."""
+
+    def __init__(self, backup: int = 0) -> None:
+        self.backup = backup
+        self.largest = -math.inf
+        self.largest_of_slowest = -math.inf
+
+    def __call__(self, worker: Worker, network: Network) -> None:
+        others = sorted(step for rank, step in enumerate(network.posted) if rank != worker.rank)
+        self.largest = max(self.largest, worker.step - others[self.backup])
+        self.largest_of_slowest = max(self.largest_of_slowest, worker.step - others[0])
+
+
+ADVERSE = [
+    Weather(seed=1, slow=2, slowness=60, budget=(100, 330), blocked=0.5),
+    Weather(seed=2, delay=500, budget=(100, 330), blocked=0.2),
+    Weather(seed=3, delay=100, slow=0, slowness=30),
+]
+adverse = pytest.mark.parametrize("weather", ADVERSE, ids=lambda weather: f"seed{weather.seed}")
+bounded = pytest.mark.parametrize("name", in_mode["bounded"])
+
+
+@bounded
+@adverse
+@pytest.mark.parametrize("staleness", [0, 1, 4])
+def test_bounded_never_gets_further_ahead_than_it_may(name: str, weather: Weather, staleness: int) -> None:
+    leads = Leads()
+    trained(config(name, "bounded", steps=60, staleness=staleness), weather=weather, on_step=leads)
+    assert leads.largest == staleness  # and it goes as far as it may, or nobody would need the bound
+
+
+@bounded
+def test_backup_workers_are_left_behind_but_no_one_else(name: str) -> None:
+    leads = Leads(backup=1)
+    weather = Weather(seed=1, slow=2, slowness=60, blocked=0.5)
+    settings = config(name, "bounded", steps=60, staleness=2, backup=1)
+    trained(settings, workers=4, weather=weather, on_step=leads)
+    assert leads.largest == 2
+    assert leads.largest_of_slowest > 10
+
+
+@pytest.mark.parametrize("name", in_mode["async"])
+def test_async_waits_for_nobody(name: str) -> None:
+    leads = Leads()
+    trained(config(name, "async", steps=60), weather=ADVERSE[0], on_step=leads)
+    assert leads.largest > 20
+
+
+@pytest.mark.parametrize("name", in_mode["sync"])
+@adverse
+def test_sync_applies_exactly_the_gradients_of_the_step(name: str, weather: Weather) -> None:
+    result = trained(config(name, "sync", steps=40), weather=dataclasses.replace(weather, blocked=0.0))
+    for rank, records in enumerate(result.records):
+        for record in records:
+            assert dict(record.age_steps) == {peer: 0 for peer in range(3) if peer != rank}
+
+
+@pytest.mark.parametrize("mode", ["sync", "bounded", "async"])
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_may_advance_by_the_newest_step_of_everyone(name: str, mode: str) -> None:
+    if mode not in STRATEGIES[name].sync_modes:
+        with pytest.raises(UserError, match=f"does not support --sync {mode}"):
+            resolve(Config(strategy=name, sync=mode))
+        return
+    options = {"staleness": 2, "backup": 1} if mode == "bounded" else {}
+    strategy, resolved = resolve(config(name, mode, **options))
+    state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1, 2, 3), layout=LAYOUT))
+
+    def may(step: int, *newest: int) -> bool:
+        return strategy.may_advance(state, step, Inbox(dict(enumerate(newest, start=1))))
+
+    if mode == "sync":
+        assert may(4, 4, 5, 4)
+        assert not may(4, 4, 4, 3)
+    elif mode == "bounded":
+        assert may(6, 4, 4, -1), "the slowest is the backup worker"
+        assert not may(6, 3, 3, 9)
+        assert not may(2, -1, -1, 9)
+        assert may(6, 3), "with the only one left out there is nobody to wait for"
+    else:
+        assert may(99, -1, -1, -1)
+    assert may(7), "everyone else has left"
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_dlion_with_nothing_left_out_is_sgd_on_the_joint_batch(workers: int) -> None:
+    """N = 100, sync, equal batches, no transfer: single-process SGD, to float32 accuracy; so is Baseline."""
+    generator = np.random.default_rng(4)
+    curvature = generator.uniform(0.5, 2, SIZE).astype(np.float32)
+    data = [generator.normal(size=(8 * 30, SIZE)).astype(np.float32) for _ in range(workers)]
+    settings = Config(
+        strategy="dlion",
+        sync="sync",
+        steps=30,
+        lbs=8,
+        max_n=100,
+        batching="fixed",
+        gbs_schedule="fixed",
+        transfer="none",
+    )
+    expected = np.zeros(SIZE)
+    for step in range(30):
+        batch = np.concatenate([x[8 * step : 8 * step + 8] for x in data]).astype(np.float64)
+        expected -= LEARNING_RATE * curvature * (expected - batch.mean(axis=0))
+    for chosen in (settings, Config(strategy="baseline", steps=30, lbs=8)):
+        replicas = [Quadratic(LAYOUT, curvature, LEARNING_RATE) for _ in range(workers)]
+        result = run(chosen, replicas, data, weather=Weather(seed=1, delay=20))
+        np.testing.assert_allclose(result.weights, np.tile(expected, (workers, 1)), rtol=1e-5, atol=1e-6)
+
+
+# ---- batch sizes and knowledge, in the loop
+
+
+@pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)
+def test_batches_follow_the_machines_and_sum_to_the_global_batch(mode: str) -> None:
+    def seconds(rank: int, samples: int) -> float:
+        return (0.01 + 0.001 * samples) * (3 if rank == 1 else 1)
+
+    settings = config("dlion", mode, steps=60, lbs=40, batching="auto")
+    result = trained(settings, weather=Weather(seed=2, delay=10), seconds=seconds)
+    last = [records[-1] for records in result.records]
+    assert [record.gbs for record in last] == [120] * 3
+    assert sum(record.lbs for record in last) == 120
+    finish_s = [seconds(rank, record.lbs) for rank, record in enumerate(last)]
+    assert max(finish_s) - min(finish_s) <= 0.0031  # one sample of the slowest
+    first = [records[0].lbs for records in result.records]
+    assert first == [record.lbs for record in last], "profiled before the first step"
+
+
+@pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)
+def test_a_machine_that_slows_down_in_mid_run_gets_smaller_batches(mode: str) -> None:
+    computed = [0, 0, 0]
+
+    def seconds(rank: int, samples: int) -> float:
+        computed[rank] += 1
+        return 0.001 * samples * (4 if rank == 0 and computed[0] > 30 else 1)
+
+    result = trained(config("dlion", mode, steps=90, lbs=40), seconds=seconds)
+    assert result.records[0][5].lbs == 40
+    assert result.records[0][-1].lbs == round(120 * (1 / 4) / (1 / 4 + 2))
+
+
+@pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)
+def test_the_best_worker_s_knowledge_comes_to_the_worst(mode: str) -> None:
+    """The others hardly learn by themselves and are sent next to nothing: only a transfer can help them."""
+    replicas = [Quadratic(LAYOUT, np.full(SIZE, 0.003, np.float32), LEARNING_RATE) for _ in range(3)]
+    replicas[0].w[:] = OPTIMUM
+    settings = config(
+        "dlion", mode, steps=90, max_n=0.01, unsent="drop", transfer="all", transfer_period=20, transfer_merge=0.75
+    )
+    result = run(settings, replicas, rows(3), weather=Weather(seed=1, delay=5))
+    transfers = [worker.recorder.transfers for worker in result.workers]  # type: ignore[attr-defined]
+    assert all(own for own in transfers)
+    assert all(transfer.source == 0 for own in transfers for transfer in own)
+    assert not any(transfer.merged for transfer in transfers[0])
+    assert all(transfer.merged for own in transfers[1:] for transfer in own)
+    away = np.abs(result.weights - OPTIMUM).max(axis=1) / np.abs(OPTIMUM).max()
+    assert away[0] < 0.02
+    for own, rest in zip(transfers[1:], away[1:], strict=True):
+        assert rest <= 0.25 ** len(own) + 0.02
+
+
+# ---- a gradient that is not finite, a worker that leaves
+
+
+@every_mode
+def test_a_gradient_that_is_not_finite_stops_everyone_and_reaches_nobody(name: str, mode: str) -> None:
+    data = [np.tile(OPTIMUM, (16, 1)) for _ in range(3)]
+    data[1][5] = np.nan
+    replicas = specialists(3)
+    options = {"batching": "fixed"} if has_option(name, "batching") else {}
+    settings = config(name, mode, lbs=2, steps=100_000, **options)
+    with pytest.raises(RunError, match=r"rank 1, step 2: .*--learning-rate.*--non-finite skip"):
+        run(settings, replicas, data, weather=Weather(seed=1, delay=30))
+    assert all(np.isfinite(replica.w).all() for replica in replicas)
+
+
+def test_a_gradient_that_is_not_finite_can_be_left_out() -> None:
+    data = [np.tile(OPTIMUM, (16, 1)) for _ in range(2)]
+    data[1][5] = np.nan
+    result = run(config("baseline", "sync", lbs=2, steps=200, non_finite="skip"), specialists(2), data)
+    np.testing.assert_allclose(result.weights, np.tile(OPTIMUM, (2, 1)), atol=0.02)
+
+
+@every_mode
+def test_a_worker_that_must_stop_ends_the_run_for_all(name: str, mode: str) -> None:
+    def stop(worker: Worker, network: Network) -> None:
+        if worker.rank == 1 and worker.step == 10:
+            worker.stop_reason = "SIGTERM"
+
+    weather = Weather(seed=3, delay=30)
+    result = trained(config(name, mode, steps=100_000), weather=weather, on_step=stop)
+    assert [worker.stop_reason for worker in result.workers] == ["", "SIGTERM", ""]
+
+
+@pytest.mark.parametrize(("name", "mode"), [pair for pair in EVERY_MODE if pair[1] != "sync"])
+def test_workers_that_end_at_different_times_hold_nobody(name: str, mode: str) -> None:
+    """By the clock the fast ones are done long before the slow one; transfers and rounds are then half-way."""
+    for seed in range(4):
+        weather = Weather(seed=seed, delay=60, slow=seed % 3, slowness=15)
+        settings = config(name, mode, steps=None, seconds=0.5, transfer_period=3)
+        result = trained(settings, weather=weather)
+        assert all(records for records in result.records)

@@ -1,0 +1,379 @@
+"""Workers in one process: the real loop and strategies, with links and collectives made of lists.
+
+Nothing here is timed. A schedule picks which worker moves next and how many ticks a message travels, so a test
+can be as adverse as it likes and repeat it from a seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dlion_mpi import wire
+from dlion_mpi.config import Config
+from dlion_mpi.errors import RunError
+from dlion_mpi.evaluate import Evaluation
+from dlion_mpi.flat import Layout, Vector
+from dlion_mpi.membership import Membership
+from dlion_mpi.metrics import StepRecord
+from dlion_mpi.rounds import Transfer
+from dlion_mpi.strategies import resolve
+from dlion_mpi.strategies.base import LinkView, Outgoing
+from dlion_mpi.testbed import Compute, Computed, LinkTotals, Loop, Stamp, Until
+from dlion_mpi.train import leave, train
+from dlion_mpi.worker import Worker
+
+STUCK = 20_000
+"""Ticks without any worker moving after which it is a deadlock."""
+
+
+@dataclass(slots=True)
+class MemoryTicket:
+    """See `testbed.Ticket`."""
+
+    done: bool = False
+    table: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
+    vector: Vector = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+@dataclass(slots=True)
+class Call:
+    """One collective, for which every rank's part is awaited."""
+
+    what: str
+    parts: dict[int, Any] = field(default_factory=dict)
+    tickets: dict[int, MemoryTicket] = field(default_factory=dict)
+
+
+class MemoryCollectives:
+    """Collectives of n ranks. ``calls``: per channel in order; ranks that disagree on it fail the test."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.calls: dict[str, list[Call]] = {}
+
+    def of(self, rank: int) -> RankCollectives:
+        """The collectives as one rank sees them."""
+        return RankCollectives(self, rank)
+
+    def join(self, channel: str, number: int, rank: int, what: str, part: Any) -> MemoryTicket:
+        """Rank ``rank``'s part of the channel's call ``number``; the last one completes it for all."""
+        calls = self.calls.setdefault(channel, [])
+        if number == len(calls):
+            calls.append(Call(what))
+        call = calls[number]
+        assert call.what == what, f"rank {rank} does {what} where others do {call.what} (call {number}, {channel})"
+        call.parts[rank] = part
+        call.tickets[rank] = MemoryTicket(vector=part if what != "gather" else np.empty(0, np.float32))
+        if len(call.parts) == self.ranks:
+            self._complete(call)
+        return call.tickets[rank]
+
+    def _complete(self, call: Call) -> None:
+        for ticket in call.tickets.values():
+            if call.what == "gather":
+                ticket.table = np.array([call.parts[rank] for rank in range(self.ranks)], dtype=np.float64)
+            else:
+                ticket.vector[:] = call.parts[int(call.what.removeprefix("broadcast from "))]
+            ticket.done = True
+
+
+class RankCollectives:
+    """See `testbed.Collectives`."""
+
+    def __init__(self, shared: MemoryCollectives, rank: int) -> None:
+        self._shared, self._rank = shared, rank
+        self._joined: dict[str, int] = {}
+
+    def gather(self, channel: str, record: Sequence[float]) -> MemoryTicket:
+        return self._join(channel, "gather", list(record))
+
+    def broadcast(self, channel: str, root: int, vector: Vector) -> MemoryTicket:
+        return self._join(channel, f"broadcast from {root}", vector)
+
+    def _join(self, channel: str, what: str, part: Any) -> MemoryTicket:
+        number = self._joined.get(channel, 0)
+        self._joined[channel] = number + 1
+        return self._shared.join(channel, number, self._rank, what, part)
+
+
+@dataclass(slots=True, kw_only=True)
+class Weather:
+    """What the network and the machines do to a run; everything is drawn from ``seed``.
+
+    ``delay``: most ticks that a message travels. ``budget``: least and most bytes offered per message.
+    ``blocked``: how often a link takes no message. ``slow``: this rank moves ``slowness`` times less often.
+    """
+
+    seed: int = 0
+    delay: int = 0
+    budget: tuple[float, float] = (1e9, 1e9)
+    blocked: float = 0.0
+    slow: int | None = None
+    slowness: int = 20
+
+
+class Network:
+    """The messages between n workers: encoded, in order on every link, each after its delay."""
+
+    def __init__(self, ranks: int, weather: Weather) -> None:
+        self.ranks, self.weather = ranks, weather
+        self.random = random.Random(weather.seed)
+        self.tick = 0
+        self.on_the_way: dict[tuple[int, int], deque[tuple[int, npt.NDArray[np.uint8]]]] = {}
+        self.posted = [-1] * ranks
+        """Per rank the newest step it has told anyone about."""
+
+    def send(self, sender: int, receiver: int, message: npt.NDArray[np.uint8]) -> None:
+        link = self.on_the_way.setdefault((sender, receiver), deque())
+        due = self.tick + self.random.randint(0, self.weather.delay)
+        link.append((max(due, link[-1][0] if link else 0), message))
+
+    def receive(self, receiver: int) -> Iterable[npt.NDArray[np.uint8]]:
+        for sender in range(self.ranks):
+            link = self.on_the_way.get((sender, receiver), deque())
+            while link and link[0][0] <= self.tick:
+                yield link.popleft()[1]
+
+
+class MemoryLinks:
+    """See `testbed.Links`."""
+
+    def __init__(self, network: Network, rank: int, size: int) -> None:
+        self._network, self._rank, self._size = network, rank, size
+        self._views = random.Random(f"{network.weather.seed} {rank}")
+        self._sent, self._received = [0] * network.ranks, [0] * network.ranks
+        self._bytes = [0] * network.ranks
+        self.history: list[dict[int, tuple[LinkView, int | None]]] = []
+        """Per step and peer: the link as it was offered, and the entries it got (None: a header or nothing)."""
+
+    def view(self, peers: Iterable[int], step_s: float) -> dict[int, LinkView]:
+        weather = self._network.weather
+        views = {
+            peer: LinkView(self._views.random() >= weather.blocked, self._views.uniform(*weather.budget))
+            for peer in peers
+        }
+        self.history.append({peer: (view, None) for peer, view in views.items()})
+        return views
+
+    def post(self, messages: dict[int, Outgoing], stamp: Stamp) -> dict[int, int]:
+        sizes = {}
+        for peer, message in messages.items():
+            if message.kind in (wire.Kind.GRADIENT, wire.Kind.WEIGHTS):
+                self._network.posted[self._rank] = stamp.step
+            bare = message.entries is None and message.kind is wire.Kind.GRADIENT
+            self._sent[peer] += 1
+            header = wire.Header(
+                kind=wire.Kind.PROGRESS if bare else message.kind,
+                sender=self._rank,
+                epoch=stamp.epoch,
+                step=stamp.step,
+                sequence=self._sent[peer],
+                acknowledged=0,
+                lbs=stamp.lbs,
+                gbs=stamp.gbs,
+                quality=message.quality,
+                computed_at=stamp.computed_at,
+            )
+            buffer = np.empty(wire.capacity_bytes(self._size), np.uint8)
+            sizes[peer] = wire.encode(header, message.entries, buffer, message.value_type)
+            self._bytes[peer] += sizes[peer]
+            self._network.send(self._rank, peer, buffer[: sizes[peer]])
+            if message.entries is not None:
+                self.history[-1][peer] = (self.history[-1][peer][0], len(message.entries))
+        return sizes
+
+    def announce(self, kind: wire.Kind, stamp: Stamp) -> None:
+        peers = [rank for rank in range(self._network.ranks) if rank != self._rank]
+        self.post({peer: Outgoing(kind=kind) for peer in peers}, stamp)
+
+    def poll(self) -> list[wire.Message]:
+        messages = [wire.decode(buffer, size=self._size) for buffer in self._network.receive(self._rank)]
+        for message in messages:
+            self._received[message.header.sender] += 1
+        return messages
+
+    def totals(self) -> dict[int, LinkTotals]:
+        return {peer: LinkTotals(sent, 0, 0.0) for peer, sent in enumerate(self._bytes) if peer != self._rank}
+
+    def fall_silent(self) -> list[int]:
+        return list(self._sent)
+
+    def received_counts(self) -> list[int]:
+        return list(self._received)
+
+
+class Quadratic:
+    """A worker's share of a quadratic: loss 1/2 sum_i a_i (w_i - x_i)^2; see `testbed.Replica`.
+
+    ``curvature``: (P,) the a_i. Where it is 0 this worker learns nothing by itself.
+    """
+
+    def __init__(self, layout: Layout, curvature: Vector, learning_rate: float) -> None:
+        self.layout = layout
+        self.curvature = curvature
+        self.learning_rate = np.float32(learning_rate)
+        self.w = np.zeros(layout.size, np.float32)
+
+    def gradient(self, x: npt.NDArray[Any]) -> tuple[float, Vector]:
+        """Mean loss and mean gradient over the rows of ``x`` (b, P)."""
+        away = self.w - x.mean(axis=0, dtype=np.float32)
+        return float(0.5 * (self.curvature * away * away).sum()), self.curvature * away
+
+    def apply(self, gradient: Vector) -> None:
+        self.w -= self.learning_rate * gradient
+
+    def weights(self) -> Vector:
+        return self.w.copy()
+
+    def set_weights(self, weights: Vector) -> None:
+        self.w[:] = weights
+
+    knowledge, set_knowledge = weights, set_weights
+
+
+class Rows:
+    """See `testbed.Batches`: the rows of ``x`` (m, P) over and over."""
+
+    def __init__(self, x: npt.NDArray[np.float32]) -> None:
+        self._x, self._at = x, 0
+
+    def take(self, size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        rows = np.arange(self._at, self._at + size) % len(self._x)
+        self._at += size
+        return self._x[rows], np.zeros(size, np.int32)
+
+
+class Nothing:
+    """An evaluator that never has a result and a recorder that keeps the transfers."""
+
+    def __init__(self) -> None:
+        self.transfers: list[Transfer] = []
+
+    def busy(self) -> bool:
+        return False
+
+    def submit(self, step: int, time_s: float, knowledge: Vector) -> None: ...
+
+    def poll(self) -> list[Evaluation]:
+        return []
+
+    def step(self, record: StepRecord) -> None: ...
+
+    def evaluation(self, evaluation: Evaluation) -> None: ...
+
+    def transfer(self, transfer: Transfer, time_s: float) -> None:
+        self.transfers.append(transfer)
+
+
+@dataclass(slots=True)
+class Run:
+    """A finished run: its workers, what every one of them recorded, and its collectives."""
+
+    workers: list[Worker]
+    records: list[list[StepRecord]]
+    collectives: MemoryCollectives
+    sent: list[list[dict[int, tuple[LinkView, int | None]]]]
+    """Per rank `MemoryLinks.history`."""
+
+    @property
+    def weights(self) -> npt.NDArray[np.float32]:
+        """(n, P), a row per worker."""
+        return np.stack([worker.replica.weights() for worker in self.workers])
+
+
+def run(
+    config: Config,
+    replicas: Sequence[Quadratic],
+    rows: Sequence[npt.NDArray[np.float32]],
+    *,
+    weather: Weather | None = None,
+    seconds: Callable[[int, int], float] = lambda rank, samples: 0.001 * samples,
+    on_step: Callable[[Worker, Network], None] = lambda worker, network: None,
+) -> Run:
+    """Train to the end. ``seconds``: (rank, samples) -> what computing a gradient takes, as it is told to the loop."""
+    weather = weather or Weather()
+    network = Network(len(replicas), weather)
+    collectives = MemoryCollectives(len(replicas))
+    run = Run([], [[] for _ in replicas], collectives, [])
+    for rank, replica in enumerate(replicas):
+        strategy, resolved = resolve(config)
+        links = MemoryLinks(network, rank, replica.layout.size)
+        worker = Worker(
+            config=resolved,
+            rank=rank,
+            members=Membership(tuple(range(len(replicas)))),
+            strategy=strategy,
+            replica=replica,
+            batches=Rows(rows[rank]),
+            links=links,
+            collectives=collectives.of(rank),
+            evaluator=Nothing(),
+            recorder=Nothing(),
+            now_s=lambda: network.tick * 1e-3,
+            training_samples=sum(len(x) for x in rows),
+            exchange_s_per_byte=0.0,
+        )
+        run.workers.append(worker)
+        run.sent.append(links.history)
+        worker.on_step = _watched(worker, network, run.records[rank], on_step)
+    _drive(run.workers, network, seconds)
+    return run
+
+
+def _watched(
+    worker: Worker, network: Network, records: list[StepRecord], on_step: Callable[[Worker, Network], None]
+) -> Callable[[StepRecord], None]:
+    def watch(record: StepRecord) -> None:
+        records.append(record)
+        on_step(worker, network)
+
+    return watch
+
+
+def _drive(workers: Sequence[Worker], network: Network, seconds: Callable[[int, int], float]) -> None:
+    """Let one worker move at a time, as the weather has it, until all have ended.
+
+    A worker that fails leaves in good order, as in a real run; the first failure is raised in the end.
+    """
+    loops: dict[int, Loop] = {worker.rank: train(worker) for worker in workers}
+    failures: list[RunError] = []
+    waiting: dict[int, Compute | Until] = {rank: next(loop) for rank, loop in loops.items()}
+    slow, slowness = network.weather.slow, network.weather.slowness
+    moved_at = 0
+    while loops:
+        network.tick += 1
+        assert network.tick - moved_at < STUCK, f"deadlock: ranks {sorted(loops)} wait for ever"
+        rank = network.random.choice(sorted(loops))
+        if rank == slow and len(loops) > 1 and network.random.randrange(slowness):
+            continue
+        request = waiting[rank]
+        if isinstance(request, Until) and not request.ready():
+            continue
+        moved_at = network.tick
+        answer = _compute(request, workers[rank].replica, rank, seconds) if isinstance(request, Compute) else None
+        try:
+            waiting[rank] = loops[rank].send(answer)
+        except StopIteration:
+            del loops[rank]
+        except RunError as failure:
+            failures.append(failure)
+            workers[rank].stop_reason = str(failure)
+            loops[rank] = leave(workers[rank])
+            waiting[rank] = next(loops[rank])
+    if failures:
+        raise failures[0]
+
+
+def _compute(request: Compute, replica: Any, rank: int, seconds: Callable[[int, int], float]) -> Computed:
+    loss, gradient = replica.gradient(request.x)
+    if request.alone:
+        replica.apply(gradient)
+    finite = bool(np.isfinite(loss) and np.isfinite(gradient).all())
+    return Computed(loss, None if request.alone else gradient, finite, seconds(rank, len(request.y)), 0.0)

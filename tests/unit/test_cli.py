@@ -1,0 +1,306 @@
+"""What a user sees: mistakes in one line before MPI and TensorFlow start, help at once, progress and summary."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from dlion_mpi import __version__
+from dlion_mpi.cli import config_of, main
+from dlion_mpi.config import Config, flag
+from dlion_mpi.console import SUMMARY_COLUMNS, Progress, summary
+from dlion_mpi.errors import UserError
+from dlion_mpi.metrics import StepRecord
+
+Captured = pytest.CaptureFixture[str]
+
+
+class Started(Exception):
+    """A run was about to start MPI."""
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """In place of runs: the Configs that would have been run."""
+    configs: list[Config] = []
+
+    def run(config: Config) -> Any:
+        configs.append(config)
+        raise UserError("stands in for the run", quiet=True)
+
+    stand_in = ModuleType("dlion_mpi.run")
+    stand_in.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dlion_mpi.run", stand_in)
+    return configs
+
+
+def refused(capsys: Captured, *argv: str) -> str:
+    """The one line on stderr of a mistake; everything else about it is checked here."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("dlion: error: ")
+    assert "Traceback" not in err
+    return lines[0]
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["--strategy", "hope"], "--strategy hope: unknown; known are dlion, baseline"),
+    (["--sync", "sometimes"], "--sync sometimes: must be one of sync, bounded, async"),
+    (["--strategy", "baseline", "--sync", "async"], "baseline does not support --sync async: it supports sync"),
+    (["--strategy", "baseline", "--max-n", "10"], "--max-n is not used by --strategy baseline"),
+    (["--strategy", "baseline", "--unsent", "drop"], "--unsent is not used by --strategy baseline"),
+    (["--sync", "async", "--staleness", "3"], "--staleness and --backup belong to --sync bounded"),
+    (["--max-n", "0"], "--max-n 0: must be in (0, 100]"),
+    (["--max-n", "100.5"], "--max-n 100.5: must be in (0, 100]"),
+    (["--max-n", "-3"], "--max-n -3: must be in (0, 100]"),
+    (["--n-min", "0"], "--n-min 0: must be in (0, 100]"),
+    (["--n-min", "nan"], "--n-min nan: must be in (0, 100]"),
+    (["--max-n", "10", "--n-min", "1"], "--max-n fixes N and --n-min bounds a measured N: give one of them"),
+    (["--optimizer", "adam", "--momentum", "0.9"], "--momentum belongs to --optimizer sgd"),
+    (["--batching", "fixed", "--rebalance-every", "5"], "--rebalance-every has no effect with --batching fixed"),
+    (["--transfer", "none", "--transfer-period", "5"], "--transfer-period has no effect with --transfer none"),
+    (["--gbs-schedule", "fixed", "--gbs-limit", "0.1"], "--gbs-limit belongs to --gbs-schedule grow"),
+    (["--lbs", "64", "--lbs-max", "32"], "--lbs-max 32 is below --lbs 64"),
+    (["--lbs", "2000"], "--lbs-max 1024 is below --lbs 2000"),
+    (["--steps", "many"], "--steps many: must be a whole number"),
+    (["--steps", "1.5"], "--steps 1.5: must be a whole number"),
+    (["--steps", "0"], "--steps 0: must be at least 1"),
+    (["--steps", "-5"], "--steps -5: must be at least 1"),
+    (["--seconds", "soon"], "--seconds soon: must be a number"),
+    (["--seconds", "inf"], "--seconds inf: must be above 0"),
+    (["--learning-rate", "-0.1"], "--learning-rate -0.1: must be above 0"),
+    (["--learning-rate", "0,1"], "--learning-rate 0,1: must be a number"),
+    (["--momentum", "1"], "--momentum 1: must be in [0, 1)"),
+    (["--target-accuracy", "82"], "--target-accuracy 82: must be in (0, 1], for example 0.8"),
+    (["--lbs", "0"], "--lbs 0: must be at least 1 sample"),
+    (["--seed", "-1"], "--seed -1: must be in 0..4294967295"),
+    (["--transfer-merge", "1.5"], "--transfer-merge 1.5: must be in [0, 1]"),
+    (["--value-type", "float64"], "--value-type float64: must be one of float32, float16, bfloat16"),
+    (["--evaluate-every", "often"], "--evaluate-every: 'often' is not a number of steps such as 100"),
+    (["--out", "run\udcff"], "must be UTF-8"),
+    (["--steps"], "argument --steps: expected one argument"),
+    (["--no-such-option", "1"], "unrecognized arguments: --no-such-option 1"),
+    (["stray"], "unrecognized arguments: stray"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_exit_code_2(
+    capsys: Captured, runs: list[Config], options: list[str], said: str
+) -> None:
+    assert said in refused(capsys, "train", *options)
+    assert runs == [], "refused only after MPI was started"
+
+
+BAD_FILES = {
+    "[run]\nstep = 5\n": "unknown key 'step' in [run]; known there: ",
+    "[exchange]\nlbs = 5\n": "unknown key 'lbs' in [exchange]; known there: ",
+    "[runs]\nsteps = 5\n": "unknown key 'steps' in [runs]; tables are run, ",
+    "steps = 5\n": "'steps' stands outside a table",
+    "[run\nsteps = 5\n": "not valid TOML: ",
+    "[run]\nsteps = 'many'\n": "--steps many: must be a whole number",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_mistake_in_the_file_names_file_and_key(
+    capsys: Captured, runs: list[Config], tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    line = refused(capsys, "train", "--config", str(path))
+    assert f"--config {path}: {BAD_FILES[text]}" in line
+    assert runs == []
+
+
+def test_a_value_of_the_file_is_checked_as_one_of_the_command_line(
+    capsys: Captured, runs: list[Config], tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text("[exchange]\nmax_n = 101\n")
+    assert "--max-n 101: must be in (0, 100]" in refused(capsys, "train", "--config", str(path))
+
+
+def test_a_file_that_is_missing_is_named(capsys: Captured, runs: list[Config], tmp_path: Path) -> None:
+    path = tmp_path / "missing.toml"
+    assert f"--config {path}: cannot be read (No such file or directory)" in refused(
+        capsys, "train", "--config", str(path)
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "required: COMMAND (see dlion --help)"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["data"], "required: ACTION (see dlion data --help)"),
+        (["data", "split", "digits"], "required: --ranks, --out"),
+        (["data", "split", "digits", "--ranks", "two", "--out", "s-{rank}.h5"], "--ranks two: must be a whole number"),
+        (["data", "info", "digits", "--seed", "x"], "--seed x: must be a whole number"),
+        (["data", "info", "digits", "--dirichlet-alpha", "x"], "--dirichlet-alpha x: must be a number"),
+    ],
+)
+def test_a_mistake_in_the_command_itself(capsys: Captured, argv: list[str], said: str) -> None:
+    assert said in refused(capsys, *argv)
+
+
+# ---- what is run
+
+
+def test_the_command_line_comes_before_the_file_and_the_file_before_the_default(
+    runs: list[Config], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[run]\nsteps = 5\nseed = 6\n[exchange]\nn-min = 3\n")
+    main(["train", "--config", str(path), "--seed", "7"])
+    assert runs == [Config(steps=5, seed=7, n_min=3.0)]
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Config)])
+def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
+    examples = {"evaluate_every": "7s", "out": "runs/a", "model": "nets:build", "data": "digits", "strategy": "dlion"}
+    choices = {f.name: f.metadata["choices"] for f in fields(Config)}[name]
+    text = choices[-1] if choices else examples.get(name, "1")
+    text = {"lbs_max": "64", "sync": "bounded", "momentum": "0.5"}.get(name, text)
+    main(["train", flag(name), text])
+    assert runs == [config_of({name: text})]
+    assert str(getattr(runs[0], name)).removesuffix(".0") == text
+
+
+def test_without_options_it_is_the_default(runs: list[Config]) -> None:
+    main(["train"])
+    assert runs == [Config()]
+
+
+def test_an_exception_is_a_failure_with_its_traceback(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = ModuleType("dlion_mpi.run")
+
+    def run(config: Config) -> Any:
+        raise Started
+
+    stand_in.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dlion_mpi.run", stand_in)
+    assert main(["train"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_another_rank_says_is_not_said_again(capsys: Captured, runs: list[Config]) -> None:
+    assert main(["train"]) == 2  # the stand-in is quiet
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- help
+
+
+def test_version(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"dlion-mpi {__version__}\n"
+
+
+def test_help_has_every_option_with_the_default_that_holds(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for f in fields(Config):
+        assert f" {flag(f.name)} " in text
+    assert "(default: accumulate)" in text  # not the None that waits for the strategy's
+    assert "(default: 20s)" in text
+    assert "None" not in text
+    assert "%%" not in text
+
+
+HEAVY = ("tensorflow", "keras", "mpi4py", "sklearn", "h5py")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["data", "--help"], ["emulate", "--help"], ["--version"]]
+)
+def test_help_loads_nothing_heavy(argv: list[str]) -> None:
+    code = f"""
+import json, sys
+from dlion_mpi.cli import main
+try:
+    main({argv!r})
+except SystemExit as ended:
+    assert ended.code == 0
+print(json.dumps(sorted(name for name in {HEAVY!r} if name in sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_the_module_is_the_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dlion_mpi", "train", "--strategy", "hope"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "dlion: error: --strategy hope: unknown; known are dlion, baseline\n"
+    assert done.stdout == ""
+
+
+# ---- progress and summary
+
+
+def record(step: int, time_s: float, **more: Any) -> StepRecord:
+    zero: dict[str, Any] = dict.fromkeys(
+        ("compute_s", "paced_s", "select_encode_s", "wait_s", "apply_s", "step_s"), 0.0
+    )
+    return StepRecord(step=step, time_s=time_s, loss=0.51234, lbs=32, gbs=96, **zero, **more)
+
+
+def test_progress_is_one_line_now_and_then(capsys: Captured) -> None:
+    progress = Progress(2, 5.0, lambda: None)
+    for step in range(12):
+        links = {"quality": {0: 12.34} if step < 3 else {}, "bytes_sent": {0: step * 10**6, 1: 0}}
+        progress(record(step, float(step + 1), **links))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "[2]    5.0 s  step 5  batch 32/96  loss 0.512  32 samples/s  ->0 N 12.3 4.0 MB  ->1 N 0.0 0.0 MB",
+        "[2]   10.0 s  step 10  batch 32/96  loss 0.512  32 samples/s  ->0 N 12.3 9.0 MB  ->1 N 0.0 0.0 MB",
+    ]
+
+
+def test_progress_knows_the_latest_test_accuracy(capsys: Captured) -> None:
+    Progress(0, 1.0, lambda: 0.823)(record(0, 2.0))
+    assert "  test 82.3%" in capsys.readouterr().err
+
+
+def test_no_progress_when_it_is_not_wanted(capsys: Captured) -> None:
+    progress = Progress(0, 0.0, lambda: None)
+    for step in range(5):
+        progress(record(step, 100.0 * step))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_summary_has_a_row_per_rank_and_how_it_ended() -> None:
+    result = {
+        "accuracy_mean": 0.8,
+        "accuracy_std": 0.01,
+        "strategy": "dlion",
+        "ranks": 2,
+        "seconds": 50.0,
+        "stopped": None,
+        "out": None,
+    }
+    values = {"steps": 100, "accuracy": 0.81, "loss": 0.5, "samples": 5000, "compute_s": 25.0, "select_encode_s": 5.0}
+    values |= {"wait_s": 10.0, "apply_s": 2.5, "seconds": 50.0, "bytes_sent": 3.21e6}
+    rows = [[values[name] for name in SUMMARY_COLUMNS]] * 2
+    lines = summary(result, rows).splitlines()
+    assert lines[2].split() == ["0", "100", "81.00%", "0.500", "100", "50.0%", "10.0%", "20.0%", "5.0%", "3.2"]
+    assert lines[3].split()[0] == "1"
+    assert lines[4:] == ["dlion, 2 ranks, 50.0 s: test accuracy 80.00% +- 1.00%"]
+    text = summary(result | {"stopped": "SIGTERM", "out": "runs/a"}, rows)
+    assert text.endswith("\nstopped early: SIGTERM\nmetrics: runs/a")

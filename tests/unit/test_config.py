@@ -1,0 +1,366 @@
+"""The Config refuses what makes no sense, and comes back from its TOML as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dlion_mpi.config import Config, Every, convert, flag, from_toml
+from dlion_mpi.errors import UserError
+from dlion_mpi.strategies import STRATEGIES, resolve
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))  # all of Unicode but lone surrogates
+AWKWARD = ["", '"', "\\", "'''", '\\"', "a\nb\r\tc", "\x00\x1b\x7f\x85\u2028", "é ü 语 😀", "{rank} %s # [x] = 1"]
+
+
+def config_of(name: str, value: Any) -> Config:
+    options: dict[str, Any] = {name: value}
+    return Config(**options)
+
+
+def read_back(config: Config, folder: Path) -> Config:
+    path = folder / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    return Config(**from_toml(str(path)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("config")
+
+
+# ---- there and back
+
+# What every number may be; a new field has to be added here, and to be refused outside.
+WHOLE: dict[str, tuple[int, int]] = {
+    "staleness": (0, 10**6),
+    "backup": (0, 100),
+    "steps": (1, 10**12),
+    "seed": (0, 2**32 - 1),
+    "threads": (0, 4096),
+    "lbs": (1, 10**6),
+    "rebalance_every": (1, 10**6),
+    "lbs_max": (32, 10**6),
+    "gbs_interval": (1, 10**6),
+    "gbs_warmup_step": (0, 10**6),
+    "window": (1, 64),
+    "transfer_period": (1, 10**6),
+    "transfer_losses": (1, 10**6),
+}
+REAL: dict[str, tuple[float, float]] = {
+    "seconds": (1e-3, 1e300),
+    "target_accuracy": (1e-6, 1),
+    "progress_every": (0, 1e300),
+    "learning_rate": (1e-9, 1e30),
+    "momentum": (0, 0.999),
+    "dirichlet_alpha": (1e-6, 1e30),
+    "gbs_warmup_limit": (0, 1),
+    "gbs_speedup_factor": (1, 1e30),
+    "gbs_limit": (0, 1),
+    "max_n": (1e-3, 100),
+    "n_min": (1e-3, 100),
+    "exchange_share": (0, 1e30),
+    "transfer_merge": (0, 1),
+}
+EVERY = st.one_of(st.builds(Every, steps=st.integers(1, 10**15)), st.builds(Every, seconds=st.floats(1e-300, 1e300)))
+
+
+def values_of(name: str) -> st.SearchStrategy[Any]:
+    if FIELDS[name].metadata["choices"]:
+        return st.sampled_from(FIELDS[name].metadata["choices"])
+    if name in WHOLE:
+        return st.integers(*WHOLE[name])
+    if name in REAL:
+        return st.floats(*REAL[name])
+    return EVERY if name == "evaluate_every" else TEXTS
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@given(data=st.data())
+def test_every_field_comes_back_from_toml(folder: Path, name: str, data: st.DataObject) -> None:
+    config = config_of(name, data.draw(values_of(name)))
+    back = read_back(config, folder)
+    assert back == config
+    assert type(getattr(back, name)) is type(getattr(config, name)) or name in REAL
+
+
+@pytest.mark.parametrize("name", ["strategy", "model", "data", "out"])
+@pytest.mark.parametrize("text", AWKWARD)
+def test_awkward_texts_come_back_from_toml(folder: Path, name: str, text: str) -> None:
+    config = config_of(name, text)
+    assert getattr(read_back(config, folder), name) == text
+
+
+@pytest.mark.parametrize(("name", "mode"), [(s.name, mode) for s in STRATEGIES.values() for mode in s.sync_modes])
+def test_a_resolved_config_comes_back_whole(folder: Path, name: str, mode: str) -> None:
+    resolved = resolve(Config(strategy=name, sync=mode, out="runs/a", steps=5, seconds=2.5))[1]
+    assert read_back(resolved, folder) == resolved
+
+
+def test_a_field_that_is_not_set_is_not_written() -> None:
+    text = Config().to_toml()
+    assert "sync" not in text
+    assert "None" not in text
+    assert 'evaluate_every = "20s"' in text
+
+
+def test_every_field_is_documented_bounded_and_in_a_table() -> None:
+    for name, f in FIELDS.items():
+        assert f.metadata["help"], name
+        assert f.metadata["table"] in ("run", "model", "data", "batching", "exchange", "transfer"), name
+        if not f.metadata["choices"] and name != "evaluate_every":
+            number = not str(f.type).startswith("str")
+            assert number == (name in WHOLE or name in REAL), name
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if str(FIELDS[name].type).startswith("str")])
+def test_text_that_cannot_be_written_as_utf_8_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="must be"):
+        config_of(name, "run\udcff")
+
+
+# ---- values
+
+OUTSIDE: list[tuple[str, Any]] = [
+    *((name, low - 1) for name, (low, _) in WHOLE.items() if name != "lbs_max"),
+    ("lbs_max", 0),
+    ("seed", 2**32),
+    ("threads", 4097),
+    ("window", 65),
+    *((name, low - 1) for name, (low, _) in REAL.items()),
+    *((name, 1.001) for name in ("target_accuracy", "momentum", "gbs_warmup_limit", "gbs_limit", "transfer_merge")),
+    *((name, 100.001) for name in ("max_n", "n_min")),
+    *((name, 0.0) for name in ("seconds", "target_accuracy", "learning_rate", "dirichlet_alpha", "max_n", "n_min")),
+    ("momentum", 1.0),
+    *((name, value) for name in REAL for value in (math.nan, math.inf, -math.inf)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUTSIDE)
+def test_a_number_outside_its_range_is_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{flag(name)} .*must be"):
+        config_of(name, value)
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if FIELDS[name].metadata["choices"]])
+def test_a_choice_is_one_of_those_that_there_are(name: str) -> None:
+    with pytest.raises(
+        UserError, match=f"{flag(name)} nonsense: must be one of .*{FIELDS[name].metadata['choices'][-1]}"
+    ):
+        config_of(name, "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"optimizer": "adam", "momentum": 0.9}, "--momentum"),
+        ({"max_n": 10.0, "n_min": 1.0}, "--max-n.*--n-min"),
+        ({"sync": "sync", "staleness": 3}, "--staleness.*--sync sync"),
+        ({"sync": "async", "backup": 0}, "--backup.*--sync async"),
+        ({"gbs_schedule": "fixed", "gbs_limit": 0.1}, "--gbs-limit"),
+        ({"gbs_schedule": "fixed", "gbs_interval": 10}, "--gbs-interval"),
+        ({"gbs_schedule": "fixed", "gbs_warmup_step": 10}, "--gbs-warmup-step"),
+        ({"gbs_schedule": "fixed", "gbs_warmup_limit": 0.1}, "--gbs-warmup-limit"),
+        ({"gbs_schedule": "fixed", "gbs_speedup_factor": 2.0}, "--gbs-speedup-factor"),
+        ({"transfer": "none", "transfer_period": 10}, "--transfer-period"),
+        ({"transfer": "none", "transfer_merge": 0.5}, "--transfer-merge"),
+        ({"transfer": "none", "transfer_losses": 5}, "--transfer-losses"),
+        ({"batching": "fixed", "rebalance_every": 5}, "--rebalance-every"),
+        ({"lbs": 64, "lbs_max": 32}, "--lbs-max 32.*--lbs 64"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        Config(**options)
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 3  # type: ignore[misc]
+
+
+def test_when_a_run_ends() -> None:
+    assert Config().last_step == 1000
+    assert Config(steps=7, seconds=3).last_step == 7
+    assert Config(seconds=3).last_step == math.inf
+    assert Config(target_accuracy=0.5).last_step == math.inf
+
+
+# ---- how often
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("100", Every(steps=100)),
+        (" 1 ", Every(steps=1)),
+        ("20s", Every(seconds=20.0)),
+        ("0.5s", Every(seconds=0.5)),
+        ("1e+16s", Every(seconds=1e16)),
+    ],
+)
+def test_steps_and_seconds(text: str, expected: Every) -> None:
+    assert Every.parse(text) == expected
+    assert Every.parse(str(expected)) == expected
+
+
+@given(EVERY)
+@example(Every(seconds=1234567.0))
+@example(Every(seconds=0.1 + 0.2))
+@example(Every(seconds=1e16))
+def test_how_often_survives_as_text(every: Every) -> None:
+    assert Every.parse(str(every)) == every
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "0s", "-5", "1.5", "s", "20 s", "20m", "1e3", "nan", "infs", "9" * 400, "1e999s"]
+)
+def test_nonsense_is_no_interval(text: str) -> None:
+    with pytest.raises(UserError, match="number of steps such as 100"):
+        Every.parse(text)
+
+
+# ---- from text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("steps", "12", 12),
+        ("steps", 12.0, 12),
+        ("lbs_max", "64", 64),
+        ("learning_rate", "1e-3", 0.001),
+        ("seconds", 3, 3.0),
+        ("out", "runs/a", "runs/a"),
+        ("value_type", "float16", "float16"),
+        ("evaluate_every", "5s", Every(seconds=5.0)),
+        ("evaluate_every", 5, Every(steps=5)),
+        ("evaluate_every", Every(steps=2), Every(steps=2)),
+    ],
+)
+def test_text_becomes_the_field_s_type(name: str, text: Any, expected: Any) -> None:
+    value = convert(name, text)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (name, text)
+        for name, texts in {
+            "steps": ["many", "1.5", "1e3", "", 1.5, True, None, math.inf, math.nan, [1]],
+            "seconds": ["soon", "1,5", "", False, None, {}],
+            "out": [3, True, None, ["a"]],
+            "evaluate_every": ["sometimes", True, 1.5],
+        }.items()
+        for text in texts
+    ],
+)
+def test_what_is_not_of_the_type_is_refused_by_name(name: str, text: Any) -> None:
+    with pytest.raises(UserError, match=flag(name)):
+        convert(name, text)
+
+
+# ---- files
+
+
+def written(folder: Path, text: str | bytes) -> str:
+    path = folder / "run.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_keys_may_be_spelled_as_on_the_command_line(tmp_path: Path) -> None:
+    path = written(tmp_path, '[exchange]\nn-min = 2\nvalue_type = "float16"\n[run]\nsteps = 5\n')
+    assert from_toml(path) == {"n_min": 2.0, "value_type": "float16", "steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("steps = 5", "'steps' stands outside a table"),
+        ("[run]\nstep = 5", r"unknown key 'step' in \[run\]; known there: .*steps"),
+        ("[exchange]\nsteps = 5", r"unknown key 'steps' in \[exchange\]; known there: .*n_min"),
+        ("[runs]\nsteps = 5", r"unknown key 'steps' in \[runs\]; tables are run, model"),
+        ("[run.inner]\nsteps = 5", r"unknown key 'inner' in \[run\]"),
+        ("[[run]]\nsteps = 5", "'run' stands outside a table"),
+        ("[run]\nsteps = ?\n", "not valid TOML: .*line 2"),
+        ("[run]\nsteps = 5\nsteps = 6", "not valid TOML"),
+        (b"\xff\xfe", "not valid TOML"),
+        ('[run]\nsteps = "many"', "--steps many: must be a whole number"),
+        ("[run]\nsteps = true", "--steps True: must be a whole number"),
+        ("[run]\nsteps = inf", "--steps inf: must be a whole number"),
+        (f"[run]\nsteps = 1{'0' * 400}", "--steps 10.*: must be a whole number"),
+        ("[run]\nstrategy = 5", "--strategy 5: must be a text"),
+        ("[run]\nseed = 2020-01-01", "--seed 2020-01-01: must be a whole number"),
+        ('[run]\nevaluate_every = "often"', "--evaluate-every: 'often' is not a number of steps"),
+    ],
+)
+def test_a_bad_file_is_named_with_what_is_wrong_in_it(tmp_path: Path, text: str | bytes, said: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(UserError, match=said) as caught:
+        from_toml(path)
+    assert str(caught.value).startswith(f"--config {path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.toml", tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            from_toml(str(path))
+
+
+# ---- strategies' defaults
+
+
+def test_defaults_are_filled_in_for_the_chosen_strategy() -> None:
+    strategy, resolved = resolve(Config())
+    assert strategy.name == "dlion"
+    assert (resolved.sync, resolved.staleness, resolved.unsent) == ("bounded", 5, "accumulate")
+    assert resolve(Config(strategy="baseline"))[1].unsent is None
+
+
+def test_what_is_given_comes_before_the_default() -> None:
+    resolved = resolve(Config(unsent="drop", staleness=0, transfer_merge=0.0, exchange_share=0.0))[1]
+    assert (resolved.unsent, resolved.staleness) == ("drop", 0)
+    assert (resolved.transfer_merge, resolved.exchange_share) == (0.0, 0.0)
+
+
+def test_a_technique_that_is_off_has_no_options() -> None:
+    resolved = resolve(Config(batching="fixed", gbs_schedule="fixed", transfer="none", max_n=10.0))[1]
+    assert resolved.rebalance_every is None
+    assert resolved.gbs_interval is None
+    assert resolved.transfer_period is None
+    assert resolved.n_min is None
+    assert resolved.exchange_share is None
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_staleness_is_for_bounded_alone(mode: str) -> None:
+    resolved = resolve(Config(sync=mode))[1]
+    assert resolved.staleness is None
+    assert resolved.backup is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"strategy": "hope"}, "--strategy hope: unknown; known are dlion, baseline"),
+        ({"strategy": "baseline", "sync": "async"}, "baseline does not support --sync async: it supports sync"),
+        ({"strategy": "baseline", "max_n": 10.0}, "--max-n is not used by --strategy baseline"),
+        ({"strategy": "baseline", "transfer": "all"}, "--transfer is not used by --strategy baseline"),
+        ({"strategy": "baseline", "lbs_max": 64}, "--lbs-max is not used by --strategy baseline"),
+        ({"strategy": "baseline", "staleness": 1}, "--staleness is not used by --strategy baseline"),
+    ],
+)
+def test_what_a_strategy_does_not_use_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        resolve(Config(**options))

@@ -1,0 +1,165 @@
+"""Evaluation in the background, and when the target was reached."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dlion_mpi.evaluate import CHUNK, BackgroundEvaluator, Evaluation, target_reached_s
+from dlion_mpi.flat import Vector
+
+ROWS = 2 * CHUNK + 7
+X = np.arange(ROWS, dtype=np.float32)
+Y = np.arange(ROWS) % 10
+WAIT_S = 30.0
+
+
+def knowledge(right: int) -> Vector:
+    """Of a model that is right in the first ``right`` rows."""
+    return np.array([right], np.float32)
+
+
+class Model:
+    """Counts correct rows, one call at a time; waits at the gate if there is one."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.calls: list[int] = []
+        self.threads: set[int] = set()
+
+    def correct(self, vector: Vector, x: Any, y: Any) -> int:
+        self.entered.set()
+        assert self.gate.wait(WAIT_S)
+        if vector[0] < 0:
+            raise FloatingPointError("the model has exploded")
+        self.calls.append(len(y))
+        self.threads.add(threading.get_ident())
+        assert (x % 10 == y).all(), "rows and labels belong together"
+        return int((x < vector[0]).sum())
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def evaluator(model: Model) -> Iterator[BackgroundEvaluator]:
+    own = BackgroundEvaluator(model.correct, X, Y)
+    yield own
+    model.gate.set()
+    own.close()
+
+
+def test_accuracy_counts_every_row_once(model: Model, evaluator: BackgroundEvaluator) -> None:
+    evaluator.submit(7, 1.5, knowledge(600))
+    assert evaluator.poll(wait=True) == [Evaluation(7, 1.5, 600 / ROWS)]
+    assert model.calls == [CHUNK, CHUNK, 7]
+    assert threading.get_ident() not in model.threads
+
+
+def test_submitting_and_asking_never_wait(model: Model, evaluator: BackgroundEvaluator) -> None:
+    model.gate.clear()
+    assert not evaluator.busy()
+    evaluator.submit(1, 0.1, knowledge(0))
+    assert model.entered.wait(WAIT_S)
+    assert evaluator.busy()
+    assert evaluator.poll() == []
+    model.gate.set()
+    assert [e.step for e in evaluator.poll(wait=True)] == [1]
+    assert not evaluator.busy()
+    assert evaluator.poll() == []
+    assert evaluator.poll(wait=True) == []
+
+
+def test_snapshots_are_evaluated_in_order_and_each_with_its_own_weights(
+    model: Model, evaluator: BackgroundEvaluator
+) -> None:
+    model.gate.clear()
+    for step in range(5):
+        evaluator.submit(step, float(step), knowledge(100 * step))
+    model.gate.set()
+    results = evaluator.poll(wait=True)
+    assert [e.step for e in results] == [0, 1, 2, 3, 4]
+    assert [e.accuracy for e in results] == [100 * step / ROWS for step in range(5)]
+
+
+def test_what_fails_in_the_background_is_raised_in_the_loop(evaluator: BackgroundEvaluator) -> None:
+    evaluator.submit(1, 0.1, knowledge(-1))
+    evaluator.submit(2, 0.2, knowledge(5))
+    with pytest.raises(FloatingPointError, match="exploded"):
+        evaluator.poll(wait=True)
+    assert [e.step for e in evaluator.poll(wait=True)] == [2], "and the next one is evaluated all the same"
+
+
+def test_closing_finishes_what_was_submitted(model: Model) -> None:
+    evaluator = BackgroundEvaluator(model.correct, X, Y)
+    evaluator.submit(1, 0.1, knowledge(3))
+    evaluator.close()
+    assert [e.step for e in evaluator.poll()] == [1]
+
+
+# ---- when the target was reached
+
+
+def worker(*evaluations: tuple[float, float]) -> list[Evaluation]:
+    return [Evaluation(k, time_s, accuracy) for k, (time_s, accuracy) in enumerate(evaluations)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        ([worker((1, 0.5), (2, 0.8), (3, 0.9))], 2),
+        ([worker((1, 0.9)), worker((2, 0.6), (5, 0.7))], 5),  # (0.9 + 0.6) / 2 is not enough
+        ([worker((1, 0.9)), worker()], None),  # one was never tested
+        ([worker((1, 0.9), (4, 0.7)), worker((2, 0.6), (5, 0.9))], 5),
+        ([worker((1, 0.9), (2, 0.1)), worker((3, 0.7))], None),
+        ([worker((1, 0.9), (2, 0.1)), worker((1.5, 0.7))], 1.5),  # reached, if not kept
+        ([worker((1, 0.7))], None),
+        ([worker()], None),
+    ],
+)
+def test_it_is_when_the_mean_of_everyone_s_latest_gets_there(
+    workers: list[list[Evaluation]], expected: float | None
+) -> None:
+    assert target_reached_s(workers, 0.8) == expected
+
+
+def test_without_a_target_there_is_no_time() -> None:
+    assert target_reached_s([worker((1, 1.0))], None) is None
+
+
+def test_exactly_the_target_is_reached() -> None:
+    assert target_reached_s([worker((1, 0.75)), worker((2, 0.25))], 0.5) == 2
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 50), st.integers(0, 4)), max_size=6, unique_by=lambda e: e[0]).map(sorted),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([0.25, 0.5, 0.75]),
+)
+def test_by_definition(tests: list[list[tuple[int, int]]], target: float) -> None:
+    """The first moment at which everyone has been tested and the mean of the latest accuracies is enough."""
+    expected = None
+    for now in range(51):
+        latest = [[accuracy / 4 for at, accuracy in own if at <= now][-1:] for own in tests]
+        if expected is None and all(latest) and sum(a for (a,) in latest) / len(tests) >= target:
+            expected = now
+    # Tests of one instant count one after the other, so that it may be reached in between.
+    found = target_reached_s([worker(*((float(at), a / 4) for at, a in own)) for own in tests], target)
+    instants = [at for own in tests for at, _ in own]
+    if len(set(instants)) == len(instants):
+        assert found == expected
+    else:
+        assert expected is None or (found is not None and found <= expected)
