@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from dlion_mpi.flat import Indices, Layout, Vector
 from dlion_mpi.wire import ValueType, bytes_for_count, encoded_bytes
 
-SAMPLE = 1 << 16
+SAMPLE = 1 << 14
 """Entries that are looked at to place a threshold; more would cost more than they sharpen it."""
 MARGIN = 1.25
 """Candidates wanted over entries needed, since a sample places the first threshold."""
@@ -62,13 +62,13 @@ def nested(relative: Vector, budgets_bytes: Sequence[float], *, n_min: float, va
     least = 1 - n_min / 100
     partial = [count for count in counts if count < size]
     candidates = _candidates(relative, max(partial), least) if partial else np.empty(0, np.uint32)
-    magnitudes = relative[candidates]
+    ranking = _Ranking(candidates, relative[candidates])
     selections: dict[float, Selection] = {}
     for budget, count in sorted(set(zip(budgets_bytes, counts, strict=True))):
         if count >= size:
             selections[budget] = Selection(None, 100.0)
         else:  # what a smaller budget has got, this one gets too: its threshold is the new least
-            indices, least = _fit(candidates, magnitudes, count, budget, least, size, value_type)
+            indices, least = _fit(ranking, count, budget, least, size, value_type)
             selections[budget] = Selection(indices, 100 * (1 - least))
     return [selections[budget] for budget in budgets_bytes]
 
@@ -102,36 +102,47 @@ def _candidates(relative: Vector, count: int, least: float) -> Indices:
         wanted *= 2
 
 
+@dataclass(frozen=True, slots=True)
+class _Ranking:
+    """Candidates (C,) ascending by index, and the magnitudes of every ``stride``-th, descending.
+
+    Ranked once for all links, and never more than SAMPLE of them.
+    """
+
+    indices: Indices
+    magnitudes: Vector
+    stride: int = field(init=False)
+    descending: Vector = field(init=False)
+
+    def __post_init__(self) -> None:
+        stride = -(-len(self.magnitudes) // SAMPLE) or 1
+        object.__setattr__(self, "stride", stride)
+        object.__setattr__(self, "descending", np.sort(self.magnitudes[::stride])[::-1])
+
+
 def _fit(
-    candidates: Indices,
-    magnitudes: Vector,
-    count: int,
-    budget_bytes: float,
-    least: float,
-    size: int,
-    value_type: ValueType,
+    ranking: _Ranking, count: int, budget_bytes: float, least: float, size: int, value_type: ValueType
 ) -> tuple[Indices, float]:
     """The largest candidates that fit, and the threshold that they reach, at most ``least``.
 
     ``count`` is where to start, lowered while the exact size is too large.
     """
-    if not len(candidates):
-        return candidates, least
-    stride = max(1, len(magnitudes) // SAMPLE)
-    sample = magnitudes[::stride]
-    wanted = min(count // stride, len(sample))
+    if not len(ranking.indices):
+        return ranking.indices, least
+    wanted = count // ranking.stride
     while True:
         threshold = least
-        if wanted == len(sample):
-            threshold = float(magnitudes.min())
-        elif wanted:
-            at = len(sample) - wanted
-            threshold = float(np.partition(sample, at)[at])
+        if wanted >= len(ranking.descending):
+            threshold = float(ranking.magnitudes.min())
+        elif wanted > 0:
+            threshold = float(ranking.descending[wanted - 1])
         threshold = min(threshold, least)
-        indices = candidates[magnitudes >= threshold]
+        indices = ranking.indices[ranking.magnitudes >= threshold]
         exact_bytes = encoded_bytes(indices, size, value_type)
         if exact_bytes <= budget_bytes or threshold >= least:
             return indices, threshold
         # Equal magnitudes come all or none: if they are too many, only what is larger can fit.
-        larger = int(np.count_nonzero(sample > threshold))
-        wanted = min(larger, int(len(indices) * budget_bytes / exact_bytes) // stride)
+        larger = int(np.count_nonzero(ranking.descending > threshold))
+        tied = larger < wanted - 1
+        kept = len(indices) // ranking.stride if tied else wanted
+        wanted = min(larger, int(kept * budget_bytes / exact_bytes))

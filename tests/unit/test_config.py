@@ -251,18 +251,17 @@ def test_text_becomes_the_field_s_type(name: str, text: Any, expected: Any) -> N
     assert type(value) is type(expected)
 
 
+OF_ANOTHER_TYPE: dict[str, list[Any]] = {
+    "steps": ["many", "1.5", "1e3", "", 1.5, True, None, math.inf, math.nan, [1]],
+    "seconds": ["soon", "1,5", "", False, None, {}],
+    "out": [3, True, None, ["a"]],
+    "evaluate_every": ["sometimes", True, 1.5],
+}
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
-    [
-        (name, text)
-        for name, texts in {
-            "steps": ["many", "1.5", "1e3", "", 1.5, True, None, math.inf, math.nan, [1]],
-            "seconds": ["soon", "1,5", "", False, None, {}],
-            "out": [3, True, None, ["a"]],
-            "evaluate_every": ["sometimes", True, 1.5],
-        }.items()
-        for text in texts
-    ],
+    [(name, text) for name, texts in OF_ANOTHER_TYPE.items() for text in texts],
 )
 def test_what_is_not_of_the_type_is_refused_by_name(name: str, text: Any) -> None:
     with pytest.raises(UserError, match=flag(name)):
