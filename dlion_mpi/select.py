@@ -129,7 +129,7 @@ def _fit(
     """
     if not len(ranking.indices):
         return ranking.indices, least
-    wanted = count // ranking.stride
+    wanted, given_up = count // ranking.stride, 0
     while True:
         threshold = least
         if wanted >= len(ranking.descending):
@@ -141,8 +141,9 @@ def _fit(
         exact_bytes = encoded_bytes(indices, size, value_type)
         if exact_bytes <= budget_bytes or threshold >= least:
             return indices, threshold
-        # Equal magnitudes come all or none: if they are too many, only what is larger can fit.
+        # Equal magnitudes come all or none: if they are too many, only what is larger can fit. A sampled ranking
+        # may be off by a little each time, so every further try gives up twice as much as the one before.
         larger = int(np.count_nonzero(ranking.descending > threshold))
-        tied = larger < wanted - 1
-        kept = len(indices) // ranking.stride if tied else wanted
-        wanted = min(larger, int(kept * budget_bytes / exact_bytes))
+        fitting = int(len(indices) * budget_bytes / exact_bytes) // ranking.stride
+        wanted = max(0, min(larger - given_up, fitting))
+        given_up = 2 * given_up + 1
