@@ -56,6 +56,11 @@ class StatusRounds:
         """Whether batch sizes follow measured throughput."""
         return self._config.batching in ("auto", "proportional") and self._workers > 1
 
+    def observe(self, samples: int, seconds: float) -> None:
+        """A step of ``samples`` took ``seconds`` to compute."""
+        if self.adapts:
+            self.fit.add(samples, seconds)
+
     def first(self) -> Iterator[Until]:
         """Before the first step: share out the batch by the timings that `fit` has already."""
         self._ask(0)

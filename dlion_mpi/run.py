@@ -193,14 +193,12 @@ def _replica(config: Config, ranks: Ranks, shard: Shard, model: Any) -> Replica:
     if model is None:
         model = build(config.model, shard.input_shape, shard.classes, config.seed)
     own = getattr(model, "optimizer", None)
-    replica = Replica(
+    return Replica(
         model,
         own if own is not None else optimizer(config.optimizer, config.learning_rate, config.momentum),
         shard.x_train.dtype,
         ranks.rank,
     )
-    replica.trace()
-    return replica
 
 
 def _new_folder(config: Config, ranks: Ranks) -> Path | None:

@@ -45,13 +45,8 @@ class SharedReplica(Replica):
 
     def state(self, rank: int) -> list[Any]:
         """The model's non-trainable variables as tensors, its random seeds those of this rank."""
-        values = []
-        for variable in self.model.non_trainable_variables:
-            value = variable.numpy()
-            if "seed" in variable.path and variable.dtype == "uint32":
-                value = value + np.array([0, rank], dtype=np.uint32)  # as `Replica` does for its rank
-            values.append(self._tf.convert_to_tensor(value))
-        return values
+        values = [_of_rank(variable, rank) for variable in self.model.non_trainable_variables]
+        return [self._tf.convert_to_tensor(value) for value in values]
 
     def slots(self) -> list[Any]:
         """The optimizer's variables as tensors."""
@@ -126,6 +121,17 @@ class SharedReplica(Replica):
             return after, [tf.identity(v.value) for v in optimizer.variables]
 
         self._gradient_of, self._applied = gradient_of, applied
+
+
+def _of_rank(variable: Any, rank: int) -> npt.NDArray[Any]:
+    """The variable's value; a random generator's state (seed, counter) with a seed of this rank's own.
+
+    Workers start from equal weights, but must not drop the same units.
+    """
+    value = np.array(variable.numpy())
+    if "seed" in variable.path and value.shape == (2,) and value.dtype.kind in "iu":
+        value[0] += rank
+    return value
 
 
 def _plain_rate(optimizer: Any, trainable: Sequence[Any]) -> np.float32 | None:

@@ -137,7 +137,7 @@ def converse(w: Worker, computed: Computed, timings: Timings) -> Generator[Until
         w.evaluated_s = w.now_s()
         w.evaluator.submit(step, w.now_s(), w.replica.knowledge())
     w.recent_losses.append(computed.loss)
-    w.status.fit.add(timings.lbs, computed.seconds)
+    w.status.observe(timings.lbs, computed.seconds)
     w.knowledge.observe(computed.loss)
     yield from w.status.advance(step)
     if w.status.target_reached:

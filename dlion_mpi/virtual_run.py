@@ -104,7 +104,6 @@ def prepare(
         own if own is not None else optimizer(config.optimizer, config.learning_rate, config.momentum),
         shards[0].x_train.dtype,
     )
-    shared.trace()
     folder = new_folder(config)
     if report:
         say(

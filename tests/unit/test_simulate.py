@@ -260,6 +260,9 @@ def test_a_reader_that_does_not_poll_is_not_acknowledged_for_ever() -> None:
     run_out(ends.events)
     assert ends.links[1].received_counts() == [RECEIVE_BUFFERS + 2, 0]
     assert ends.links[0].received_counts() == [0, RECEIVE_BUFFERS + 2]
+    ends.links[0].post({1: dense()}, STAMP)
+    run_out(ends.events)
+    assert ends.links[0].received_counts() == [0, RECEIVE_BUFFERS + 3]  # the buffers are free again
 
 
 def test_bytes_and_messages_are_the_same_at_both_ends_and_none_are_sent_in_silence() -> None:
@@ -269,7 +272,9 @@ def test_bytes_and_messages_are_the_same_at_both_ends_and_none_are_sent_in_silen
         links.announce(wire.Kind.CLOSE, STAMP)
     ends.until(0.02)
     sent = [links.fall_silent() for links in ends.links]
+    woken = list(ends.woken)
     run_out(ends.events)
+    assert ends.woken[0] > woken[0]  # in silence an acknowledgement may be the message that is waited for
     assert [[row[k] for row in sent] for k in range(3)] == [links.received_counts() for links in ends.links]
     for a in range(3):
         for b in range(3):
@@ -332,6 +337,15 @@ def test_a_broadcast_to_few_takes_the_roots_uplink_for_each() -> None:
         c.broadcast("transfer", 0, np.zeros(CHUNK, np.float32))
     run_out(events)
     assert events.now_s == pytest.approx(2 * 4 * CHUNK / BYTES_8_MBIT + 0.25)
+
+
+def test_a_chunk_goes_on_only_from_where_it_is() -> None:
+    events, _, everyone, _ = collectives(cloud(6, {"uplink_mbit": (8.0,) * 6}))
+    for c in everyone:
+        c.broadcast("transfer", 0, np.zeros(CHUNK, np.float32))
+    run_out(events)
+    # 0 to 1, 2 and 4 takes three times a chunk's time; then 1 to 3 and 5 twice.
+    assert events.now_s == pytest.approx(5 * 4 * CHUNK / BYTES_8_MBIT)
 
 
 def test_a_chunk_waits_for_those_who_have_not_asked_yet() -> None:
