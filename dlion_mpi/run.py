@@ -2,56 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import platform
-import signal
-import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-import numpy as np
 
 from dlion_mpi import startup
 from dlion_mpi.collectives import Collectives
 from dlion_mpi.config import Config
-from dlion_mpi.console import SUMMARY_COLUMNS, Progress, say, summary
+from dlion_mpi.console import Progress, say, summary
 from dlion_mpi.data import Batches, Shard, load, merge_facts
 from dlion_mpi.driver import drive
 from dlion_mpi.environments import PaceClock, start_clock
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.evaluate import BackgroundEvaluator, Evaluation, target_reached_s
+from dlion_mpi.evaluate import BackgroundEvaluator, Evaluation
 from dlion_mpi.exchange_cost import seconds_per_byte
 from dlion_mpi.links import Links
 from dlion_mpi.membership import Membership
-from dlion_mpi.metrics import NoRecorder, Recorder
 from dlion_mpi.model import Replica, build, optimizer, tensorflow
+from dlion_mpi.outcome import (
+    Outcome,
+    exit_code,
+    new_folder,
+    new_recorder,
+    result_of,
+    stopped_by_signals,
+    summary_row,
+    versions,
+)
 from dlion_mpi.progress import ProgressThread
 from dlion_mpi.startup import Ranks, together
 from dlion_mpi.strategies import resolve
 from dlion_mpi.testbed import Loop
 from dlion_mpi.train import CHANNELS, leave, train
 from dlion_mpi.worker import Worker
-
-PACKAGES = ("dlion-mpi", "mpi4py", "numpy", "h5py", "keras")
-"""Whose versions must be equal on all ranks, and are recorded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended; but for ``rank`` the same on every rank.
-
-    ``result``: its JSON object. ``exit_code``: 0, 1 if it failed on any rank, 128 + the signal that ended it.
-    """
-
-    rank: int
-    result: dict[str, Any]
-    exit_code: int
 
 
 def run(
@@ -63,14 +46,16 @@ def run(
     ``report``: say how it goes on stderr. Raises UserError on every rank if any has one.
     """
     ranks = startup.begin()
-    startup.agree(ranks, "\n".join(f"{k} = {v}" for k, v in _versions().items()) + "\n" + config.to_toml())
+    startup.agree(ranks, "\n".join(f"{k} = {v}" for k, v in versions().items()) + "\n" + config.to_toml())
     strategy, config = resolve(config)
     pace_clock = together(ranks, lambda: PaceClock.from_environ(ranks.rank, run_seconds=config.seconds))
     shard = _merge(ranks, together(ranks, own_data or (lambda: _load(config, ranks))))
     replica = together(ranks, lambda: _replica(config, ranks, shard, model))
     replica.set_knowledge(startup.share_from_root(ranks, replica.knowledge()))
-    folder = together(ranks, lambda: _new_folder(config, ranks))
-    recorder = together(ranks, lambda: _recorder(config, ranks, shard, folder))
+    folder = together(ranks, lambda: _shared_folder(config, ranks))
+    recorder = together(
+        ranks, lambda: new_recorder(config, folder, ranks.rank, ranks.size, shard, {"mpi": startup.library()})
+    )
     if report and ranks.rank == 0:
         say(
             f"dlion: {config.strategy}, {config.sync}, {ranks.size} rank{'s' * (ranks.size > 1)}; {config.model}, "
@@ -79,16 +64,7 @@ def run(
         )
 
     clock = startup.CommonClock(ranks)
-    progress = ProgressThread()
-    links_communicator = ranks.communicator.Dup()
-    links = Links(
-        links_communicator,
-        size=replica.layout.size,
-        window=config.window,
-        now_s=clock.now_s,
-        wake=progress.wake,
-    )
-    collectives = Collectives(ranks.communicator, CHANNELS, progress.wake)
+    exchange = _Exchange(ranks, config, replica, clock)
     evaluator = BackgroundEvaluator(replica.correct, shard.x_test, shard.y_test)
     worker = Worker(
         config=config,
@@ -97,8 +73,8 @@ def run(
         strategy=strategy,
         replica=replica,
         batches=Batches(shard, seed=config.seed, rank=ranks.rank),
-        links=links,
-        collectives=collectives,
+        links=exchange.links,
+        collectives=exchange.collectives,
         evaluator=evaluator,
         recorder=recorder,
         now_s=clock.now_s,
@@ -106,32 +82,53 @@ def run(
         exchange_s_per_byte=seconds_per_byte(config.value_type) if config.value_type else 0.0,
     )
     if report:
-        worker.on_step = Progress(
-            ranks.rank, config.progress_every, lambda: worker.evaluations[-1].accuracy if worker.evaluations else None
-        )
+        worker.on_step = Progress(ranks.rank, config.progress_every, worker.last_accuracy)
 
     def driven(loop: Loop) -> None:
-        drive(loop, replica=replica, progress=progress, now_s=clock.now_s, pace_model=pace_clock)
+        drive(loop, replica=replica, progress=exchange.progress, now_s=clock.now_s, pace_model=pace_clock)
 
-    with _signals(worker):
+    with stopped_by_signals([worker]):
         clock.start()
         if ranks.rank == 0:
             start_clock(config.seconds)
-        progress.start(links, collectives)
+        exchange.start()
         _train(worker, driven)
         seconds = clock.now_s()
-        progress.stop()
-        links.cancel()
-        collectives.free()
-        links_communicator.Free()
+        exchange.stop()
         _evaluate_last(worker, evaluator, replica, seconds)
     recorder.close(complete=worker.exit_code == 0)
-    result, rows = _sum_up(worker, ranks, seconds)
-    exit_codes = startup.gather_numbers(ranks.communicator, worker.exit_code)[:, 0]
+    outcome, rows = _sum_up(worker, ranks, seconds)
     ranks.communicator.Free()
     if report and ranks.rank == 0:
-        say(summary(result, rows))
-    return Outcome(ranks.rank, result, 1 if 1 in exit_codes else int(exit_codes.max()))
+        say(summary(outcome.result, rows))
+    return outcome
+
+
+class _Exchange:
+    """Everything that talks MPI while training runs: the links, the collectives and the thread that drives them."""
+
+    def __init__(self, ranks: Ranks, config: Config, replica: Replica, clock: startup.CommonClock) -> None:
+        self.progress = ProgressThread()
+        self._communicator = ranks.communicator.Dup()
+        self.links = Links(
+            self._communicator,
+            size=replica.layout.size,
+            window=config.window,
+            now_s=clock.now_s,
+            wake=self.progress.wake,
+        )
+        self.collectives = Collectives(ranks.communicator, CHANNELS, self.progress.wake)
+
+    def start(self) -> None:
+        """From here on MPI belongs to the thread."""
+        self.progress.start(self.links, self.collectives)
+
+    def stop(self) -> None:
+        """After `leave`: nothing is under way any more, and MPI belongs to the caller again."""
+        self.progress.stop()
+        self.links.cancel()
+        self.collectives.free()
+        self._communicator.Free()
 
 
 def _train(worker: Worker, driven: Callable[[Loop], None]) -> None:
@@ -141,27 +138,6 @@ def _train(worker: Worker, driven: Callable[[Loop], None]) -> None:
     except RunError as error:
         worker.stop_reason, worker.exit_code = str(error), 1
     driven(leave(worker))
-
-
-@contextlib.contextmanager
-def _signals(worker: Worker) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run after the step at hand; a second Ctrl-C ends it at once."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if worker.stop_reason == name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        worker.stop_reason, worker.exit_code = name, 128 + number
-
-    try:
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are the caller's business
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _load(config: Config, ranks: Ranks) -> Shard:
@@ -201,60 +177,11 @@ def _replica(config: Config, ranks: Ranks, shard: Shard, model: Any) -> Replica:
     )
 
 
-def _new_folder(config: Config, ranks: Ranks) -> Path | None:
-    """Rank 0 makes the folder of ``--out``, which must be new: no run overwrites another."""
-    if config.out is None:
-        return None
-    folder = Path(config.out)
+def _shared_folder(config: Config, ranks: Ranks) -> Path | None:
+    """The folder of ``--out``, which rank 0 makes."""
     if ranks.rank == 0:
-        try:
-            folder.mkdir(parents=True)
-            (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
-        except FileExistsError:
-            raise UserError(f"--out {folder}: exists already; give a new folder, or move that one away") from None
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
-    return folder
-
-
-def _recorder(config: Config, ranks: Ranks, shard: Shard, folder: Path | None) -> Recorder | NoRecorder:
-    if folder is None:
-        return NoRecorder()
-    attributes = {
-        "config": config.to_toml(),
-        "versions": json.dumps(_versions()),
-        "commit": _commit(),
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "mpi": startup.library(),
-        "data_source": shard.source,
-        "samples": shard.samples,
-    }
-    try:
-        return Recorder(folder, ranks.rank, ranks.size, attributes)
-    except OSError as error:
-        raise UserError(f"--out {folder}: rank {ranks.rank} cannot write its metrics there ({error})") from None
-
-
-def _versions() -> dict[str, str]:
-    """The versions that all ranks must share."""
-    versions = {}
-    for package in (*PACKAGES, "tensorflow", "tensorflow-cpu"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
-
-
-def _commit() -> str:
-    """The git commit of the package if it runs from a checkout, else an empty text."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return ""
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+        return new_folder(config)
+    return Path(config.out) if config.out is not None else None
 
 
 def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, replica: Replica, seconds: float) -> None:
@@ -266,41 +193,13 @@ def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, replica: Repl
     evaluator.close()
 
 
-def _sum_up(worker: Worker, ranks: Ranks, seconds: float) -> tuple[dict[str, Any], list[list[float]]]:
-    """The run's JSON object, and per rank the numbers of SUMMARY_COLUMNS."""
-    bytes_sent = sum(link.bytes_sent for link in worker.links.totals().values())
-    spent = worker.spent
-    own = [
-        worker.step,
-        worker.evaluations[-1].accuracy,
-        float(np.mean(worker.recent_losses)) if worker.recent_losses else math.nan,
-        spent.samples,
-        spent.compute_s,
-        spent.select_encode_s,
-        spent.wait_s,
-        spent.apply_s,
-        seconds,
-        bytes_sent,
-    ]
-    rows = startup.gather_numbers(ranks.communicator, *own)
-    column = dict(zip(SUMMARY_COLUMNS, rows.T, strict=True))
+def _sum_up(worker: Worker, ranks: Ranks, seconds: float) -> tuple[Outcome, list[list[float]]]:
+    """How the run ended on all ranks, and per rank the numbers of the summary."""
+    rows = startup.gather_numbers(ranks.communicator, *summary_row(worker, seconds))
     reasons = startup.gather_text(ranks.communicator, worker.stop_reason or "")
-    losses = column["loss"]
-    result = {
-        "strategy": worker.config.strategy,
-        "ranks": ranks.size,
-        "steps": int(column["steps"].max()),
-        "seconds": round(float(column["seconds"].max()), 3),
-        "accuracy_mean": round(float(column["accuracy"].mean()), 6),
-        "accuracy_std": round(float(column["accuracy"].std()), 6),
-        "accuracy_per_rank": [round(float(a), 6) for a in column["accuracy"]],
-        "loss": round(float(losses.mean()), 6) if np.isfinite(losses).all() else None,
-        "bytes_sent": int(column["bytes_sent"].sum()),
-        "target_reached_s": target_reached_s(_everyones_evaluations(worker, ranks), worker.config.target_accuracy),
-        "stopped": next((reason for reason in reasons if reason), None),
-        "out": worker.config.out,
-    }
-    return result, rows.tolist()
+    codes = startup.gather_numbers(ranks.communicator, worker.exit_code)[:, 0]
+    result = result_of(worker.config, rows, reasons, _everyones_evaluations(worker, ranks))
+    return Outcome(ranks.rank, result, exit_code(codes.tolist())), rows.tolist()
 
 
 def _everyones_evaluations(worker: Worker, ranks: Ranks) -> list[list[Evaluation]]:

@@ -36,13 +36,6 @@ class SharedReplica(Replica):
         self.plain_rate = _plain_rate(optimizer, self._trainable)
         """The learning rate if the optimizer does no more than ``w - rate g``, else None."""
 
-    def trace(self) -> None:
-        """Trace the graphs that seats use."""
-        self._gradient_of.get_concrete_function()
-        self._correct.get_concrete_function()
-        if self.plain_rate is None:
-            self._applied.get_concrete_function()
-
     def state(self, rank: int) -> list[Any]:
         """The model's non-trainable variables as tensors, its random seeds those of this rank."""
         values = [_of_rank(variable, rank) for variable in self.model.non_trainable_variables]
@@ -54,7 +47,8 @@ class SharedReplica(Replica):
 
     def gradient_of(self, weights: Vector, state: list[Any], x: Images, y: Labels) -> tuple[Gradient, list[Any]]:
         """Loss and gradient at ``weights`` over a batch, and the state after it. Threads may call it at once."""
-        loss, vector, after = self._gradient_of(self._tf.convert_to_tensor(weights), state, x, y)
+        convert = self._tf.convert_to_tensor
+        loss, vector, after = self._gradient_of(convert(weights), state, convert(x), convert(y))
         return Gradient(float(loss), np.asarray(vector)), after
 
     def applied(self, weights: Vector, slots: list[Any], gradient: Vector) -> tuple[Vector, list[Any]]:
@@ -120,7 +114,7 @@ class SharedReplica(Replica):
             after = tf.concat([tf.reshape(v.value, (-1,)) for v in trainable], 0)
             return after, [tf.identity(v.value) for v in optimizer.variables]
 
-        self._gradient_of, self._applied = gradient_of, applied
+        self._gradient_of, self._applied = gradient_of.get_concrete_function(), applied.get_concrete_function()
 
 
 def _of_rank(variable: Any, rank: int) -> npt.NDArray[Any]:

@@ -141,6 +141,10 @@ class Worker:
         """Whether the step at hand will never be completed."""
         return self.stop_reason is not None or self.step >= self.end_step
 
+    def last_accuracy(self) -> float | None:
+        """Of the newest evaluation, in 0..1; None before the first."""
+        return self.evaluations[-1].accuracy if self.evaluations else None
+
     def stamp(self, computed_at: float = 0.0) -> Stamp:
         """For the headers of this step."""
         return Stamp(self.members.epoch, self.step, self.status.lbs, self.status.gbs, computed_at)
