@@ -146,8 +146,8 @@ class Config:
     )
     exchange_share: float | None = _option(
         None,
-        "most processor time that handling the exchanged bytes may take, as a share of computing, whatever the "
-        "link could carry; 0: no limit",
+        "most processor time that the exchange may take, as a share of computing: where it would take more, "
+        "gradients are exchanged every few steps (not in sync); 0: no limit",
         table="exchange",
     )
     window: int = _option(2, "unacknowledged messages a link may have (not in sync)", table="exchange")

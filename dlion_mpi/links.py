@@ -7,6 +7,7 @@ owns MPI calls `progress`, which posts what was queued, completes what has arriv
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ class Links:
         self._requests: list[MPI.Request] = []
         self._on_complete: list[Callable[[MPI.Status], None]] = []
         self._quiet = False
+        self._cpu_s = 0.0
         self._links: dict[int, _Link] = {}
         for peer in range(communicator.Get_size()):
             if peer != self.rank:
@@ -187,6 +189,10 @@ class Links:
             computed_at=stamp.computed_at,
         )
 
+    def cpu_s(self) -> float:
+        """Processor seconds of the thread that owns MPI."""
+        return self._cpu_s
+
     # The side of the thread that owns MPI.
 
     def start(self) -> None:
@@ -198,6 +204,7 @@ class Links:
 
     def progress(self) -> bool:
         """Post what is queued, complete what is done. True if anything moved."""
+        self._cpu_s = time.thread_time()
         moved = False
         while self._outbox:
             link, buffer, length = self._outbox.popleft()

@@ -184,6 +184,8 @@ class Replica:
                 variable.assign(variable.numpy() + np.array([0, rank], dtype=np.uint32))
         optimizer.build(self._trainable)
         self.layout = Layout.of([v.shape for v in self._trainable])
+        starts = self.layout.starts
+        self._parts = list(zip(starts, starts[1:], self.layout.shapes, strict=False))
         self._knowledge_layout = Layout.of([v.shape for v in (*self._trainable, *self._statistics)])
         self._loss = _loss_function(keras, model)
         self._compile(tf.as_dtype(np.dtype(input_dtype)))
@@ -209,7 +211,8 @@ class Replica:
 
     def apply(self, gradient: Vector) -> None:
         """Give the optimizer an effective gradient, (P,) float32."""
-        self._apply(self._tf.convert_to_tensor(gradient))
+        parts = (gradient[a:b].reshape(shape) for a, b, shape in self._parts)
+        self._apply(*(self._tf.convert_to_tensor(part) for part in parts))
 
     def weights(self) -> Vector:
         """A copy of the weights, (P,) float32."""
@@ -276,9 +279,9 @@ class Replica:
                 self._optimizer.apply(gradients, trainable)
             return loss, finite
 
-        @tf.function(input_signature=flat)
-        def apply(vector: Any) -> None:
-            self._optimizer.apply(split(vector, trainable), trainable)
+        @tf.function(input_signature=[tf.TensorSpec(v.shape, tf.float32) for v in trainable])
+        def apply(*gradients: Any) -> None:
+            self._optimizer.apply(list(gradients), trainable)
 
         @tf.function
         def read(everything: bool) -> Any:

@@ -15,7 +15,6 @@ from dlion_mpi.driver import drive
 from dlion_mpi.environments import PaceClock, start_clock
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.evaluate import BackgroundEvaluator, Evaluation
-from dlion_mpi.exchange_cost import seconds_per_byte
 from dlion_mpi.links import Links
 from dlion_mpi.membership import Membership
 from dlion_mpi.model import Replica, build, optimizer, tensorflow
@@ -79,7 +78,6 @@ def run(
         recorder=recorder,
         now_s=clock.now_s,
         training_samples=shard.train_samples_global,
-        exchange_s_per_byte=seconds_per_byte(config.value_type) if config.value_type else 0.0,
     )
     if report:
         worker.on_step = Progress(ranks.rank, config.progress_every, worker.last_accuracy)

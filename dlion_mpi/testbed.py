@@ -112,6 +112,9 @@ class Links(Protocol):
     def received_counts(self) -> list[int]:
         """How many messages came from every rank."""
 
+    def cpu_s(self) -> float:
+        """Processor seconds that moving messages has taken so far, beside the loop."""
+
 
 class Replica(Protocol):
     """What the loop needs of the model; see `model.Replica`."""

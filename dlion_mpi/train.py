@@ -23,7 +23,7 @@ CLOSING = "closing"
 CHANNELS = (StatusRounds.channel, KnowledgeRounds.channel, CLOSING)
 """The collectives' channels; see `collectives.py`."""
 SMOOTHING = 0.2
-"""Weight of the newest step in the running means of step and compute time."""
+"""Weight of the newest step in the running mean of step times."""
 
 
 def train(w: Worker) -> Loop:
@@ -82,24 +82,26 @@ def post(w: Worker, computed: Computed, timings: Timings) -> dict[int, float]:
     start_s = w.now_s()
     assert computed.gradient is not None
     local = LocalGradient(vector=computed.gradient, step=w.step, lbs=w.status.lbs, gbs=w.status.gbs)
-    links = _within_share(w, w.links.view(w.peers, w.step_s or computed.seconds))
+    since = w.step - w.exchanged_step  # more than 1 after steps that the exchange was left out of
+    links = _affordable(w, w.links.view(w.peers, since * (w.step_s or computed.seconds)))
     w.state, outgoing = w.strategy.outgoing(w.state, local, links)
     w.links.post(outgoing, w.stamp(start_s))
     timings.select_encode_s = w.now_s() - start_s
+    timings.exchange_s += timings.select_encode_s
     return {peer: message.quality for peer, message in outgoing.items() if message.entries is not None}
 
 
-def _within_share(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
-    """Budgets that keep the exchange's processor time within its share of computing (``--exchange-share``).
+def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
+    """No link is ready while the exchange has taken more than its share of computing (``--exchange-share``).
 
-    On a fast network the processor, not the link, is what a gradient costs. A byte counts with the cost of
-    sending and of receiving one, since as much arrives as is sent.
+    On a fast network the processor, not the link, is what a gradient costs. Where computing a step takes little
+    longer than exchanging one, gradients are then exchanged every few steps, and what was not sent is dealt with as
+    on a link that has not drained. Not in `sync`, where everyone waits for everyone's message of every step.
     """
-    ready = sum(link.ready for link in links.values())
-    if not w.config.exchange_share or not w.exchange_s_per_byte or not ready:
+    if not w.config.exchange_share or w.config.sync == "sync" or w.exchange_credit_s >= 0:
+        w.exchanged_step = w.step
         return links
-    affordable = w.config.exchange_share * (w.compute_s or math.inf) / w.exchange_s_per_byte / ready
-    return {peer: LinkView(link.ready, min(link.budget_bytes, affordable)) for peer, link in links.items()}
+    return {peer: LinkView(False, link.budget_bytes) for peer, link in links.items()}
 
 
 def wait(w: Worker, timings: Timings) -> Generator[Until, None, None]:
@@ -115,6 +117,7 @@ def complete(w: Worker, timings: Timings) -> dict[int, list[tuple[float, int]]]:
     start_s = w.now_s()
     messages = w.inbox.take(w.step if w.config.sync == "sync" else math.inf)
     w.state, effect = w.strategy.incoming(w.state, w.replica.weights, messages)
+    timings.exchange_s += w.now_s() - start_s
     if effect.gradient is not None:
         w.replica.apply(effect.gradient)
     if effect.weights is not None:
@@ -191,8 +194,18 @@ def finish_step(
     w.on_step(record)
     w.spent.add(timings)
     w.step_s = _running_mean(w.step_s, step_s)
-    w.compute_s = _running_mean(w.compute_s, timings.compute_s)
+    _account(w, timings)
     w.step += 1
+
+
+def _account(w: Worker, timings: Timings) -> None:
+    """Grant the exchange its share of this step's computing, and charge what it has cost, MPI's thread included."""
+    cpu_s = w.links.cpu_s()
+    granted_s = (w.config.exchange_share or 0.0) * timings.compute_s
+    cost_s = timings.exchange_s + cpu_s - w.moved_cpu_s
+    w.moved_cpu_s = cpu_s
+    # Unused credit lapses after a step: a lull must not be followed by a burst.
+    w.exchange_credit_s = min(w.exchange_credit_s + granted_s - cost_s, granted_s)
 
 
 def _running_mean(mean: float, value: float) -> float:

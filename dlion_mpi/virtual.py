@@ -81,7 +81,8 @@ class Medium:
         """A stream that was idle has a message of ``size_bytes``."""
         self._serve()
         heapq.heappush(self._busy, (self._served + size_bytes, next(self._order), stream))
-        self._schedule()
+        if self._busy[0][2] is stream:  # else the one that ends first is only delayed, and `_finish` finds that out
+            self._schedule()
 
     def release(self) -> list[tuple[Stream, float]]:
         """Serve nobody any more. Returns the streams that were busy, and the bytes left of their first message."""
@@ -92,6 +93,8 @@ class Medium:
     def _serve(self) -> None:
         """Bring ``_served`` up to now."""
         now_s = self._events.now_s
+        if now_s == self._served_at_s:
+            return
         if self._busy:
             self._served += (now_s - self._served_at_s) * self._bytes_per_s / len(self._busy)
         else:

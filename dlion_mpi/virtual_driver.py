@@ -109,7 +109,6 @@ def drive(run: VirtualRun) -> list[Finish]:
             recorder=run.recorders[rank],
             now_s=lambda: events.now_s,
             training_samples=run.shards[0].train_samples_global,
-            exchange_s_per_byte=0.0,
         )
         worker.on_step = partial(_metered, run, worker)
         processes.append(Process(worker, run, events, partial(running.discard, rank)))

@@ -56,6 +56,8 @@ class Timings:
     select_encode_s: float = 0.0
     wait_s: float = 0.0
     apply_s: float = 0.0
+    exchange_s: float = 0.0
+    """What the exchange has cost: of select_encode_s and apply_s all but the optimizer, and decoding."""
 
 
 @dataclass(slots=True)
@@ -93,8 +95,6 @@ class Worker:
     recorder: Recorder
     now_s: Callable[[], float]
     training_samples: int
-    exchange_s_per_byte: float
-    """Processor seconds to send and receive a byte (`exchange_cost`); 0: do not bound the exchange by it."""
     on_step: Callable[[StepRecord], None] = lambda record: None
     stop_reason: str | None = None
     """Why the run must end before its time: a signal, a failure, a reached target; "" if another rank knows."""
@@ -106,7 +106,10 @@ class Worker:
     """Steps after which the run ends, for this worker or for one that it cannot go on without."""
     step: int = 0
     step_s: float = 0.0
-    compute_s: float = 0.0
+    exchanged_step: int = -1
+    exchange_credit_s: float = 0.0
+    """Processor time that the exchange may still take: what `--exchange-share` grants, less what it has taken."""
+    moved_cpu_s: float = 0.0
     evaluated_s: float = 0.0
     evaluations: list[Evaluation] = field(default_factory=list)
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=10))

@@ -145,8 +145,9 @@ class Network:
 class MemoryLinks:
     """See `testbed.Links`."""
 
-    def __init__(self, network: Network, rank: int, size: int) -> None:
+    def __init__(self, network: Network, rank: int, size: int, message_cpu_s: float) -> None:
         self._network, self._rank, self._size = network, rank, size
+        self._message_cpu_s, self._cpu_s = message_cpu_s, 0.0
         self._views = random.Random(f"{network.weather.seed} {rank}")
         self._sent, self._received = [0] * network.ranks, [0] * network.ranks
         self._bytes = [0] * network.ranks
@@ -186,6 +187,7 @@ class MemoryLinks:
             self._bytes[peer] += sizes[peer]
             self._network.send(self._rank, peer, buffer[: sizes[peer]])
             if message.entries is not None:
+                self._cpu_s += self._message_cpu_s
                 self.history[-1][peer] = (self.history[-1][peer][0], len(message.entries))
         return sizes
 
@@ -204,6 +206,9 @@ class MemoryLinks:
 
     def fall_silent(self) -> list[int]:
         return list(self._sent)
+
+    def cpu_s(self) -> float:
+        return self._cpu_s
 
     def received_counts(self) -> list[int]:
         return list(self._received)
@@ -296,15 +301,20 @@ def run(
     weather: Weather | None = None,
     seconds: Callable[[int, int], float] = lambda rank, samples: 0.001 * samples,
     on_step: Callable[[Worker, Network], None] = lambda worker, network: None,
+    message_cpu_s: float = 0.0,
 ) -> Run:
-    """Train to the end. ``seconds``: (rank, samples) -> what computing a gradient takes, as it is told to the loop."""
+    """Train to the end.
+
+    ``seconds``: (rank, samples) -> what computing a gradient takes, as it is told to the loop. ``message_cpu_s``:
+    processor seconds to send a message with entries, as the links say.
+    """
     weather = weather or Weather()
     network = Network(len(replicas), weather)
     collectives = MemoryCollectives(len(replicas))
     run = Run([], [[] for _ in replicas], collectives, [])
     for rank, replica in enumerate(replicas):
         strategy, resolved = resolve(config)
-        links = MemoryLinks(network, rank, replica.layout.size)
+        links = MemoryLinks(network, rank, replica.layout.size, message_cpu_s)
         worker = Worker(
             config=resolved,
             rank=rank,
@@ -318,12 +328,12 @@ def run(
             recorder=Nothing(),
             now_s=lambda: network.tick * 1e-3,
             training_samples=sum(len(x) for x in rows),
-            exchange_s_per_byte=0.0,
         )
         run.workers.append(worker)
         run.sent.append(links.history)
         worker.on_step = _watched(worker, network, run.records[rank], on_step)
     _drive(run.workers, network, seconds)
+    assert not any(network.on_the_way.values()), "a worker has left before all that was sent to it was there"
     return run
 
 

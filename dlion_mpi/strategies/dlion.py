@@ -55,7 +55,7 @@ class Dlion:
         "n_min": 0.85,
         "unsent": "accumulate",
         "value_type": "float32",
-        "exchange_share": 0.05,
+        "exchange_share": 0.15,
         "transfer": "worse-than-mean",
         "transfer_period": 100,
         "transfer_merge": 0.75,

@@ -9,9 +9,10 @@ import numpy.typing as npt
 import pytest
 
 from dlion_mpi.config import Config
-from dlion_mpi.flat import Layout, Vector
+from dlion_mpi.flat import Entries, Layout, Vector
 from dlion_mpi.strategies import STRATEGIES
 from dlion_mpi.strategies.base import LocalGradient
+from dlion_mpi.wire import Header, Kind, Message
 from tests.inmemory import Quadratic, Run, Weather, run
 
 LAYOUT = Layout.of([(4, 5), (7,), (), (12,)])
@@ -60,6 +61,12 @@ def trained(settings: Config, workers: int = 3, weather: Weather | None = None, 
 
 def local(gradient: Vector, *, step: int = 0, lbs: int = 8, gbs: int = 24) -> LocalGradient:
     return LocalGradient(vector=gradient, step=step, lbs=lbs, gbs=gbs)
+
+
+def arrival(sender: int, gradient: Vector, *, lbs: int, gbs: int = 24, step: int = 0) -> Message:
+    """As it arrives: a whole gradient."""
+    header = Header(kind=Kind.GRADIENT, sender=sender, epoch=0, step=step, sequence=1, acknowledged=0, lbs=lbs, gbs=gbs)
+    return Message(header, Entries(SIZE, gradient))
 
 
 def gradients(seed: int, steps: int, *, whole: bool) -> list[Vector]:

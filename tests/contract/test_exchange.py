@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from dlion_mpi import wire
 from dlion_mpi.config import Config
-from dlion_mpi.flat import Entries, Vector
-from dlion_mpi.strategies import resolve
+from dlion_mpi.flat import Vector
+from dlion_mpi.strategies import STRATEGIES, resolve
 from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, Plan
 from dlion_mpi.wire import Header, Kind, Message
-from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, config, every_mode, gradients, local, trained
+from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, every_mode, gradients, local, trained
 from tests.inmemory import Weather
 
 
@@ -184,12 +184,18 @@ def test_slow_links_get_less_over_a_whole_run() -> None:
     assert np.mean(wide) > 3 * np.mean(tight)
 
 
+@pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)
+def test_an_exchange_that_costs_too_much_is_done_every_few_steps(mode: str) -> None:
+    """A tenth of 8 ms of computing is granted per step, and two messages take 4 ms: every fifth step."""
+    settings = config("dlion", mode, steps=60, exchange_share=0.1, batching="fixed", transfer="none")
+    result = trained(settings, message_cpu_s=0.002)
+    sent = [entries is not None for own in result.sent for step in own for _, entries in step.values()]
+    assert np.mean(sent) == (1 if mode == "sync" else pytest.approx(0.2, abs=0.06))
+    free = trained(dataclasses.replace(settings, exchange_share=0.0), message_cpu_s=0.002)
+    assert all(entries is not None for own in free.sent for step in own for _, entries in step.values())
+
+
 # ---- what arrives
-
-
-def message(sender: int, gradient: Vector, *, lbs: int, gbs: int = 24, step: int = 0) -> Message:
-    header = Header(kind=Kind.GRADIENT, sender=sender, epoch=0, step=step, sequence=1, acknowledged=0, lbs=lbs, gbs=gbs)
-    return Message(header, Entries(SIZE, gradient))
 
 
 def applied(settings: Config, own: LocalGradient, messages: list[Message]) -> Vector:
@@ -204,7 +210,7 @@ def applied(settings: Config, own: LocalGradient, messages: list[Message]) -> Ve
 
 def test_dlion_weighs_gradients_by_their_batches() -> None:
     a, b, c = gradients(2, 3, whole=True)
-    arrived = [message(1, b, lbs=4), message(2, c, lbs=12)]
+    arrived = [arrival(1, b, lbs=4), arrival(2, c, lbs=12)]
     settings = config("dlion", "bounded", weighting="global")
     effective = applied(settings, local(a, lbs=8), arrived)
     np.testing.assert_allclose(effective, (8 * a + 4 * b + 12 * c) / 24, rtol=1e-5, atol=1e-3)
@@ -214,13 +220,13 @@ def test_dlion_weighs_gradients_by_their_batches() -> None:
 
 def test_dlion_weighs_a_gradient_by_the_batches_of_when_it_was_computed() -> None:
     a, b, _ = gradients(2, 3, whole=True)
-    effective = applied(config("dlion", "bounded"), local(a, lbs=8, gbs=24), [message(1, b, lbs=10, gbs=100)])
+    effective = applied(config("dlion", "bounded"), local(a, lbs=8, gbs=24), [arrival(1, b, lbs=10, gbs=100)])
     np.testing.assert_allclose(effective, a * (8 / 24) + b * 0.1, rtol=1e-5, atol=1e-3)
 
 
 def test_baseline_takes_the_mean_of_everyone() -> None:
     a, b, c = gradients(2, 3, whole=True)
-    arrived = [message(1, b, lbs=8), message(2, c, lbs=8)]
+    arrived = [arrival(1, b, lbs=8), arrival(2, c, lbs=8)]
     effective = applied(config("baseline", "sync"), local(a), arrived)
     np.testing.assert_allclose(effective, (a + b + c) / 3, rtol=1e-5, atol=1e-3)
 

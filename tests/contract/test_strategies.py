@@ -24,6 +24,7 @@ from tests.contract.problem import (
     OPTIMUM,
     ROUGH,
     SIZE,
+    arrival,
     config,
     every_mode,
     has_option,
@@ -143,6 +144,17 @@ def test_async_waits_for_nobody(name: str) -> None:
     leads = Leads()
     trained(config(name, "async", steps=60), weather=ADVERSE[0], on_step=leads)
     assert leads.largest > 20
+
+
+def test_messages_are_taken_in_a_fixed_order_and_later_ones_stay() -> None:
+    """A sum of float32 must not depend on who came first."""
+    inbox = Inbox({1: -1, 2: -1})
+    for sender, step in ((2, 4), (1, 5), (2, 5), (1, 4), (1, 6)):
+        inbox.put(arrival(sender, OPTIMUM, lbs=1, step=step))
+    assert inbox.newest == {1: 6, 2: 5}
+    assert [(m.header.sender, m.header.step) for m in inbox.take(5)] == [(1, 4), (1, 5), (2, 4), (2, 5)]
+    assert [(m.header.sender, m.header.step) for m in inbox.take(math.inf)] == [(1, 6)]
+    assert inbox.take(math.inf) == []
 
 
 @pytest.mark.parametrize("name", in_mode["sync"])
@@ -300,3 +312,18 @@ def test_workers_that_end_at_different_times_hold_nobody(name: str, mode: str) -
         settings = config(name, mode, steps=None, seconds=0.5, transfer_period=3)
         result = trained(settings, weather=weather)
         assert all(records for records in result.records)
+
+
+@pytest.mark.parametrize(("name", "mode"), [pair for pair in EVERY_MODE if pair[1] != "sync"])
+def test_who_has_left_is_neither_waited_for_nor_sent_anything(name: str, mode: str) -> None:
+    def end_early(worker: Worker, network: Network) -> None:
+        if worker.rank == 1 and worker.step == 9:
+            worker.end_step = 10
+
+    settings = config(name, mode, steps=80, transfer="none")
+    result = trained(settings, weather=Weather(seed=2, delay=10), on_step=end_early)
+    assert [len(records) for records in result.records] == [80, 10, 80]
+    for rank in (0, 2):
+        assert 1 in result.sent[rank][5]
+        assert all(1 not in links for links in result.sent[rank][40:])
+        assert 1 not in result.workers[rank].members

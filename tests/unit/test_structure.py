@@ -37,7 +37,6 @@ LAYERS: dict[str, set[str]] = {
     "evaluate": {"flat"},
     "wire": {"flat"},
     "select": {"flat", "wire"},
-    "exchange_cost": {"flat", "wire"},
     "config": {"errors", "wire"},
 }
 STRATEGIES_MAY = {"config", "errors", "flat", "wire", "select", "update", "batching", "transfer"}
