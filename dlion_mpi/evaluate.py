@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ import numpy.typing as npt
 
 from dlion_mpi.flat import Vector
 
-CHUNK = 500
-"""Test rows per call: small enough to let a training step in between."""
+CHUNK = 100
+"""Test rows per call. A call's operations share TensorFlow's threads with the training step, which waits for them."""
+SHARE = 0.2
+"""Of the time an evaluation may compute; in the rest it sleeps, so that it takes no more of the processor than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class BackgroundEvaluator:
         self._snapshots: queue.SimpleQueue[tuple[int, float, Vector] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Evaluation | BaseException] = queue.SimpleQueue()
         self._pending = 0
+        self._awaited = False
         self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
         self._thread.start()
 
@@ -52,6 +56,7 @@ class BackgroundEvaluator:
     def poll(self, *, wait: bool = False) -> list[Evaluation]:
         """What has been evaluated since the last call; with ``wait``, all that was submitted."""
         results = []
+        self._awaited = wait
         while self._pending and (wait or not self._done.empty()):
             result = self._done.get()
             self._pending -= 1
@@ -78,7 +83,10 @@ class BackgroundEvaluator:
         hits = 0
         for start in range(0, len(self._y), CHUNK):
             rows = slice(start, start + CHUNK)
+            started_s = time.monotonic()
             hits += self._correct(knowledge, self._x[rows], self._y[rows])
+            if not self._awaited:
+                time.sleep((time.monotonic() - started_s) * (1 / SHARE - 1))
         return hits / len(self._y)
 
 

@@ -21,6 +21,7 @@ from dlion_mpi.config import Config
 from dlion_mpi.console import say
 from dlion_mpi.data import Batches, Shard, load_shards
 from dlion_mpi.environments import Environment
+from dlion_mpi.errors import UserError
 from dlion_mpi.evaluate import Evaluation
 from dlion_mpi.flat import Vector
 from dlion_mpi.metrics import NoRecorder, Recorder
@@ -101,6 +102,7 @@ def prepare(
             alpha=config.dirichlet_alpha,
             seed=config.seed,
         )
+    _check_alike(shards)
     prepare_tensorflow(threads)
     if model is None:
         model = build(config.model, shards[0].input_shape, shards[0].classes, config.seed)
@@ -130,6 +132,13 @@ def prepare(
         pool=ThreadPoolExecutor(threads, thread_name_prefix="compute"),
         meter=Meter(workers, config.progress_every if report else 0.0),
     )
+
+
+def _check_alike(shards: Sequence[Shard]) -> None:
+    kinds = [f"{shard.input_shape} {shard.x_train.dtype}" for shard in shards]
+    for rank, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise UserError(f"--data: rank {rank} has samples of {kind}, rank 0 of {kinds[0]}: they must be alike")
 
 
 def _recorders(

@@ -46,7 +46,7 @@ class Dlion:
         "rebalance_every": 10,
         "lbs_max": 1024,
         "gbs_schedule": "grow",
-        "gbs_interval": 100,
+        "gbs_interval": 500,
         "gbs_warmup_step": 32,
         "gbs_warmup_limit": 0.01,
         "gbs_speedup_factor": 1.5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from dlion_mpi import virtual_driver
 from dlion_mpi.config import Config, Every
-from dlion_mpi.data import Batches, load_shards
+from dlion_mpi.data import Batches, Shard, load_shards
 from dlion_mpi.environments import Environment, Phase
 from dlion_mpi.errors import UserError
 from dlion_mpi.model import Replica, build, optimizer
@@ -314,6 +315,29 @@ def test_a_loss_that_is_not_finite_ends_the_run_everywhere(strategy: str, tmp_pa
     assert outcome.exit_code == 1
     assert "--learning-rate" in outcome.result["stopped"]
     assert [int(own["ended"]) for own in ranks] == [0, 0, 0]
+
+
+def floats(shard: Shard) -> Shard:
+    x_train, x_test = (x.astype(np.float32) for x in (shard.x_train, shard.x_test))
+    return dataclasses.replace(shard, x_train=x_train, x_test=x_test)
+
+
+def test_data_of_several_kinds_is_refused() -> None:
+    shards = load_shards("digits", ranks=3)
+    with pytest.raises(UserError, match="rank 2 has samples of"):
+        simulate(config(), cloud(), shards=[*shards[:2], floats(shards[2])], report=False)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_loss_that_is_not_finite_on_one_worker_ends_the_run_everywhere(mode: str) -> None:
+    shards = load_shards("digits", ranks=3)
+    broken = np.full(shards[1].x_train.shape, 3e38, np.float32)
+    shards = [floats(shard) for shard in shards]
+    shards[1] = dataclasses.replace(shards[1], x_train=broken)
+    outcome = simulate(config(sync=mode, steps=200, batching="fixed"), cloud(), shards=shards, report=False)
+    assert outcome.exit_code == 1
+    assert outcome.result["stopped"].startswith("rank 1, step 0")
+    assert outcome.result["steps"] < 10
 
 
 def test_a_folder_that_exists_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

@@ -320,10 +320,20 @@ def test_who_has_left_is_neither_waited_for_nor_sent_anything(name: str, mode: s
         if worker.rank == 1 and worker.step == 9:
             worker.end_step = 10
 
-    settings = config(name, mode, steps=80, transfer="none")
+    settings = config(name, mode, steps=120, transfer="none")
     result = trained(settings, weather=Weather(seed=2, delay=10), on_step=end_early)
-    assert [len(records) for records in result.records] == [80, 10, 80]
+    assert [len(records) for records in result.records] == [120, 10, 120]
     for rank in (0, 2):
-        assert 1 in result.sent[rank][5]
-        assert all(1 not in links for links in result.sent[rank][40:])
+        assert 1 in result.sent[rank][0]
+        assert all(1 not in links for links in result.sent[rank][-30:])
         assert 1 not in result.workers[rank].members
+
+
+@pytest.mark.parametrize("name", in_mode["sync"])
+def test_in_sync_time_ends_for_everyone_after_the_same_step(name: str) -> None:
+    """Who sees the end first has not taken the step that others are in, so that nobody can complete it."""
+    for seed in range(5):
+        settings = config(name, "sync", steps=None, seconds=0.4, transfer="none")
+        result = trained(settings, weather=Weather(seed=seed, delay=40, slow=seed % 3, slowness=4))
+        assert len({len(records) for records in result.records}) == 1
+        np.testing.assert_allclose(result.weights[1:], result.weights[[0, 0]], rtol=1e-4, atol=1e-6)

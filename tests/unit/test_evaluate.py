@@ -60,8 +60,8 @@ def evaluator(model: Model) -> Iterator[BackgroundEvaluator]:
 
 
 def test_accuracy_counts_every_row_once(model: Model, evaluator: BackgroundEvaluator) -> None:
-    evaluator.submit(7, 1.5, knowledge(600))
-    assert evaluator.poll(wait=True) == [Evaluation(7, 1.5, 600 / ROWS)]
+    evaluator.submit(7, 1.5, knowledge(CHUNK + 3))
+    assert evaluator.poll(wait=True) == [Evaluation(7, 1.5, (CHUNK + 3) / ROWS)]
     assert model.calls == [CHUNK, CHUNK, 7]
     assert threading.get_ident() not in model.threads
 
@@ -85,11 +85,11 @@ def test_snapshots_are_evaluated_in_order_and_each_with_its_own_weights(
 ) -> None:
     model.gate.clear()
     for step in range(5):
-        evaluator.submit(step, float(step), knowledge(100 * step))
+        evaluator.submit(step, float(step), knowledge(10 * step))
     model.gate.set()
     results = evaluator.poll(wait=True)
     assert [e.step for e in results] == [0, 1, 2, 3, 4]
-    assert [e.accuracy for e in results] == [100 * step / ROWS for step in range(5)]
+    assert [e.accuracy for e in results] == [10 * step / ROWS for step in range(5)]
 
 
 def test_what_fails_in_the_background_is_raised_in_the_loop(evaluator: BackgroundEvaluator) -> None:
