@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from dlion_mpi.cli import config_of
+from dlion_mpi.config import Config
 from dlion_mpi.data import shard_of_arrays
-from dlion_mpi.errors import RunError
+from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.run import run
 
 
 def fit(model: Any, train: tuple[Any, Any], test: tuple[Any, Any], options: dict[str, Any]) -> dict[str, Any]:
     """See `dlion_mpi.fit`."""
+    known = {f.name for f in dataclasses.fields(Config)} - {"model", "data", "partition", "dirichlet_alpha"}
+    for name in options:
+        if name not in known:
+            raise UserError(f"fit() has no option {name}; it has {', '.join(sorted(known))}")
     config = config_of({"model": model.name, "data": "arrays", **options})
     outcome = run(
         config, model=model, own_data=lambda: shard_of_arrays(*train, *test), report=config.progress_every > 0

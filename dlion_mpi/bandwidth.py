@@ -56,8 +56,8 @@ class LinkRate:
         return sum(size_bytes >= SMALL_BYTES for _, size_bytes, _ in self.in_flight)
 
     def bytes_per_s(self, now_s: float) -> float | None:
-        """The rate over the last MEMORY_S seconds (at least four samples), or None before the first."""
-        while len(self.samples) > 4 and self.samples[0][0] < now_s - MEMORY_S:
+        """The rate over the last MEMORY_S seconds (at least two samples), or None before the first."""
+        while len(self.samples) > 2 and self.samples[0][0] < now_s - MEMORY_S:
             self.samples.popleft()
         if not self.samples:
             return None

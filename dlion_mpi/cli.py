@@ -31,7 +31,10 @@ EXAMPLES = """examples:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line."""
+    """Says a mistake in one line, and takes no abbreviations: they would change their meaning with new options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options | {"allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(message: str) -> None:
     sys.stdout.flush()
-    print(f"dlion: error: {message}", file=sys.stderr, flush=True)
+    print(f"dlion: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def _end_job(code: int) -> int:

@@ -215,7 +215,7 @@ class Config:
 # name: lowest, highest, and how to say it
 _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "steps": (1, math.inf, "at least 1"),
-    "seconds": (1e-3, math.inf, "above 0"),
+    "seconds": (1e-9, math.inf, "above 0"),
     "target_accuracy": (1e-9, 1, "in (0, 1], for example 0.8"),
     "progress_every": (0, math.inf, "0 or more seconds"),
     "staleness": (0, math.inf, "0 or more steps"),

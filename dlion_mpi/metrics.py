@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from dlion_mpi.errors import RunError
 from dlion_mpi.evaluate import Evaluation
 from dlion_mpi.rounds import Transfer
 
@@ -111,6 +112,7 @@ class Recorder:
         self._file.swmr_mode = True
         self._links: dict[str, list[np.ndarray]] = {name: [] for name in _LINK}
         self._flushed_s = time.monotonic()
+        self._broken = False
 
     def step(self, record: StepRecord) -> None:
         """Add a step; flushed once a second."""
@@ -141,7 +143,14 @@ class Recorder:
         )
 
     def flush(self) -> None:
-        """Write what was added so that readers, and whoever comes after a kill, find it."""
+        """Write what was added so that readers, and whoever comes after a kill, find it. Raises RunError."""
+        try:
+            self._write()
+        except (OSError, RuntimeError) as error:  # h5py says either when a disk is full
+            self._broken = True
+            raise RunError(f"cannot write {self.path}: {str(error).splitlines()[0]}; is the disk full?") from None
+
+    def _write(self) -> None:
         for group, columns in (("steps", _STEP), ("evaluations", _EVALUATION), ("transfers", _TRANSFER)):
             rows, self._rows[group] = self._rows[group], []
             if rows:
@@ -155,7 +164,9 @@ class Recorder:
         self._flushed_s = time.monotonic()
 
     def close(self, *, complete: bool) -> None:
-        """Flush and close; ``complete`` says that the run ended as it should."""
+        """Flush and close; ``complete`` says that the run ended as it should. Nothing if writing has failed."""
+        if self._broken:
+            return
         self.flush()
         self._file["ended"][()] = np.uint8(complete)
         self._file.close()

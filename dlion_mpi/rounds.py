@@ -115,8 +115,8 @@ class StatusRounds:
         self.gbs = gbs
 
     def _gbs(self, step: int) -> int:
-        start = self._config.lbs * self._workers
-        return self._schedule.at(step) if self._schedule else start
+        gbs = self._schedule.at(step) if self._schedule else self._config.lbs * self._workers
+        return min(gbs, (self._config.lbs_max or NO_LIMIT) * self._workers)
 
 
 def _schedule(config: Config, workers: int, training_samples: int) -> GlobalBatchSchedule | None:
@@ -205,8 +205,16 @@ class KnowledgeRounds:
         self._source = source
         self._bringing = self._collectives.broadcast(self.channel, source, read())
 
+    @property
+    def gathering(self) -> bool:
+        """Whether a round of this worker has not brought everyone's loss yet."""
+        return self._gathering is not None
+
     def leave(self, rounds_everywhere: int) -> None:
-        """Take part in the rounds that others have started and this worker has not; they bring nothing."""
+        """Take part in the round that others have started and this worker has not; it brings nothing.
+
+        Only when this worker is not `gathering`: its own last round may still end with a broadcast.
+        """
         while self.started < rounds_everywhere:
             self._gather(LEFT, left=True)
 

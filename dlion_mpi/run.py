@@ -135,7 +135,7 @@ def _train(worker: Worker, driven: Callable[[Loop], None]) -> None:
         driven(train(worker))
     except RunError as error:
         worker.stop_reason, worker.exit_code = str(error), 1
-    driven(leave(worker))
+        driven(leave(worker))
 
 
 def _load(config: Config, ranks: Ranks) -> Shard:

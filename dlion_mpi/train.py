@@ -224,7 +224,9 @@ def leave(w: Worker) -> Loop:
     yield Until(lambda: _keep_moving(w) and ended.done)
     status_rounds, knowledge_rounds = ended.table.max(axis=0)
     w.status.leave(int(status_rounds))
-    w.knowledge.leave(int(knowledge_rounds))
+    if w.knowledge.started < knowledge_rounds:
+        yield Until(lambda: _keep_moving(w) and not w.knowledge.gathering)
+        w.knowledge.leave(int(knowledge_rounds))
     yield Until(lambda: _keep_moving(w) and w.status.settled() and w.knowledge.settled(w.replica.knowledge))
     sent = w.collectives.gather(CLOSING, w.links.fall_silent())
     yield Until(lambda: _keep_moving(w) and sent.done)

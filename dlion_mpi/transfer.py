@@ -22,7 +22,8 @@ def merges(policy: str, losses: Sequence[float], k: int) -> bool:
     ``losses``: (n,) everyone's mean of recent losses. ``policy``: all, worse-than-mean, worst or none.
     Source: DLion, direct knowledge transfer; the policies are ours.
     """
-    values = np.asarray(losses, dtype=np.float64)
+    # A loss that is not finite is the worst there is.
+    values = np.where(np.isfinite(losses), losses, np.inf)
     source = best(losses)
     if source is None or k == source or policy == "none":
         return False
@@ -31,7 +32,7 @@ def merges(policy: str, losses: Sequence[float], k: int) -> bool:
     if policy == "worse-than-mean":
         return bool(values[k] > values[np.isfinite(values)].mean())
     if policy == "worst":
-        return k == int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
+        return k == int(np.argmax(values))
     raise ValueError(f"unknown transfer policy '{policy}'")
 
 

@@ -211,6 +211,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_a_peer(world:
     assert outcome.result["steps"] < 50
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("sync", ["sync", "bounded", "async"])
+def test_a_loss_that_is_not_finite_on_one_rank_only_ends_all(world: MPI.Intracomm, sync: str) -> None:
+    """The one whose data are broken names itself; the others leave with it."""
+    scale = 1e37 if world.Get_rank() == 1 else 1.0
+    x = (np.random.default_rng(world.Get_rank()).standard_normal((80, 64)) * scale).astype(np.float32)
+    y = np.arange(80) % 10
+    shard = data.shard_of_arrays(x, y, x[:10], y[:10])
+    options = {"data": "arrays", "model": MODEL, "seconds": 60, "sync": sync, "batching": "fixed"}
+    outcome = run(config_of(options), own_data=lambda: shard, report=False)
+    assert outcome.exit_code == 1
+    assert "rank 1, step" in outcome.result["stopped"]
+    assert outcome.result["seconds"] < 50
+
+
 @pytest.mark.mpi
 def test_skip_leaves_such_a_gradient_out_and_goes_on(world: MPI.Intracomm) -> None:
     outcome = train(learning_rate=1e30, steps=10, non_finite="skip")

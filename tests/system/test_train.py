@@ -320,6 +320,12 @@ def test_a_handful_of_lines_beside_an_existing_keras_model(tmp_path: Path, ranks
     assert ended.code == 0, ended.err
 
 
+def test_fit_refuses_an_option_that_there_is_not() -> None:
+    call = "import dlion_mpi; dlion_mpi.fit(None, (1, 2), (3, 4), lerning_rate=3)"
+    ended = run(None, "python", "-c", call)
+    assert "UserError: fit() has no option lerning_rate" in ended.err
+
+
 def test_a_config_file_gives_the_options_and_the_command_line_comes_first(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
