@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dlion_mpi.cli import config_of
 from dlion_mpi.config import Config
 from dlion_mpi.data import shard_of_arrays
 from dlion_mpi.errors import RunError, UserError
+from dlion_mpi.options import config_of
 from dlion_mpi.run import run
 
 

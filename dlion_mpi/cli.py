@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import traceback
@@ -11,17 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dlion_mpi import __version__
-from dlion_mpi.config import Config, convert, flag, from_toml
+from dlion_mpi.config import convert
 from dlion_mpi.errors import RunError, UserError
+from dlion_mpi.options import add_config_options, complain, config_of
 
-TABLES = {
-    "run": "the run",
-    "model": "model and optimizer",
-    "data": "data",
-    "batching": "weighted dynamic batching",
-    "exchange": "per-link prioritized exchange",
-    "transfer": "direct knowledge transfer",
-}
 EXAMPLES = """examples:
   mpirun -n 4 dlion train --data fashion-mnist --steps 500 --out runs/a
   mpirun -n 4 dlion train --strategy baseline --steps 500 --out runs/b
@@ -47,22 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.action(args))
     except UserError as error:
         if not error.quiet:
-            _complain(str(error))
+            complain(str(error))
         return 2
     except RunError as error:  # not even leaving in good order was possible
-        _complain(str(error))
+        complain(str(error))
         return _end_job(1)
     except KeyboardInterrupt:
-        _complain("interrupted")
+        complain("interrupted")
         return _end_job(130)
     except Exception:
         traceback.print_exc()
         return _end_job(1)
-
-
-def _complain(message: str) -> None:
-    sys.stdout.flush()
-    print(f"dlion: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def _end_job(code: int) -> int:
@@ -85,6 +72,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     _add_train(commands)
     _add_data(commands)
+    _add_simulate(commands)
     emulate = commands.add_parser("emulate", help="run a command on an emulated micro-cloud (root)")
     _add_emulate(emulate)
     doctor = commands.add_parser("doctor", help="what this machine has, what is missing, how to get it")
@@ -102,31 +90,8 @@ def _add_train(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=EXAMPLES,
     )
-    train.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line comes first")
-    groups = {table: train.add_argument_group(title) for table, title in TABLES.items()}
-    for f in dataclasses.fields(Config):
-        _add_option(groups[f.metadata["table"]], f)
+    add_config_options(train)
     train.set_defaults(action=_train)
-
-
-def _add_option(group: Any, f: dataclasses.Field[Any]) -> None:
-    """The option of one field of the Config. Left out, it stays out: the file or the default then decides."""
-    defaults = _strategy_defaults().get(f.name, f.default)
-    shown = "" if defaults is None else f" (default: {str(defaults).replace('%', '%%')})"
-    choices = f.metadata["choices"]
-    group.add_argument(
-        flag(f.name),
-        metavar="|".join(choices) or ("FILE" if f.name == "data" else f.name.rsplit("_", 1)[-1].upper()),
-        default=argparse.SUPPRESS,
-        help=f.metadata["help"] + shown,
-    )
-
-
-def _strategy_defaults() -> dict[str, Any]:
-    from dlion_mpi.strategies import STRATEGIES
-
-    strategy = STRATEGIES["dlion"]
-    return {"sync": strategy.sync_modes[0], **strategy.defaults}
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -139,17 +104,9 @@ def _train(args: argparse.Namespace) -> int:
     outcome = run(config)
     if outcome.rank == 0:
         if outcome.exit_code:
-            _complain(str(outcome.result["stopped"]))
+            complain(str(outcome.result["stopped"]))
         print(json.dumps(outcome.result), flush=True)
     return outcome.exit_code
-
-
-def config_of(options: dict[str, Any]) -> Config:
-    """The Config of parsed options: the file's values, overruled by the command line's. Raises UserError."""
-    names = {f.name for f in dataclasses.fields(Config)}
-    values = from_toml(options["config"]) if options.get("config") else {}
-    values |= {name: convert(name, text) for name, text in options.items() if name in names}
-    return Config(**values)
 
 
 def _add_data(commands: Any) -> None:
@@ -197,6 +154,19 @@ def _partition_of(args: argparse.Namespace) -> dict[str, Any]:
         "alpha": convert("dirichlet_alpha", args.dirichlet_alpha),
         "seed": convert("seed", args.seed),
     }
+
+
+def _add_simulate(commands: Any) -> None:
+    from dlion_mpi import simulate
+
+    parser = commands.add_parser(
+        "simulate",
+        help="the same as train, in virtual time, on a micro-cloud that is described",
+        description="Train on all workers of a micro-cloud in virtual time, in this one process: real gradients, the "
+        "same loop, links and pace as the environment says. The last line on stdout is one JSON object.",
+    )
+    simulate.add_arguments(parser)
+    parser.set_defaults(action=simulate.main)
 
 
 def _add_emulate(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from dlion_mpi import environments
 from dlion_mpi.config import Config
 from dlion_mpi.environments import Environment
 from dlion_mpi.errors import UserError
+from dlion_mpi.options import add_config_options, complain, config_of
 
 if TYPE_CHECKING:  # heavy: imported when a simulation begins, so that `--help` answers at once
     from dlion_mpi.data import Shard
@@ -24,8 +25,6 @@ if TYPE_CHECKING:  # heavy: imported when a simulation begins, so that `--help` 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dlion simulate`: those of `dlion train`, and the micro-cloud."""
-    from dlion_mpi.cli import TABLES, _add_option
-
     cloud = parser.add_argument_group("the micro-cloud")
     cloud.add_argument(
         "--env",
@@ -34,21 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"one of {', '.join(environments.names())}, or a file such as those",
     )
     cloud.add_argument("--workers", metavar="N", help="as many workers, where those of the environment are all alike")
-    parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line comes first")
-    groups = {table: parser.add_argument_group(title) for table, title in TABLES.items()}
-    for f in dataclasses.fields(Config):
-        _add_option(groups[f.metadata["table"]], f)
+    add_config_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Simulate what was asked for; the result is one JSON object on stdout. Returns the exit code."""
-    from dlion_mpi.cli import _complain, config_of
-
     config = config_of(vars(args))
     environment = micro_cloud(args.env, args.workers)
     outcome = simulate(config, environment)
     if outcome.exit_code:
-        _complain(str(outcome.result["stopped"]))
+        complain(str(outcome.result["stopped"]))
     print(json.dumps(outcome.result), flush=True)
     return outcome.exit_code
 

@@ -11,8 +11,8 @@ import pytest
 from mpi4py import MPI
 
 from dlion_mpi import data
-from dlion_mpi.cli import config_of
 from dlion_mpi.model import build, tensorflow
+from dlion_mpi.options import config_of
 from dlion_mpi.run import Outcome, run
 
 MODEL = "tests.nets:dense"

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from dlion_mpi import __version__
-from dlion_mpi.cli import config_of, main
+from dlion_mpi.cli import main
 from dlion_mpi.config import Config, flag
 from dlion_mpi.console import SUMMARY_COLUMNS, Progress, summary
 from dlion_mpi.errors import UserError
 from dlion_mpi.metrics import StepRecord
+from dlion_mpi.options import config_of
 
 Captured = pytest.CaptureFixture[str]
 

@@ -1,0 +1,62 @@
+"""The Config's options on a command line, and how a command says what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+from dlion_mpi.config import Config, convert, flag, from_toml
+
+TABLES = {
+    "run": "the run",
+    "model": "model and optimizer",
+    "data": "data",
+    "batching": "weighted dynamic batching",
+    "exchange": "per-link prioritized exchange",
+    "transfer": "direct knowledge transfer",
+}
+"""The groups of options in `--help`, by their TOML table."""
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """``--config FILE.toml`` and an option for every field of the Config."""
+    parser.add_argument("--config", metavar="FILE.toml", help="options from a file; the command line comes first")
+    groups = {table: parser.add_argument_group(title) for table, title in TABLES.items()}
+    for f in dataclasses.fields(Config):
+        _add_option(groups[f.metadata["table"]], f)
+
+
+def _add_option(group: Any, f: dataclasses.Field[Any]) -> None:
+    """The option of one field of the Config. Left out, it stays out: the file or the default then decides."""
+    defaults = _strategy_defaults().get(f.name, f.default)
+    shown = "" if defaults is None else f" (default: {str(defaults).replace('%', '%%')})"
+    choices = f.metadata["choices"]
+    group.add_argument(
+        flag(f.name),
+        metavar="|".join(choices) or ("FILE" if f.name == "data" else f.name.rsplit("_", 1)[-1].upper()),
+        default=argparse.SUPPRESS,
+        help=f.metadata["help"] + shown,
+    )
+
+
+def _strategy_defaults() -> dict[str, Any]:
+    from dlion_mpi.strategies import STRATEGIES
+
+    strategy = STRATEGIES["dlion"]
+    return {"sync": strategy.sync_modes[0], **strategy.defaults}
+
+
+def config_of(options: dict[str, Any]) -> Config:
+    """The Config of parsed options: the file's values, overruled by the command line's. Raises UserError."""
+    names = {f.name for f in dataclasses.fields(Config)}
+    values = from_toml(options["config"]) if options.get("config") else {}
+    values |= {name: convert(name, text) for name, text in options.items() if name in names}
+    return Config(**values)
+
+
+def complain(message: str) -> None:
+    """One line on stderr, whatever the message."""
+    sys.stdout.flush()
+    print(f"dlion: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
