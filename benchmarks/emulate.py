@@ -1,6 +1,6 @@
 """How true the emulated micro-clouds are: every link of two environments, paces, and changes of rate.
 
-    python benchmarks/emulate.py > benchmarks/emulate.json
+    python benchmarks/emulate.py > benchmarks/results/emulate.json
 
 As root. Prints one JSON object: per environment the spread of measured over set, and how long each change
 of rate took at most. The targets: links 0.93 to 1.02, paces within 5 %, changes within 1 s. Takes 1 minute.

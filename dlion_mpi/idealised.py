@@ -132,7 +132,7 @@ class Together:
 def train_together(run: VirtualRun) -> list[Finish]:
     """Train until the run ends: everyone computes, the exact mean is applied, time passes."""
     workers = run.workers
-    all_ = Together(
+    group = Together(
         run=run,
         ideal=IDEALS[run.config.strategy](),
         losses=[deque(maxlen=10) for _ in range(workers)],
@@ -142,25 +142,25 @@ def train_together(run: VirtualRun) -> list[Finish]:
     evaluator = run.evaluator()
     schedule = _schedule(run.config, workers, run.shards[0].train_samples_global)
     every = run.config.evaluate_every
-    with stopped_by_signals([all_]):
-        while not all_.ended():
-            gbs = schedule.at(all_.step) if schedule else run.config.lbs * workers
-            _step(all_, gbs)
-            _take(all_, evaluator.poll())
-            due = all_.now_s - all_.evaluated_s >= (every.seconds or math.inf)
-            if due or (every.steps is not None and all_.step % every.steps == 0):
-                all_.evaluated_s = all_.now_s
-                evaluator.submit(all_.step, all_.now_s, run.seats[0].knowledge())
-    evaluator.submit(all_.step, all_.now_s, run.seats[0].knowledge())
-    _take(all_, evaluator.poll())
-    return [_finish(all_, rank) for rank in range(workers)]
+    with stopped_by_signals([group]):
+        while not group.ended():
+            gbs = schedule.at(group.step) if schedule else run.config.lbs * workers
+            _step(group, gbs)
+            _take(group, evaluator.poll())
+            due = group.now_s - group.evaluated_s >= (every.seconds or math.inf)
+            if due or (every.steps is not None and group.step % every.steps == 0):
+                group.evaluated_s = group.now_s
+                evaluator.submit(group.step, group.now_s, run.seats[0].knowledge())
+    evaluator.submit(group.step, group.now_s, run.seats[0].knowledge())
+    _take(group, evaluator.poll())
+    return [_finish(group, rank) for rank in range(workers)]
 
 
-def _step(all_: Together, gbs: int) -> None:
+def _step(group: Together, gbs: int) -> None:
     """One step of everyone: share the batch, compute, take the mean, apply it, let the time pass."""
-    run, config, environment = all_.run, all_.run.config, all_.run.environment
-    paces = [environment.pace(rank, all_.now_s, config.seconds) for rank in range(run.workers)]
-    shares = all_.ideal.share(gbs, paces, config.lbs_max or NO_LIMIT)
+    run, config, environment = group.run, group.run.config, group.run.environment
+    paces = [environment.pace(rank, group.now_s, config.seconds) for rank in range(run.workers)]
+    shares = group.ideal.share(gbs, paces, config.lbs_max or NO_LIMIT)
     futures = [
         run.pool.submit(seat.gradient, *batches.take(lbs))
         for seat, batches, lbs in zip(run.seats, run.batches, shares, strict=True)
@@ -178,30 +178,30 @@ def _step(all_: Together, gbs: int) -> None:
         for seat in run.seats[1:]:
             seat.set_weights(run.seats[0].weights())
     elif config.non_finite == "stop":
-        all_.stop_reason, all_.exit_code = (
-            f"step {all_.step}: the loss or its gradient is not finite; lower --learning-rate, or leave such "
+        group.stop_reason, group.exit_code = (
+            f"step {group.step}: the loss or its gradient is not finite; lower --learning-rate, or leave such "
             "gradients out with --non-finite skip",
             1,
         )
         return
-    _record(all_, shares, [pace.seconds(lbs) for pace, lbs in zip(paces, shares, strict=True)], losses)
+    _record(group, shares, [pace.seconds(lbs) for pace, lbs in zip(paces, shares, strict=True)], losses)
 
 
-def _record(all_: Together, shares: Sequence[int], compute_s: Sequence[float], losses: Sequence[float]) -> None:
-    run, workers = all_.run, all_.run.workers
-    exchange_s, sent_bytes = all_.ideal.exchange(
-        run.environment, all_.now_s + max(compute_s), run.config.seconds, run.shared.layout.size
+def _record(group: Together, shares: Sequence[int], compute_s: Sequence[float], losses: Sequence[float]) -> None:
+    run, workers = group.run, group.run.workers
+    exchange_s, sent_bytes = group.ideal.exchange(
+        run.environment, group.now_s + max(compute_s), run.config.seconds, run.shared.layout.size
     )
     step_s = max(compute_s) + exchange_s
-    all_.now_s += step_s
-    all_.bytes_sent += sent_bytes
+    group.now_s += step_s
+    group.bytes_sent += sent_bytes
     for rank, (lbs, own_s, loss) in enumerate(zip(shares, compute_s, losses, strict=True)):
-        all_.losses[rank].append(loss)
-        all_.compute_s[rank] += own_s
-        all_.samples[rank] += lbs
+        group.losses[rank].append(loss)
+        group.compute_s[rank] += own_s
+        group.samples[rank] += lbs
         record = StepRecord(
-            step=all_.step,
-            time_s=all_.now_s,
+            step=group.step,
+            time_s=group.now_s,
             compute_s=own_s,
             paced_s=own_s,
             select_encode_s=0.0,
@@ -211,36 +211,36 @@ def _record(all_: Together, shares: Sequence[int], compute_s: Sequence[float], l
             loss=loss,
             lbs=lbs,
             gbs=sum(shares),
-            bytes_sent=_link((rank + 1) % workers, all_.bytes_sent),
-            bytes_received=_link((rank - 1) % workers, all_.bytes_sent),
+            bytes_sent=_link((rank + 1) % workers, group.bytes_sent),
+            bytes_received=_link((rank - 1) % workers, group.bytes_sent),
         )
         run.recorders[rank].step(record)
-        run.meter.step(rank, all_.step + 1, all_.now_s, all_.evaluations)
-    all_.step += 1
+        run.meter.step(rank, group.step + 1, group.now_s, group.evaluations)
+    group.step += 1
 
 
 def _link(peer: int, total_bytes: int) -> Mapping[int, int]:
     return {peer: total_bytes} if total_bytes else {}
 
 
-def _take(all_: Together, evaluations: Sequence[Evaluation]) -> None:
+def _take(group: Together, evaluations: Sequence[Evaluation]) -> None:
     """Everyone has the same weights, so one evaluation is everyone's."""
     for evaluation in evaluations:
-        all_.evaluations.append(evaluation)
-        for recorder in all_.run.recorders:
+        group.evaluations.append(evaluation)
+        for recorder in group.run.recorders:
             recorder.evaluation(evaluation)
-        if all_.run.config.target_accuracy is not None and evaluation.accuracy >= all_.run.config.target_accuracy:
-            all_.stop_reason = all_.stop_reason or "target accuracy reached"
+        if group.run.config.target_accuracy is not None and evaluation.accuracy >= group.run.config.target_accuracy:
+            group.stop_reason = group.stop_reason or "target accuracy reached"
 
 
-def _finish(all_: Together, rank: int) -> Finish:
-    loss = float(np.mean(all_.losses[rank])) if all_.losses[rank] else math.nan
-    compute_s = all_.compute_s[rank]
-    wait_s = all_.now_s - compute_s
-    row = [all_.step, all_.evaluations[-1].accuracy, loss, all_.samples[rank], compute_s, 0.0, wait_s, 0.0]
+def _finish(group: Together, rank: int) -> Finish:
+    loss = float(np.mean(group.losses[rank])) if group.losses[rank] else math.nan
+    compute_s = group.compute_s[rank]
+    wait_s = group.now_s - compute_s
+    row = [group.step, group.evaluations[-1].accuracy, loss, group.samples[rank], compute_s, 0.0, wait_s, 0.0]
     return Finish(
-        row=[*row, all_.now_s, all_.bytes_sent],
-        evaluations=all_.evaluations,
-        stop_reason=all_.stop_reason,
-        exit_code=all_.exit_code,
+        row=[*row, group.now_s, group.bytes_sent],
+        evaluations=group.evaluations,
+        stop_reason=group.stop_reason,
+        exit_code=group.exit_code,
     )

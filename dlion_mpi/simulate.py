@@ -25,7 +25,11 @@ if TYPE_CHECKING:  # heavy: imported when a simulation begins, so that `--help` 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `dlion simulate`: those of `dlion train`, and the micro-cloud."""
-    cloud = parser.add_argument_group("the micro-cloud")
+    cloud = parser.add_argument_group(
+        "the micro-cloud",
+        "Besides the strategies of train there are two by formula: free-network (synchronous SGD, perfect balance, "
+        "communication that costs nothing) and allreduce (equal batches and a ring, as Horovod).",
+    )
     cloud.add_argument(
         "--env",
         required=True,
@@ -105,6 +109,8 @@ def simulate(
     from dlion_mpi.virtual_driver import drive
     from dlion_mpi.virtual_run import prepare
 
+    if config.strategy not in (known := [*strategies.STRATEGIES, *idealised.IDEALS]):
+        raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(known)}")
     ideal = config.strategy in idealised.IDEALS
     config = idealised.resolve(config) if ideal else strategies.resolve(config)[1]
     run = prepare(config, environment, model=model, shards=shards, report=report)

@@ -280,34 +280,34 @@ class Operations:
 class _Gather:
     """Everyone sends its record to everyone, as Open MPI's non-blocking allgather does."""
 
-    def __init__(self, all_: Operations, forget: Callable[[], object]) -> None:
-        self._all = all_
+    def __init__(self, operations: Operations, forget: Callable[[], object]) -> None:
+        self._operations = operations
         self._forget = forget
         self._tickets: dict[int, VirtualTicket] = {}
         self._records: dict[int, Sequence[float]] = {}
-        self._heard = [0] * all_.workers
-        self._left = all_.workers
+        self._heard = [0] * operations.workers
+        self._left = operations.workers
         self._table: npt.NDArray[np.float64] | None = None
 
     def ask(self, rank: int, record: Sequence[float]) -> VirtualTicket:
         self._tickets[rank] = ticket = VirtualTicket()
         self._records[rank] = record
-        for peer in range(self._all.workers):
+        for peer in range(self._operations.workers):
             if peer != rank:
-                self._all.network.stream(rank, peer).send(8 * len(record), self._hear, peer)
+                self._operations.network.stream(rank, peer).send(8 * len(record), self._hear, peer)
         self._hear(rank)
         return ticket
 
     def _hear(self, rank: int) -> None:
         """A record has come to ``rank``; its own counts as one."""
         self._heard[rank] += 1
-        if self._heard[rank] == self._all.workers:
+        if self._heard[rank] == self._operations.workers:
             if self._table is None:
-                self._table = np.array([self._records[r] for r in range(self._all.workers)], dtype=np.float64)
+                self._table = np.array([self._records[r] for r in range(self._operations.workers)], dtype=np.float64)
             ticket = self._tickets[rank]
             ticket.table = self._table
             ticket.done = True
-            self._all.wake(rank)
+            self._operations.wake(rank)
             self._left -= 1
             if not self._left:
                 self._forget()
@@ -320,9 +320,9 @@ class _Broadcast:
     message waits for its receive.
     """
 
-    def __init__(self, all_: Operations, root: int, entries: int, forget: Callable[[], object]) -> None:
-        workers = all_.workers
-        self._all = all_
+    def __init__(self, operations: Operations, root: int, entries: int, forget: Callable[[], object]) -> None:
+        workers = operations.workers
+        self._operations = operations
         self._forget = forget
         self._root = root
         self._chunks = [4 * min(CHUNK, entries - start) for start in range(0, entries, CHUNK)]
@@ -356,7 +356,7 @@ class _Broadcast:
         chunk, parent = self._chunk[child], self._parent[child]
         if chunk > self._begun[child] and chunk == self._chunk[parent] and self._has[parent] and child != self._root:
             self._begun[child] = chunk
-            self._all.network.stream(parent, child).send(self._chunks[chunk], self._arrive, child)
+            self._operations.network.stream(parent, child).send(self._chunks[chunk], self._arrive, child)
 
     def _arrive(self, child: int) -> None:
         parent = self._parent[child]
@@ -377,7 +377,7 @@ class _Broadcast:
         if rank != self._root:
             ticket.vector[:] = self._tickets[self._root].vector
         ticket.done = True
-        self._all.wake(rank)
+        self._operations.wake(rank)
         self._left -= 1
         if not self._left:
             self._forget()

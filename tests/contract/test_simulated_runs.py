@@ -317,6 +317,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_everywhere(strategy: str, tmp_pa
     assert [int(own["ended"]) for own in ranks] == [0, 0, 0]
 
 
+def test_an_unknown_strategy_is_refused_with_all_that_are_known() -> None:
+    with pytest.raises(UserError, match=r"gossip: unknown; known are dlion, .*free-network, allreduce"):
+        simulate(config(strategy="gossip"), cloud(), report=False)
+
+
 def floats(shard: Shard) -> Shard:
     x_train, x_test = (x.astype(np.float32) for x in (shard.x_train, shard.x_test))
     return dataclasses.replace(shard, x_train=x_train, x_test=x_test)
