@@ -277,7 +277,7 @@ import sys
 original = links.wire.encode
 def encode(header, entries, out, *more):
     length = original(header, entries, out, *more)
-    if header.sender == 1 and header.step == 5 and entries is not None:
+    if header.sender == 1 and header.step >= 5 and entries is not None:
         out[length // 2] ^= 4
     return length
 links.wire.encode = encode
