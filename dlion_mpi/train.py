@@ -22,6 +22,8 @@ from dlion_mpi.worker import Timings, Worker
 CLOSING = "closing"
 CHANNELS = (StatusRounds.channel, KnowledgeRounds.channel, CLOSING)
 """The collectives' channels; see `collectives.py`."""
+MOST_STEPS_APART = 8
+"""However little the exchange may cost, gradients are exchanged every so many steps."""
 SMOOTHING = 0.2
 """Weight of the newest step in the running mean of step times."""
 
@@ -96,9 +98,11 @@ def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
 
     On a fast network the processor, not the link, is what a gradient costs. Where computing a step takes little
     longer than exchanging one, gradients are then exchanged every few steps, and what was not sent is dealt with as
-    on a link that has not drained. Not in `sync`, where everyone waits for everyone's message of every step.
+    on a link that has not drained; but at least every MOST_STEPS_APART steps, since looking for messages alone may cost
+    more than the share of a tiny model. Not in `sync`, where everyone waits for everyone's message of every step.
     """
-    if not w.config.exchange_share or w.config.sync == "sync" or w.exchange_credit_s >= 0:
+    overdue = w.step - w.exchanged_step >= MOST_STEPS_APART
+    if not w.config.exchange_share or w.config.sync == "sync" or w.exchange_credit_s >= 0 or overdue:
         w.exchanged_step = w.step
         return links
     return {peer: LinkView(False, link.budget_bytes) for peer, link in links.items()}
