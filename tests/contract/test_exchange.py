@@ -15,6 +15,7 @@ from dlion_mpi.config import Config
 from dlion_mpi.flat import Vector
 from dlion_mpi.strategies import STRATEGIES, resolve
 from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, Plan
+from dlion_mpi.train import MOST_STEPS_APART
 from dlion_mpi.wire import Header, Kind, Message
 from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, every_mode, gradients, local, trained
 from tests.inmemory import Weather
@@ -193,6 +194,14 @@ def test_an_exchange_that_costs_too_much_is_done_every_few_steps(mode: str) -> N
     assert np.mean(sent) == (1 if mode == "sync" else pytest.approx(0.2, abs=0.06))
     free = trained(dataclasses.replace(settings, exchange_share=0.0), message_cpu_s=0.002)
     assert all(entries is not None for own in free.sent for step in own for _, entries in step.values())
+
+
+def test_an_exchange_that_costs_more_than_all_its_credit_is_not_put_off_for_ever() -> None:
+    settings = config("dlion", "async", steps=60, exchange_share=1e-6, batching="fixed", transfer="none")
+    for own in trained(settings, message_cpu_s=10.0).sent:
+        steps = [i for i, step in enumerate(own) if any(entries is not None for _, entries in step.values())]
+        assert steps[0] == 0
+        assert set(np.diff(steps)) == {MOST_STEPS_APART}
 
 
 # ---- what arrives
