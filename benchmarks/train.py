@@ -102,7 +102,7 @@ def step() -> dict[str, Any]:
     cases = {
         "one_rank": (1, ()),
         "two_ranks": (2, ()),
-        "two_ranks_all_entries": (2, ("--max-n", "100")),
+        "two_ranks_all_entries": (2, ("--max-n", "100", "--exchange-share", "0")),
     }
     for _ in range(ROUNDS):
         for name, (ranks, options) in cases.items():

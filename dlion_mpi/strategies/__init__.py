@@ -42,7 +42,7 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
         if (values.get(master) or getattr(config, master)) == off:
             values.update(dict.fromkeys(rest))
     if config.max_n is not None:
-        values["n_min"] = values["exchange_share"] = None
+        values["n_min"] = None
     return strategy, dataclasses.replace(config, **values)  # type: ignore[arg-type]
 
 
