@@ -20,7 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from dlion_mpi import __version__, netns
+from dlion_mpi import __version__
+from dlion_mpi.emulation import netns
 from dlion_mpi.errors import UserError
 
 PROBE_TIMEOUT_S = 3.0

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from dlion_mpi import emulation as emulations
-from dlion_mpi import environments, mpilaunch, netns
-from dlion_mpi.emulation import Emulation
+from dlion_mpi import environments
+from dlion_mpi.emulation import mpilaunch, netns, records
+from dlion_mpi.emulation.records import Emulation
 from dlion_mpi.environments import Environment
 from dlion_mpi.errors import RunError, UserError
 
@@ -90,12 +90,12 @@ def say(message: str) -> None:
 @contextlib.contextmanager
 def emulated(environment: Environment, reference: str, *, name: str | None) -> Iterator[Emulation]:
     """A built and shaped emulation that is taken down at the end, whatever the end is."""
-    emulation = emulations.claim(reference, environment.workers, name=name, owned=True)
+    emulation = records.claim(reference, environment.workers, name=name, owned=True)
     try:
         build(emulation, environment)
         yield emulation
     finally:
-        for problem in emulations.take_down(emulation):
+        for problem in records.take_down(emulation):
             say(f"{problem}; try `dlion emulate down --name {emulation.name}`")
 
 
@@ -134,7 +134,7 @@ def run_emulated(
     if reference not in environments.names():
         reference = str(environments.locate(reference))
     with stop_signals() as stop:
-        for swept in emulations.sweep():
+        for swept in records.sweep():
             say(f"took down emulation {swept}, which a killed run had left")
         with emulated(environment, reference, name=name) as emulation:
             say(f"{environment.name}, {environment.workers} workers, emulation {emulation.name}")
@@ -233,13 +233,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from dlion_mpi import linkcheck  # it needs NumPy, which `dlion --help` should not wait for
+    from dlion_mpi.emulation import linkcheck  # it needs NumPy, which `dlion --help` should not wait for
 
     environment = environments.load(args.env)
     if not linkcheck.SETTLE_S < args.seconds < float("inf"):
         raise UserError(f"--seconds {args.seconds:g}: give more than {linkcheck.SETTLE_S:g}, for rates to settle")
     run_seconds = linkcheck.run_seconds(environment, args.seconds)
-    probe = [sys.executable, "-m", "mpi4py", "-m", "dlion_mpi.linkprobe"]
+    probe = [sys.executable, "-m", "mpi4py", "-m", "dlion_mpi.emulation.linkprobe"]
     with tempfile.TemporaryFile() as output:
         code = run_emulated(args.env, probe, seconds=run_seconds, stdout=output, timeout_s=3 * run_seconds + 120)
         output.seek(0)
@@ -258,15 +258,15 @@ def _up(args: argparse.Namespace) -> int:
     netns.require()
     reference = args.env if args.env in environments.names() else str(environments.locate(args.env))
     with stop_signals() as stop:
-        emulations.sweep()
-        emulation = emulations.claim(reference, environment.workers, name=args.name, owned=False)
+        records.sweep()
+        emulation = records.claim(reference, environment.workers, name=args.name, owned=False)
         built = False
         try:
             build(emulation, environment)
             built = True
         finally:
             if not built or stop.signum is not None:
-                emulations.take_down(emulation)
+                records.take_down(emulation)
         if stop.signum is not None:
             return 128 + stop.signum
     print(f"emulation {emulation.name}: {environment.name}, {environment.workers} workers")
@@ -281,7 +281,7 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    found = emulations.find_all()
+    found = records.find_all()
     if not found:
         print("no emulations")
     for emulation in found:
@@ -300,8 +300,8 @@ def _status(args: argparse.Namespace) -> int:
 def _down(args: argparse.Namespace) -> int:
     netns.require()
     with stop_signals():
-        gone = emulations.sweep()
-        found = emulations.find_all()
+        gone = records.sweep()
+        found = records.find_all()
         if args.all:
             chosen = found
         elif args.name is not None:
@@ -332,7 +332,7 @@ def _take_down(emulation: Emulation) -> list[str]:
         deadline_s = time.monotonic() + OWNER_TIMEOUT_S
         while emulation.owner_lives() and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
-    return emulations.take_down(emulation)
+    return records.take_down(emulation)
 
 
 def program() -> int:

@@ -103,11 +103,12 @@ def simulate(
     """
     import numpy as np
 
-    from dlion_mpi import idealised, strategies
+    from dlion_mpi import strategies
     from dlion_mpi.console import say, summary
     from dlion_mpi.outcome import Outcome, exit_code, result_of
-    from dlion_mpi.virtual_driver import drive
-    from dlion_mpi.virtual_run import prepare
+    from dlion_mpi.simulation import idealised
+    from dlion_mpi.simulation.driver import drive
+    from dlion_mpi.simulation.run import prepare
 
     if config.strategy not in (known := [*strategies.STRATEGIES, *idealised.IDEALS]):
         raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(known)}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dlion_mpi.model import Replica, build, optimizer
-from dlion_mpi.seats import Seat, SharedReplica, prepare_tensorflow
+from dlion_mpi.simulation.seats import Seat, SharedReplica, prepare_tensorflow
 
 NETS = ["tests.nets:dense", "tests.nets:normalised"]
 OPTIMIZERS = [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.0)]

@@ -10,7 +10,6 @@ import h5py
 import numpy as np
 import pytest
 
-from dlion_mpi import virtual_driver
 from dlion_mpi.config import Config, Every
 from dlion_mpi.data import Batches, Shard, load_shards
 from dlion_mpi.environments import Environment, Phase
@@ -18,9 +17,10 @@ from dlion_mpi.errors import UserError
 from dlion_mpi.model import Replica, build, optimizer
 from dlion_mpi.outcome import Outcome
 from dlion_mpi.simulate import simulate
+from dlion_mpi.simulation import driver as simulation_driver
+from dlion_mpi.simulation.network import payload_bytes_per_s
+from dlion_mpi.simulation.run import prepare
 from dlion_mpi.strategies import STRATEGIES, resolve
-from dlion_mpi.virtual import payload_bytes_per_s
-from dlion_mpi.virtual_run import prepare
 from dlion_mpi.wire import HEADER_BYTES, Message
 from dlion_mpi.worker import Worker
 
@@ -65,12 +65,12 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
     """The workers of the run that the test makes, for it to look into."""
     made: list[Worker] = []
 
-    class Spy(virtual_driver.Process):
+    class Spy(simulation_driver.Process):
         def __init__(self, worker: Worker, *rest: Any) -> None:
             made.append(worker)
             super().__init__(worker, *rest)
 
-    monkeypatch.setattr(virtual_driver, "Process", Spy)
+    monkeypatch.setattr(simulation_driver, "Process", Spy)
     return made
 
 
@@ -116,7 +116,7 @@ def test_what_was_computed_was_sent_or_is_remembered(
     came: dict[tuple[int, int], Any] = {}
     computed: dict[int, Any] = {}
     sparse: list[bool] = []
-    poll, outgoing = virtual_driver.VirtualLinks.poll, STRATEGIES["dlion"].outgoing
+    poll, outgoing = simulation_driver.VirtualLinks.poll, STRATEGIES["dlion"].outgoing
 
     def spy_poll(self: Any) -> list[Message]:
         messages = poll(self)
@@ -131,7 +131,7 @@ def test_what_was_computed_was_sent_or_is_remembered(
         computed[state.plan.rank] += local.vector
         return outgoing(self, state, local, links)
 
-    monkeypatch.setattr(virtual_driver.VirtualLinks, "poll", spy_poll)
+    monkeypatch.setattr(simulation_driver.VirtualLinks, "poll", spy_poll)
     monkeypatch.setattr(STRATEGIES["dlion"], "outgoing", spy_outgoing)
     options = {"sync": "async", "steps": 40, "value_type": value_type}
     simulate(config(**options), cloud(mbit=0.3), report=False)
@@ -190,15 +190,15 @@ def test_all_workers_together_are_one_process_with_the_joint_batch(strategy: str
 
 
 def _resolved(wanted: Config) -> Config:
-    from dlion_mpi import idealised
+    from dlion_mpi.simulation import idealised
 
     return idealised.resolve(wanted) if wanted.strategy in idealised.IDEALS else resolve(wanted)[1]
 
 
 def _train(run: Any) -> None:
-    from dlion_mpi import idealised
+    from dlion_mpi.simulation import idealised
 
-    (idealised.train_together if run.config.strategy in idealised.IDEALS else virtual_driver.drive)(run)
+    (idealised.train_together if run.config.strategy in idealised.IDEALS else simulation_driver.drive)(run)
 
 
 def test_one_worker_alone_is_plain_training() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dlion_mpi import mpilaunch, netns
+from dlion_mpi.emulation import mpilaunch, netns
 from dlion_mpi.errors import UserError
 
 ROOT = Path(__file__).parents[2]

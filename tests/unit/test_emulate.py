@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlion_mpi import emulate, emulation, environments, linkcheck, mpilaunch, netns
-from dlion_mpi.emulation import Emulation
+from dlion_mpi import emulate, environments
+from dlion_mpi.emulation import linkcheck, mpilaunch, netns, records
+from dlion_mpi.emulation.linkcheck import Probe
+from dlion_mpi.emulation.mpilaunch import Launcher
+from dlion_mpi.emulation.records import Emulation
 from dlion_mpi.environments import Environment, Phase
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.linkcheck import Probe
-from dlion_mpi.mpilaunch import Launcher
 
 SHARED = Environment(name="s", workers=3, phases=(Phase(cores=(1, 1, 1), uplink_mbit=(10, 20, 30)),))
 MATRIX = Environment(name="m", workers=2, phases=(Phase(cores=(1, 1), link_mbit=((0, 5), (7, 0))),), latency_s=0.03)
@@ -168,25 +169,25 @@ def test_commands_are_found_before_anything_is_built(tmp_path: Path, monkeypatch
 
 def test_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLION_RUNTIME_DIR", str(tmp_path / "records"))
-    monkeypatch.setattr(emulation.tempfile, "gettempdir", lambda: str(tmp_path))
-    mine = emulation.claim("homo-b", 2, name="unit-test", owned=True)
-    assert emulation.find_all() == [mine]
+    monkeypatch.setattr(records.tempfile, "gettempdir", lambda: str(tmp_path))
+    mine = records.claim("homo-b", 2, name="unit-test", owned=True)
+    assert records.find_all() == [mine]
     assert mine.owner_lives()
     assert not mine.is_stale()
     with pytest.raises(UserError, match="unit-test exists already"):
-        emulation.claim("homo-b", 2, name="unit-test", owned=True)
+        records.claim("homo-b", 2, name="unit-test", owned=True)
     for bad in ("", "A", "a/b", "-a", "x" * 33):
         with pytest.raises(UserError, match="emulation name"):
-            emulation.claim("homo-b", 2, name=bad, owned=False)
+            records.claim("homo-b", 2, name=bad, owned=False)
     with monkeypatch.context() as spaced:
-        spaced.setattr(emulation.tempfile, "gettempdir", lambda: "/a b")
+        spaced.setattr(records.tempfile, "gettempdir", lambda: "/a b")
         with pytest.raises(UserError, match="has a space"):
-            emulation.claim("homo-b", 2, name="other", owned=False)
+            records.claim("homo-b", 2, name="other", owned=False)
     (tmp_path / "records" / "broken.json").write_text("{", encoding="utf-8")
-    assert emulation.find_all() == [mine]
-    assert emulation.take_down(mine) == []
+    assert records.find_all() == [mine]
+    assert records.take_down(mine) == []
     assert not Path(mine.folder).exists()
-    assert emulation.find_all() == []
+    assert records.find_all() == []
 
 
 def test_a_later_process_with_the_same_id_is_not_the_owner() -> None:

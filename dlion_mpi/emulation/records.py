@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dlion_mpi import netns
+from dlion_mpi.emulation import netns
 from dlion_mpi.errors import UserError
 
 FOLDER_PREFIX = "dlion-emulation-"

@@ -11,12 +11,12 @@ from dlion_mpi.membership import Membership
 from dlion_mpi.metrics import StepRecord
 from dlion_mpi.model import Gradient
 from dlion_mpi.outcome import stopped_by_signals, summary_row
+from dlion_mpi.simulation.network import Events, Network
+from dlion_mpi.simulation.run import Finish, VirtualRun
+from dlion_mpi.simulation.testbed import Operations, VirtualCollectives, VirtualLinks
 from dlion_mpi.strategies import STRATEGIES
 from dlion_mpi.testbed import Compute, Computed, Loop
 from dlion_mpi.train import leave, train
-from dlion_mpi.virtual import Events, Network
-from dlion_mpi.virtual_run import Finish, VirtualRun
-from dlion_mpi.virtual_testbed import Operations, VirtualCollectives, VirtualLinks
 from dlion_mpi.worker import Worker
 
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlion_mpi import netns
-from dlion_mpi.emulation import Emulation
+from dlion_mpi.emulation import netns
+from dlion_mpi.emulation.records import Emulation
 from dlion_mpi.errors import UserError
 
 

@@ -27,7 +27,7 @@ from dlion_mpi.flat import Vector
 from dlion_mpi.metrics import NoRecorder, Recorder
 from dlion_mpi.model import build, optimizer
 from dlion_mpi.outcome import new_folder, new_recorder
-from dlion_mpi.seats import Seat, SharedReplica, prepare_tensorflow
+from dlion_mpi.simulation.seats import Seat, SharedReplica, prepare_tensorflow
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from dlion_mpi import wire
 from dlion_mpi.bandwidth import LinkRate
 from dlion_mpi.flat import Entries, Vector
+from dlion_mpi.simulation.network import Events, Network, Stream
 from dlion_mpi.strategies.base import LinkView, Outgoing
 from dlion_mpi.testbed import LinkTotals, Stamp
-from dlion_mpi.virtual import Events, Network, Stream
 from dlion_mpi.wire import HEADER_BYTES, Header, Kind, Message
 
 RECEIVE_BUFFERS = 3

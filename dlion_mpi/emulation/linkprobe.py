@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
-from dlion_mpi import environments, netns
+from dlion_mpi import environments
+from dlion_mpi.emulation import netns
 from dlion_mpi.environments import Environment, PaceClock
 
 BIN_S = 0.1

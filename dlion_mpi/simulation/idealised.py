@@ -24,10 +24,10 @@ from dlion_mpi.flat import Vector
 from dlion_mpi.metrics import StepRecord
 from dlion_mpi.outcome import stopped_by_signals
 from dlion_mpi.rounds import NO_LIMIT, _schedule
+from dlion_mpi.simulation.network import payload_bytes_per_s
+from dlion_mpi.simulation.run import Finish, VirtualRun
 from dlion_mpi.strategies import STRATEGIES
 from dlion_mpi.strategies.dlion import Dlion
-from dlion_mpi.virtual import payload_bytes_per_s
-from dlion_mpi.virtual_run import Finish, VirtualRun
 
 BATCH_OPTIONS = ("lbs_max", *(name for name in Dlion.defaults if name.startswith("gbs_")))
 
