@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 SMALL_BYTES = 1024
@@ -11,6 +13,12 @@ FIRST_BYTES = 64 * 1024
 """What an unmeasured link is offered first."""
 PROBE = 1.25
 """A link that was idle before the next message came may be faster than measured: it is offered so much more."""
+GRAIN_S = 1e-3
+"""Arrivals closer than this may have been noticed together: they make one sample."""
+HORIZON = 1.2
+"""Steps' worth of bytes that may be under way: more than one, so that no link runs dry."""
+WORTH_SENDING = 0.2
+"""Less than this share of a step's worth waits for the next step."""
 MEMORY_S = 2.0
 """Samples older than this are forgotten, so that a rate that changes is followed within seconds."""
 
@@ -19,25 +27,27 @@ MEMORY_S = 2.0
 class LinkRate:
     """The rate of one outgoing link in bytes per second, measured from acknowledgements.
 
-    A message occupies the link from when it was posted, or from when the message before it was acknowledged,
-    to its own acknowledgement: an `Isend` that completes says only that the bytes are in a local buffer.
-    Times are seconds of any one clock. Source: DLion, section 2 (bandwidth is measured, not configured).
+    A message occupies the link from when it was posted, or from when the message before it arrived, to its own
+    arrival, which its acknowledgement tells: an `Isend` that completes says only that the bytes are in a local
+    buffer, and when the acknowledgement comes depends on what its own way is busy with. Latency, as the fastest
+    small message shows it, does not occupy the link. Times are seconds of the run's common clock.
+    Source: DLion, section 2 (bandwidth is measured, not configured).
     """
 
     in_flight: deque[tuple[int, int, float]] = field(default_factory=deque)  # sequence, bytes, posted at
     samples: deque[tuple[float, int, float]] = field(default_factory=lambda: deque(maxlen=32))
-    acknowledged_at: float = 0.0
+    arrived_at: float = 0.0
+    latency_s: float = math.inf
     last_bytes: int = 0
+    last_transit_s: float = 0.0
     saturated: bool = False
 
     def posted(self, sequence: int, size_bytes: int, now_s: float) -> None:
         """A message of ``size_bytes`` was handed to the link."""
         self.in_flight.append((sequence, size_bytes, now_s))
-        if size_bytes >= SMALL_BYTES:
-            self.last_bytes = size_bytes
 
-    def acknowledged(self, sequence: int, now_s: float) -> None:
-        """The receiver has everything up to ``sequence``."""
+    def acknowledged(self, sequence: int, arrived_s: float) -> None:
+        """The receiver has everything up to ``sequence``, the last of it since ``arrived_s``."""
         start_s, size_bytes, last = 0.0, 0, None
         while self.in_flight and self.in_flight[0][0] <= sequence:
             _, message_bytes, posted_s = self.in_flight.popleft()
@@ -46,10 +56,17 @@ class LinkRate:
             last = posted_s
         if last is None:
             return
-        busy_s = now_s - max(start_s, self.acknowledged_at)
-        self.acknowledged_at = now_s
-        if size_bytes >= SMALL_BYTES:
-            self.samples.append((now_s, size_bytes, max(busy_s, 1e-6)))
+        if size_bytes < SMALL_BYTES:
+            self.latency_s = min(self.latency_s, max(0.0, arrived_s - start_s))
+        else:
+            self.last_bytes, self.last_transit_s = size_bytes, arrived_s - start_s
+            latency_s = self.latency_s if math.isfinite(self.latency_s) else 0.0
+            busy_s = max(arrived_s - max(start_s + latency_s, self.arrived_at), 1e-6)
+            if self.samples and arrived_s - self.samples[-1][0] < GRAIN_S:
+                _, earlier_bytes, earlier_s = self.samples.pop()
+                size_bytes, busy_s = size_bytes + earlier_bytes, busy_s + earlier_s
+            self.samples.append((arrived_s, size_bytes, busy_s))
+        self.arrived_at = arrived_s
 
     def unacknowledged(self) -> int:
         """Messages large enough to fill the link that the receiver has not acknowledged."""
@@ -64,13 +81,67 @@ class LinkRate:
         return sum(b for _, b, _ in self.samples) / sum(s for _, _, s in self.samples)
 
     def budget_bytes(self, step_s: float, now_s: float) -> float:
-        """What to offer for the next step of ``step_s`` seconds: rate x time, more if the link stood idle."""
+        """What the link carries in a step of ``step_s`` seconds: rate x time, more if it stood idle."""
         rate = self.bytes_per_s(now_s)
         if rate is None:
             return FIRST_BYTES
         if self.unacknowledged() > 0:
-            self.saturated = True
             return rate * step_s
         # The last message was through before the next one was there. Until the link has been full once, its
-        # limit is unknown and the offer doubles; afterwards it feels its way up.
-        return max(rate * step_s, self.last_bytes * (PROBE if self.saturated else 2.0))
+        # limit is unknown and the offer doubles; afterwards it feels its way up, as far as the last one had time left.
+        growth = min(PROBE if self.saturated else 2.0, step_s / max(self.last_transit_s, 1e-6))
+        return max(rate * step_s, self.last_bytes * growth)
+
+    def room_bytes(self, step_s: float, now_s: float) -> float:
+        """What more it can take now so that it is busy until the next step, but not much longer.
+
+        A step's worth and a little, less what is still under way; 0 if that is not worth a message; infinite where
+        nothing is under way. So what queues never grows, however the messages of many steps are spread.
+        """
+        under_way = [message for message in self.in_flight if message[1] >= SMALL_BYTES]
+        if not under_way:
+            return math.inf
+        rate = self.bytes_per_s(now_s)
+        if rate is None:
+            return 0.0
+        _, first_bytes, posted_s = under_way[0]
+        busy_s = max(0.0, now_s - max(posted_s, self.arrived_at))
+        if busy_s > step_s:  # an acknowledgement may take a step itself; what takes longer has not arrived
+            rate = min(rate, first_bytes / (busy_s - step_s))
+        left_bytes = max(0.0, sum(size_bytes for _, size_bytes, _ in under_way) - rate * busy_s)
+        self.saturated = self.saturated or left_bytes > 0
+        room_bytes = HORIZON * rate * step_s - left_bytes
+        return room_bytes if room_bytes >= WORTH_SENDING * rate * step_s else 0.0
+
+
+def uplink_bytes_per_s(rates: Iterable[LinkRate], now_s: float) -> float | None:
+    """What all links of a worker together have carried per second, while any was busy, in the last MEMORY_S seconds.
+
+    None before the first sample.
+    """
+    samples = [sample for rate in rates for sample in rate.samples if sample[0] > now_s - MEMORY_S]
+    busy_s, until_s = 0.0, -math.inf
+    for start_s, end_s in sorted((arrived_s - taken_s, arrived_s) for arrived_s, _, taken_s in samples):
+        busy_s += max(0.0, end_s - max(start_s, until_s))
+        until_s = max(until_s, end_s)
+    return sum(size_bytes for _, size_bytes, _ in samples) / busy_s if samples else None
+
+
+def rooms_bytes(rates: Mapping[int, LinkRate], step_s: float, now_s: float) -> dict[int, float]:
+    """By peer what its link can take now so that all links are busy until the next step, but not much longer.
+
+    Links may share an uplink, and then each is faster while others are idle. So together they are given no more than
+    all of them have carried together, each the same except where it cannot take so much (max-min fairness).
+    """
+    rooms = {
+        peer: min(rate.budget_bytes(step_s, now_s), rate.room_bytes(step_s, now_s)) for peer, rate in rates.items()
+    }
+    together = uplink_bytes_per_s(rates.values(), now_s)
+    if together is None:
+        return rooms
+    left_bytes, others = HORIZON * together * step_s, len(rooms)
+    for peer, room in sorted(rooms.items(), key=lambda item: item[1]):
+        rooms[peer] = min(room, left_bytes / others)
+        left_bytes -= rooms[peer]
+        others -= 1
+    return rooms

@@ -73,6 +73,7 @@ def _parser() -> _Parser:
     _add_train(commands)
     _add_data(commands)
     _add_simulate(commands)
+    _add_report(commands)
     emulate = commands.add_parser("emulate", help="run a command on an emulated micro-cloud (root)")
     _add_emulate(emulate)
     doctor = commands.add_parser("doctor", help="what this machine has, what is missing, how to get it")
@@ -167,6 +168,19 @@ def _add_simulate(commands: Any) -> None:
     )
     simulate.add_arguments(parser)
     parser.set_defaults(action=simulate.main)
+
+
+def _add_report(commands: Any) -> None:
+    from dlion_mpi import report
+
+    parser = commands.add_parser(
+        "report",
+        help="one HTML page of one run, or a comparison of many",
+        description="Write one self-contained HTML page about runs: results, time to target, what differs between "
+        "them, and each run's workers and links. Also of a run that is still going, or was killed.",
+    )
+    report.add_arguments(parser)
+    parser.set_defaults(action=report.main)
 
 
 def _add_emulate(parser: argparse.ArgumentParser) -> None:

@@ -57,7 +57,11 @@ class Config:
     """
 
     # run
-    strategy: str = _option("dlion", "how workers exchange what they learn: dlion or baseline", table="run")
+    strategy: str = _option(
+        "dlion",
+        "how workers exchange what they learn: dlion, baseline, ako, gaia, hop, allreduce or horovod",
+        table="run",
+    )
     sync: str | None = _option(
         None,
         "when a worker may go on: with everyone's gradients of this step, at most --staleness steps ahead of "
@@ -65,7 +69,11 @@ class Config:
         table="run",
         choices=("sync", "bounded", "async"),
     )
-    staleness: int | None = _option(None, "bounded: steps a worker may be ahead of the slowest", table="run")
+    staleness: int | None = _option(
+        None,
+        "bounded: steps a worker may be ahead of the slowest (hop: the age of the oldest parameters that count)",
+        table="run",
+    )
     backup: int | None = _option(None, "bounded: go on without this many of the slowest workers", table="run")
     steps: int | None = _option(None, "stop after this many steps (1000 if no end is given)", table="run")
     seconds: float | None = _option(None, "stop after this many seconds of training", table="run")
@@ -74,6 +82,9 @@ class Config:
     )
     evaluate_every: Every = _option(
         _EVERY_20_S, "test every so many steps (100) or seconds (20s), in the background", table="run"
+    )
+    test_samples: int | None = _option(
+        None, "test with this many of the test samples, evenly taken; all if not given", table="run"
     )
     progress_every: float = _option(5.0, "seconds between progress lines; 0 for none", table="run")
     non_finite: str = _option(
@@ -126,6 +137,31 @@ class Config:
     gbs_speedup_factor: float | None = _option(None, "grow: factor of an adjustment afterwards", table="batching")
     gbs_limit: float | None = _option(
         None, "grow: the global batch stops at this share of the training set", table="batching"
+    )
+    # the rivals' own
+    ako_partitions: int | None = _option(
+        None,
+        "ako: parts of the gradient, one of which is sent at a time; 0: as many as the links ask for",
+        table="rivals",
+    )
+    gaia_threshold: float | None = _option(
+        None, "gaia: an update of this share of its weight is significant, over the root of the step", table="rivals"
+    )
+    gaia_barrier: str | None = _option(
+        None,
+        "gaia: whether a peer waits for significant updates that take their link longer than a step",
+        table="rivals",
+        choices=("selective", "none"),
+    )
+    hop_graph: str | None = _option(
+        None,
+        "hop: whose parameters are averaged: everyone's, or those of the ranks on either side",
+        table="rivals",
+        choices=("all", "ring"),
+    )
+    hop_max_gap: int | None = _option(None, "hop: most iterations between neighbours (tokens)", table="rivals")
+    hop_skip: int | None = _option(
+        None, "hop: most iterations that a laggard leaves out at a time; 0: none", table="rivals"
     )
     # per-link prioritized exchange
     max_n: float | None = _option(
@@ -217,6 +253,7 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "steps": (1, math.inf, "at least 1"),
     "seconds": (1e-9, math.inf, "above 0"),
     "target_accuracy": (1e-9, 1, "in (0, 1], for example 0.8"),
+    "test_samples": (1, math.inf, "at least 1"),
     "progress_every": (0, math.inf, "0 or more seconds"),
     "staleness": (0, math.inf, "0 or more steps"),
     "backup": (0, math.inf, "0 or more workers"),
@@ -233,6 +270,10 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "gbs_warmup_limit": (0, 1, "a share in [0, 1]"),
     "gbs_speedup_factor": (1, math.inf, "at least 1"),
     "gbs_limit": (0, 1, "a share in [0, 1]"),
+    "ako_partitions": (0, math.inf, "0 (automatic) or a number of partitions"),
+    "gaia_threshold": (0, math.inf, "0 or more, for example 0.01"),
+    "hop_max_gap": (1, math.inf, "at least 1 iteration"),
+    "hop_skip": (0, math.inf, "0 (none) or a number of iterations"),
     "max_n": (1e-6, 100, "in (0, 100]"),
     "n_min": (1e-6, 100, "in (0, 100]"),
     "exchange_share": (0, math.inf, "0 (no limit) or a share such as 0.2"),

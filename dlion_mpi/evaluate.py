@@ -29,6 +29,14 @@ class Evaluation:
     accuracy: float
 
 
+def rows_to_test(x: npt.NDArray[Any], y: Any, most: int | None) -> tuple[npt.NDArray[Any], Any]:
+    """``most`` of the test rows, evenly taken; all if it is None or there are not so many."""
+    if most is None or most >= len(y):
+        return x, y
+    rows = np.arange(most) * len(y) // most
+    return x[rows], y[rows]
+
+
 class BackgroundEvaluator:
     """Evaluates snapshots in a thread of its own, one at a time and in order.
 

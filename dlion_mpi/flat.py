@@ -66,5 +66,13 @@ class Entries:
         scaled = self.values if scale == 1.0 else self.values * np.float32(scale)
         if self.indices is None:
             vector += scaled
+        elif len(self) and int(self.indices[-1]) - int(self.indices[0]) == len(self) - 1:  # successive
+            vector[self.indices[0] : int(self.indices[-1]) + 1] += scaled
         else:
-            vector[self.indices] += scaled  # indices are unique, so no np.add.at is needed
+            places = self.indices.astype(np.intp)  # NumPy reads and writes through these much faster
+            vector[places] = vector.take(places) + scaled  # indices are unique, so no np.add.at is needed
+
+
+def blocks(segment: slice, most: int) -> list[slice]:
+    """A segment in slices of at most ``most`` entries."""
+    return [slice(k, min(k + most, segment.stop)) for k in range(segment.start, segment.stop, most)]

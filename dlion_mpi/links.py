@@ -20,7 +20,7 @@ from dlion_mpi import wire
 from dlion_mpi.bandwidth import LinkRate
 from dlion_mpi.errors import RunError
 from dlion_mpi.strategies.base import LinkView, Outgoing
-from dlion_mpi.testbed import LinkTotals, Stamp
+from dlion_mpi.testbed import LinkTotals, Stamp, link_views
 
 Buffer = npt.NDArray[np.uint8]
 
@@ -73,6 +73,7 @@ class Links:
         self._outbox: deque[tuple[_Link, Buffer, int]] = deque()
         self._arrivals: deque[tuple[_Link, Buffer, int]] = deque()
         self._requests: list[MPI.Request] = []
+        self._statuses: list[MPI.Status] = []
         self._on_complete: list[Callable[[MPI.Status], None]] = []
         self._quiet = False
         self._cpu_s = 0.0
@@ -89,18 +90,12 @@ class Links:
         """Of every peer whether its link has room in its window, and what it can carry in ``step_s`` seconds."""
         now_s = self._now_s()
         with self._lock:
-            return {
-                peer: LinkView(
-                    ready=link.rate.unacknowledged() < self._window,
-                    budget_bytes=link.rate.budget_bytes(step_s, now_s),
-                )
-                for peer in peers
-                for link in (self._links[peer],)
-            }
+            return link_views({peer: self._links[peer].rate for peer in peers}, self._window, step_s, now_s)
 
     def post(self, messages: dict[int, Outgoing], stamp: Stamp) -> dict[int, int]:
         """Encode a message per peer and queue it. Returns the bytes of each."""
         sizes = {}
+        encoded: dict[tuple[int, str, wire.Kind], Buffer] = {}  # what goes to several peers is encoded once
         for peer, message in messages.items():
             link = self._links[peer]
             buffer = self._send_buffer(link, message)
@@ -108,7 +103,12 @@ class Links:
                 link.sequence += 1
                 link.messages_sent += 1
                 header = self._header(link, _kind(message), stamp, message.quality)
-            length = wire.encode(header, message.entries, buffer, message.value_type)
+            content = (id(message.entries), message.value_type, header.kind)
+            if content in encoded:
+                length = wire.encode_again(header, encoded[content], buffer)
+            else:
+                length = wire.encode(header, message.entries, buffer, message.value_type)
+                encoded[content] = buffer[:length]
             with self._lock:
                 link.bytes_sent += length
                 link.rate.posted(header.sequence, length, self._now_s())
@@ -135,7 +135,6 @@ class Links:
                     f"rejected a message from rank {link.peer}: it says it is from rank {message.header.sender}"
                 )
             with self._lock:
-                link.rate.acknowledged(message.header.acknowledged, self._now_s())
                 link.free_receive.append(buffer)
             messages.append(message)
         if messages:
@@ -150,6 +149,15 @@ class Links:
                 peer: LinkTotals(link.bytes_sent, link.bytes_received, link.rate.bytes_per_s(now_s) or 0.0)
                 for peer, link in self._links.items()
             }
+
+    def carried(self, peer: int, sent_bytes: int, received_bytes: int) -> None:
+        """Count what went over a link beside its messages."""
+        if peer == self.rank:
+            return
+        link = self._links[peer]
+        with self._lock:
+            link.bytes_sent += sent_bytes
+            link.bytes_received += received_bytes
 
     def fall_silent(self) -> list[int]:
         """Send nothing more, acknowledgements included. Returns how many messages went to every rank."""
@@ -213,7 +221,9 @@ class Links:
         self._receive_where_free()
         if not self._requests:
             return moved
-        statuses = [MPI.Status() for _ in self._requests]
+        statuses = self._statuses
+        while len(statuses) < len(self._requests):
+            statuses.append(MPI.Status())
         try:
             done = MPI.Request.Testsome(self._requests, statuses) or []
         except MPI.Exception as error:
@@ -282,11 +292,11 @@ class Links:
     def _receive_ack(self, link: _Link, buffer: Buffer) -> None:
         def complete(status: MPI.Status) -> None:
             length = status.Get_count(MPI.BYTE)
-            acknowledged = wire.decode(buffer[:length], size=self._size).header.acknowledged
+            header = wire.decode(buffer[:length], size=self._size).header
             with self._lock:
                 link.messages_received += 1
                 link.bytes_received += length
-                link.rate.acknowledged(acknowledged, self._now_s())
+                link.rate.acknowledged(header.acknowledged, header.computed_at)
             self._receive_ack(link, buffer)
 
         self._add(self._communicator.Irecv([buffer, MPI.BYTE], link.peer, ACK), complete)

@@ -16,6 +16,7 @@ TABLES = {
     "batching": "weighted dynamic batching",
     "exchange": "per-link prioritized exchange",
     "transfer": "direct knowledge transfer",
+    "rivals": "of other strategies",
 }
 """The groups of options in `--help`, by their TOML table."""
 
@@ -44,8 +45,9 @@ def _add_option(group: Any, f: dataclasses.Field[Any]) -> None:
 def _strategy_defaults() -> dict[str, Any]:
     from dlion_mpi.strategies import STRATEGIES
 
+    rivals = {name: value for strategy in STRATEGIES.values() for name, value in strategy.defaults.items()}
     strategy = STRATEGIES["dlion"]
-    return {"sync": strategy.sync_modes[0], **strategy.defaults}
+    return {"sync": strategy.sync_modes[0], **rivals, **strategy.defaults}
 
 
 def config_of(options: dict[str, Any]) -> Config:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dlion_mpi.collectives import Collectives
 from dlion_mpi.links import Links
 
-PAUSE_MIN_S, PAUSE_MAX_S = 50e-6, 1e-3
-"""Between two looks when nothing moves: doubled from the first to the second, so that an idle thread costs a
-few per cent of a core and a busy one adds little latency."""
+PAUSE_MIN_S, PAUSE_MAX_S = 50e-6, (1e-3, 5e-3)
+"""Between two looks when nothing moves: doubled from the first until it is LOOKS a step's computing, within the second
+two. So an idle thread costs few per cent of a core, and a message waits for a small share of a step."""
+LOOKS = 1 / 50
 PAUSE_AWAITED_S = 100e-6
 """The longest pause while the loop waits for something: there is no computing to disturb."""
 
@@ -24,12 +25,17 @@ class ProgressThread:
         self._moved = threading.Event()
         self._finish = False
         self._awaited = False
+        self._pause_max_s = PAUSE_MAX_S[0]
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     def wake(self) -> None:
         """There is something new to do."""
         self._wake.set()
+
+    def computed(self, seconds: float) -> None:
+        """A step's gradient took so long to compute: look as often as matters then."""
+        self._pause_max_s = min(max(LOOKS * seconds, PAUSE_MAX_S[0]), PAUSE_MAX_S[1])
 
     def start(self, links: Links, collectives: Collectives) -> None:
         """From here to `stop`, MPI belongs to this thread."""
@@ -81,7 +87,7 @@ class ProgressThread:
                     continue
                 self._wake.wait(min(pause_s, PAUSE_AWAITED_S) if self._awaited else pause_s)
                 self._wake.clear()
-                pause_s = min(2 * pause_s, PAUSE_MAX_S)
+                pause_s = min(2 * pause_s, self._pause_max_s)
         except BaseException as failure:  # handed to the loop, which must not wait for a thread that is gone
             self._failure = failure
             self._moved.set()

@@ -67,8 +67,8 @@ class StatusRounds:
         yield Until(self._is_done)
         self._take()
 
-    def advance(self, step: int) -> Iterator[Until]:
-        """After step ``step``: take a finished round, start one that is due."""
+    def advance(self, step: int, skipped: int = 0) -> Iterator[Until]:
+        """After step ``step``, and ``skipped`` before it left out: take a finished round, start one that is due."""
         if not self.adapts:
             self.gbs = self._gbs(step)
             self.lbs = equal_lbs(self.gbs, self._workers)[self._rank]
@@ -77,7 +77,7 @@ class StatusRounds:
                 yield Until(self._is_done)
             if self._ticket.done:
                 self._take()
-        if self._period and step % self._period == 0 and self._ticket is None:
+        if self._period and step % self._period <= skipped and self._ticket is None:
             self._ask(step)
 
     def leave(self, rounds_everywhere: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlion_mpi import startup
 from dlion_mpi.collectives import Collectives
@@ -14,7 +15,7 @@ from dlion_mpi.data import Batches, Shard, load, merge_facts
 from dlion_mpi.driver import drive
 from dlion_mpi.environments import PaceClock, start_clock
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.evaluate import BackgroundEvaluator, Evaluation
+from dlion_mpi.evaluate import BackgroundEvaluator, Evaluation, rows_to_test
 from dlion_mpi.links import Links
 from dlion_mpi.membership import Membership
 from dlion_mpi.model import Replica, build, optimizer, tensorflow
@@ -31,9 +32,12 @@ from dlion_mpi.outcome import (
 from dlion_mpi.progress import ProgressThread
 from dlion_mpi.startup import Ranks, together
 from dlion_mpi.strategies import resolve
-from dlion_mpi.testbed import Loop
-from dlion_mpi.train import CHANNELS, leave, train
+from dlion_mpi.testbed import Loop, Reduce
+from dlion_mpi.train import CHANNELS, SUM, leave, train
 from dlion_mpi.worker import Worker
+
+if TYPE_CHECKING:
+    from dlion_mpi.horovod_baseline import HorovodReducer
 
 
 def run(
@@ -47,6 +51,10 @@ def run(
     ranks = startup.begin()
     startup.agree(ranks, "\n".join(f"{k} = {v}" for k, v in versions().items()) + "\n" + config.to_toml())
     strategy, config = resolve(config)
+    if config.strategy == "horovod":
+        from dlion_mpi import horovod_baseline
+
+        together(ranks, horovod_baseline.require)
     pace_clock = together(ranks, lambda: PaceClock.from_environ(ranks.rank, run_seconds=config.seconds))
     shard = _merge(ranks, together(ranks, own_data or (lambda: _load(config, ranks))))
     replica = together(ranks, lambda: _replica(config, ranks, shard, model))
@@ -64,7 +72,7 @@ def run(
 
     clock = startup.CommonClock(ranks)
     exchange = _Exchange(ranks, config, replica, clock)
-    evaluator = BackgroundEvaluator(replica.correct, shard.x_test, shard.y_test)
+    evaluator = BackgroundEvaluator(replica.correct, *rows_to_test(shard.x_test, shard.y_test, config.test_samples))
     worker = Worker(
         config=config,
         rank=ranks.rank,
@@ -78,6 +86,7 @@ def run(
         recorder=recorder,
         now_s=clock.now_s,
         training_samples=shard.train_samples_global,
+        reduce=exchange.reduce if ranks.size > 1 else None,
     )
     if report:
         worker.on_step = Progress(ranks.rank, config.progress_every, worker.last_accuracy)
@@ -115,7 +124,18 @@ class _Exchange:
             now_s=clock.now_s,
             wake=self.progress.wake,
         )
-        self.collectives = Collectives(ranks.communicator, CHANNELS, self.progress.wake)
+        self.collectives = Collectives(ranks.communicator, CHANNELS, self.progress.wake, self.links.carried)
+        self.reduce: Reduce | None = None
+        """What sums gradients, if the strategy does."""
+        self._horovod: HorovodReducer | None = None
+        if config.strategy == "allreduce":
+            self.reduce = functools.partial(self.collectives.reduce, SUM)
+        elif config.strategy == "horovod":
+            from dlion_mpi import horovod_baseline
+
+            hvd = together(ranks, horovod_baseline.load)
+            self._horovod = horovod_baseline.HorovodReducer(hvd, ranks, replica.layout.size, self.links.carried)
+            self.reduce = self._horovod.reduce
 
     def start(self) -> None:
         """From here on MPI belongs to the thread."""
@@ -124,6 +144,8 @@ class _Exchange:
     def stop(self) -> None:
         """After `leave`: nothing is under way any more, and MPI belongs to the caller again."""
         self.progress.stop()
+        if self._horovod is not None:
+            self._horovod.close()
         self.links.cancel()
         self.collectives.free()
         self._communicator.Free()

@@ -110,7 +110,10 @@ def simulate(
     from dlion_mpi.simulation.driver import drive
     from dlion_mpi.simulation.run import prepare
 
-    if config.strategy not in (known := [*strategies.STRATEGIES, *idealised.IDEALS]):
+    if config.strategy == "horovod":
+        raise UserError("--strategy horovod runs real processes only: simulate --strategy allreduce in its place")
+    exchanging = [name for name in strategies.STRATEGIES if name not in ("horovod", *idealised.IDEALS)]
+    if config.strategy not in (known := [*exchanging, *idealised.IDEALS]):
         raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(known)}")
     ideal = config.strategy in idealised.IDEALS
     config = idealised.resolve(config) if ideal else strategies.resolve(config)[1]

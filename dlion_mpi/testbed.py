@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from dlion_mpi.bandwidth import LinkRate, rooms_bytes
 from dlion_mpi.flat import Layout, Vector
 from dlion_mpi.strategies.base import LinkView, Outgoing
 from dlion_mpi.wire import Kind, Message
@@ -71,11 +72,16 @@ Loop = Generator[Compute | Until, Computed | None, None]
 
 
 class Ticket(Protocol):
-    """A collective under way. ``table``: (n, k) of a gather, row r from rank r; ``vector``: of a broadcast."""
+    """A collective under way. ``table``: (n, k) of a gather, row r from rank r; ``vector``: of a broadcast or sum."""
 
     done: bool
     table: npt.NDArray[np.float64]
     vector: Vector
+
+
+Reduce = Callable[[Vector | None], Ticket]
+"""Sums everyone's share of a gradient. None: this worker has none any more; then everyone's sum is empty, and all end.
+See `collectives.Collectives.reduce`."""
 
 
 class Collectives(Protocol):
@@ -142,3 +148,17 @@ class Batches(Protocol):
 
     def take(self, size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
         """The next ``size`` rows."""
+
+
+def link_views(rates: Mapping[int, LinkRate], window: int, step_s: float, now_s: float) -> dict[int, LinkView]:
+    """A strategy's view of links with these ``rates``, which take up to ``window`` unacknowledged messages."""
+    rooms = rooms_bytes(rates, step_s, now_s)
+    return {
+        peer: LinkView(
+            ready=rate.unacknowledged() < window,
+            budget_bytes=rate.budget_bytes(step_s, now_s),
+            idle=not rate.unacknowledged(),
+            room_bytes=rooms[peer],
+        )
+        for peer, rate in rates.items()
+    }

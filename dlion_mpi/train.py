@@ -12,15 +12,16 @@ from collections.abc import Generator, Mapping, Sequence
 import numpy as np
 
 from dlion_mpi.errors import RunError
+from dlion_mpi.flat import Vector
 from dlion_mpi.metrics import StepRecord
 from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
-from dlion_mpi.strategies.base import LinkView, LocalGradient
+from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, SendsFirst
 from dlion_mpi.testbed import Compute, Computed, Loop, Until
 from dlion_mpi.wire import Kind
 from dlion_mpi.worker import Timings, Worker
 
-CLOSING = "closing"
-CHANNELS = (StatusRounds.channel, KnowledgeRounds.channel, CLOSING)
+CLOSING, SUM = "closing", "sum"
+CHANNELS = (StatusRounds.channel, KnowledgeRounds.channel, CLOSING, SUM)
 """The collectives' channels; see `collectives.py`."""
 MOST_STEPS_APART = 8
 """However little the exchange may cost, gradients are exchanged every so many steps."""
@@ -36,17 +37,21 @@ def train(w: Worker) -> Loop:
     """
     if w.status.adapts:
         yield from profile(w)
+    w.moved_cpu_s = w.links.cpu_s()  # what was moved so far is nobody's exchange
     while not w.ended():
         timings = Timings(w.now_s(), w.status.lbs, w.status.gbs)
+        sent = send_first(w, timings)
         computed = yield from compute(w, timings)
         if computed.gradient is not None:
-            sent = post(w, computed, timings)
-            yield from wait(w, timings)
+            sent |= post(w, computed, timings)
+            yield from wait(w, timings, sent)
             if w.cut_short():
                 break
-            ages = complete(w, timings)
+            ages = yield from complete(w, timings)
+            if ages is None:
+                break
         else:
-            sent, ages = {}, {}
+            ages = {}
         yield from converse(w, computed, timings)
         finish_step(w, computed, timings, sent, ages)
     yield from leave(w)
@@ -61,6 +66,16 @@ def profile(w: Worker) -> Loop:
             if attempt:  # the first of a size pays for allocation
                 w.status.fit.add(size, computed.seconds)
     yield from w.status.first()
+
+
+def send_first(w: Worker, timings: Timings) -> dict[int, float]:
+    """What a strategy that exchanges weights or updates sends before its gradient is there. Returns as `post`."""
+    if w.alone or not isinstance(w.strategy, SendsFirst):
+        return {}
+    start_s = w.now_s()
+    links = w.links.view(w.peers, w.step_s)
+    w.state, outgoing = w.strategy.opening(w.state, w.step, w.replica.weights, links)
+    return _send(w, outgoing, start_s, timings)
 
 
 def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, Computed]:
@@ -84,12 +99,24 @@ def post(w: Worker, computed: Computed, timings: Timings) -> dict[int, float]:
     start_s = w.now_s()
     assert computed.gradient is not None
     local = LocalGradient(vector=computed.gradient, step=w.step, lbs=w.status.lbs, gbs=w.status.gbs)
-    since = w.step - w.exchanged_step  # more than 1 after steps that the exchange was left out of
-    links = _affordable(w, w.links.view(w.peers, since * (w.step_s or computed.seconds)))
+    links = _affordable(w, w.links.view(w.peers, w.step_s or computed.seconds))
     w.state, outgoing = w.strategy.outgoing(w.state, local, links)
+    return _send(w, outgoing, start_s, timings)
+
+
+def _send(w: Worker, outgoing: dict[int, Outgoing], start_s: float, timings: Timings) -> dict[int, float]:
+    """Queue messages that were made since ``start_s``, what is announced after its announcement."""
+    announced = {
+        peer: Outgoing(entries=message.entries, kind=Kind.INDICES)
+        for peer, message in outgoing.items()
+        if message.announced
+    }
+    if announced:
+        w.links.post(announced, w.stamp(start_s))
     w.links.post(outgoing, w.stamp(start_s))
-    timings.select_encode_s = w.now_s() - start_s
-    timings.exchange_s += timings.select_encode_s
+    seconds = w.now_s() - start_s
+    timings.select_encode_s += seconds
+    timings.exchange_s += seconds
     return {peer: message.quality for peer, message in outgoing.items() if message.entries is not None}
 
 
@@ -108,29 +135,62 @@ def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
     return {peer: LinkView(False, link.budget_bytes) for peer, link in links.items()}
 
 
-def wait(w: Worker, timings: Timings) -> Generator[Until, None, None]:
-    """Until the synchronisation mode lets this step be completed."""
-    start_s = w.now_s()
-    if not w.may_complete():
-        yield Until(w.may_complete)
-    timings.wait_s = w.now_s() - start_s
+def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until, None, None]:
+    """Until the synchronisation mode lets this step be completed. ``sent``: of this step, for what goes meanwhile."""
+    start_s, cpu_s, sending_s = w.now_s(), w.links.cpu_s(), timings.select_encode_s
+
+    def ready() -> bool:
+        if w.may_complete():
+            return True
+        sent.update(send_first(w, timings))  # a link that was busy when the step began may be free now
+        return False
+
+    if not ready():
+        yield Until(ready)
+    timings.wait_s = w.now_s() - start_s - (timings.select_encode_s - sending_s)
+    w.moved_cpu_s += w.links.cpu_s() - cpu_s  # while the loop waits, moving messages disturbs no computing
 
 
-def complete(w: Worker, timings: Timings) -> dict[int, list[tuple[float, int]]]:
-    """Weigh what has arrived, update the replica. Returns the ages (seconds, steps) of what was applied."""
-    start_s = w.now_s()
+def complete(w: Worker, timings: Timings) -> Generator[Until, None, dict[int, list[tuple[float, int]]] | None]:
+    """Weigh what has arrived, update the replica. Returns the ages (seconds, steps) of what was applied.
+
+    None if it takes a sum over all workers, and one of them has ended.
+    """
+    start_s, waited_s = w.now_s(), timings.wait_s
     messages = w.inbox.take(w.step if w.config.sync == "sync" else math.inf)
     w.state, effect = w.strategy.incoming(w.state, w.replica.weights, messages)
     timings.exchange_s += w.now_s() - start_s
-    if effect.gradient is not None:
-        w.replica.apply(effect.gradient)
+    gradient = effect.gradient
+    if effect.share is not None:
+        gradient = yield from total(w, effect.share, timings)
+        if gradient is None:
+            return None
     if effect.weights is not None:
         w.replica.set_weights(effect.weights)
+    if gradient is not None:
+        w.replica.apply(gradient)
     ages: dict[int, list[tuple[float, int]]] = {}
     for header in (message.header for message in messages):
         ages.setdefault(header.sender, []).append((start_s - header.computed_at, w.step - header.step))
-    timings.apply_s = w.now_s() - start_s
+    w.skipped = effect.skipped
+    w.step += effect.skipped
+    timings.apply_s = w.now_s() - start_s - (timings.wait_s - waited_s)
     return ages
+
+
+def total(w: Worker, share: Vector | None, timings: Timings) -> Generator[Until, None, Vector | None]:
+    """The sum of everyone's shares, or None if this worker or another has none: then all end before this step."""
+    assert w.reduce is not None
+    start_s = w.now_s()
+    w.reductions += 1
+    ticket = w.reduce(share)
+    if not ticket.done:
+        yield Until(lambda: ticket.done)
+    timings.wait_s += w.now_s() - start_s
+    if len(ticket.vector):
+        return ticket.vector
+    w.end_step = min(w.end_step, w.step)
+    return None
 
 
 def converse(w: Worker, computed: Computed, timings: Timings) -> Generator[Until, None, None]:
@@ -146,7 +206,7 @@ def converse(w: Worker, computed: Computed, timings: Timings) -> Generator[Until
     w.recent_losses.append(computed.loss)
     w.status.observe(timings.lbs, computed.seconds)
     w.knowledge.observe(computed.loss)
-    yield from w.status.advance(step)
+    yield from w.status.advance(step, w.skipped)
     if w.status.target_reached:
         w.stop_reason = w.stop_reason or "target accuracy reached"
     for event in w.knowledge.advance(step, w.replica.knowledge, w.replica.set_knowledge):
@@ -159,7 +219,7 @@ def converse(w: Worker, computed: Computed, timings: Timings) -> Generator[Until
 def _evaluation_due(w: Worker, step: int) -> bool:
     every = w.config.evaluate_every
     if every.steps is not None:
-        return step % every.steps == 0
+        return step % every.steps <= w.skipped
     # By the clock, a slow evaluation delays the next one instead of piling up.
     return not w.evaluator.busy() and w.now_s() - w.evaluated_s >= (every.seconds or math.inf)
 
@@ -197,7 +257,8 @@ def finish_step(
     w.recorder.step(record)
     w.on_step(record)
     w.spent.add(timings)
-    w.step_s = _running_mean(w.step_s, step_s)
+    # Without the waiting: else large messages would make steps long, and long steps would pay for large messages.
+    w.step_s = _running_mean(w.step_s, step_s - timings.wait_s)
     _account(w, timings)
     w.step += 1
 
@@ -221,8 +282,11 @@ def leave(w: Worker) -> Loop:
 
     First everyone says that it has ended and which rounds it took part in; who missed a round that others have
     started takes part now. Then nobody sends any more, so the messages that are still under way can be counted
-    and waited for. After that no rank has anything left to do for another.
+    and waited for. After that no rank has anything left to do for another. Where gradients are summed, the others
+    learn from the sum that this worker is not in it.
     """
+    if w.reduce is not None and w.reductions < w.end_step:
+        yield from total(w, None, Timings(w.now_s(), 0, 0))
     w.links.announce(Kind.STOP if w.stop_reason else Kind.CLOSE, w.stamp())
     ended = w.collectives.gather(CLOSING, [w.status.started, w.knowledge.started])
     yield Until(lambda: _keep_moving(w) and ended.done)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dlion_mpi.flat import Entries, Indices, Vector
+from dlion_mpi.flat import Entries, Indices, Vector, blocks
 
 MAGIC = b"DLN1"
 VERSION = 1
@@ -33,12 +32,13 @@ VALUE_TYPES: tuple[ValueType, ...] = ("float32", "float16", "bfloat16")  # on th
 class Kind(IntEnum):
     """What a message is for."""
 
-    GRADIENT = 1  # entries of a gradient; what is not sent counts as zero
+    GRADIENT = 1  # entries of a gradient, or of an update; what is not sent counts as zero
     WEIGHTS = 2  # parameters, always all of them
     PROGRESS = 3  # header only: the step the sender has reached
     CLOSE = 4  # header only: the sender leaves the exchange
     ACK = 5  # header only: acknowledges a sequence number
     STOP = 6  # header only: the sender leaves, and the run must end everywhere
+    INDICES = 7  # which entries the next message will carry, without their values
 
 
 class Encoding(IntEnum):
@@ -50,6 +50,7 @@ class Encoding(IntEnum):
     DELTA16 = 3  # the same with uint16 and 65535
     PLAIN = 4  # the indices as uint32
     EMPTY = 5  # nothing: no entry is there
+    RANGE = 6  # successive entries: the first one's index as uint32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,9 +115,11 @@ def capacity_bytes(size: int) -> int:
     return HEADER_BYTES + 4 * size
 
 
-def encoded_bytes(indices: Indices | None, size: int, value_type: ValueType = "float32") -> int:
+def encoded_bytes(
+    indices: Indices | None, size: int, value_type: ValueType = "float32", kind: Kind = Kind.GRADIENT
+) -> int:
     """Bytes that ``encode`` writes for these entries of a vector of ``size``, header included; exact."""
-    return HEADER_BYTES + _plan(indices, size, _dtype(value_type).itemsize).payload_bytes
+    return HEADER_BYTES + _plan(indices, size, _width(kind, value_type)).payload_bytes
 
 
 def bytes_for_count(count: int, size: int, value_type: ValueType = "float32") -> int:
@@ -150,23 +153,32 @@ def encode(header: Header, entries: Entries | None, out: Bytes, value_type: Valu
     header field is out of range, or the entries do not suit the kind.
     """
     parameters, values, indices = _content(header.kind, entries)
-    dtype = _dtype(value_type)
-    plan = _plan(indices, parameters, dtype.itemsize)
+    dtype, width = _dtype(value_type), _width(header.kind, value_type)
+    plan = _plan(indices, parameters, width)
     total = HEADER_BYTES + plan.payload_bytes
     if len(out) < total:
         raise ValueError(f"a message of {total} bytes does not fit a buffer of {len(out)} bytes")
     count = parameters if plan.encoding is Encoding.DENSE else len(values)
-    split = HEADER_BYTES + count * dtype.itemsize
+    split = HEADER_BYTES + count * width
     slots = out[HEADER_BYTES:split].view(dtype)
     if plan.encoding is Encoding.DENSE and indices is not None:
         slots.fill(0)
         slots[indices] = _to_wire(values, np.empty(len(values), dtype), value_type)
-    else:
+    elif width:
         _to_wire(values, slots, value_type)
     _write_indices(plan, indices, parameters, out[split:total])
     _write_header(header, plan, VALUE_TYPES.index(value_type), count, parameters, out)
     _CHECKSUM.pack_into(out.data, _HEADER.size, _checksum(out[:total]))
     return total
+
+
+def encode_again(header: Header, message: Bytes, out: Bytes) -> int:
+    """Write an encoded ``message`` into ``out`` under another ``header`` of its kind; cheaper than to encode it."""
+    out[HEADER_BYTES : len(message)] = message[HEADER_BYTES:]
+    _, _, encoding, code, *_, count, parameters, payload_bytes = _HEADER.unpack_from(message.data)
+    _write_header(header, _Plan(Encoding(encoding), payload_bytes), code, count, parameters, out)
+    _CHECKSUM.pack_into(out.data, _HEADER.size, _checksum(out[: len(message)]))
+    return len(message)
 
 
 def rounded(values: Vector, value_type: ValueType) -> Vector:
@@ -198,15 +210,18 @@ def _plan(indices: Indices | None, size: int, width: int) -> _Plan:
     best = _Plan(Encoding.BITMAP, width * count + _bitmap_bytes(size))
     if (width + 4) * count < best.payload_bytes:
         best = _Plan(Encoding.PLAIN, (width + 4) * count)
+    if int(indices[-1]) - int(indices[0]) == count - 1 and width * count + 4 < best.payload_bytes:
+        best = _Plan(Encoding.RANGE, width * count + 4)
     gaps: Indices | None = None
     for encoding, dtype in _GAP_DTYPE.items():
         if (width + dtype.itemsize) * count >= best.payload_bytes:
             continue  # already without escapes it is no smaller
         gaps = _gaps(indices) if gaps is None else gaps
-        units = count + int((gaps // _escape(dtype)).sum(dtype=np.int64))
+        wide = gaps[gaps >= _escape(dtype)]  # few: an escape is worth its while only if it is rare
+        units = count + int((wide // _escape(dtype)).sum(dtype=np.int64))
         if width * count + dtype.itemsize * units < best.payload_bytes:
             best = _Plan(encoding, width * count + dtype.itemsize * units, gaps)
-    return best if best.payload_bytes < dense.payload_bytes else dense
+    return best if best.payload_bytes < dense.payload_bytes or not width else dense
 
 
 def _content(kind: Kind, entries: Entries | None) -> tuple[int, Vector, Indices | None]:
@@ -241,6 +256,8 @@ def _write_indices(plan: _Plan, indices: Indices | None, size: int, stream: Byte
         _write_gaps(plan.gaps, stream.view(_GAP_DTYPE[plan.encoding]))
     elif indices is not None and plan.encoding is Encoding.PLAIN:
         stream.view("<u4")[:] = indices
+    elif indices is not None and plan.encoding is Encoding.RANGE:
+        stream.view("<u4")[:] = indices[0]
     elif indices is not None and plan.encoding is Encoding.BITMAP:
         _write_bitmap(indices, size, stream)
 
@@ -258,7 +275,7 @@ def _write_gaps(gaps: Indices, stream: npt.NDArray[Any]) -> None:
 def _write_bitmap(indices: Indices, size: int, stream: Bytes) -> None:
     scratch = np.empty(min(size, _BLOCK), np.uint8)
     start = 0
-    for block in _blocks(size):
+    for block in blocks(slice(0, size), _BLOCK):
         flags = scratch[: block.stop - block.start]
         flags.fill(0)
         stop = int(np.searchsorted(indices, np.uint32(block.stop)))
@@ -277,7 +294,7 @@ def _to_wire(values: Vector, out: npt.NDArray[Any], value_type: ValueType) -> np
         out[:] = values
         return out
     bits = values.view(np.uint32)
-    for block in _blocks(len(values)):
+    for block in blocks(slice(0, len(values)), _BLOCK):
         half = bits[block] >> 16
         half &= 1  # ties go to the even neighbour
         half += 0x7FFF
@@ -316,13 +333,13 @@ def decode(buffer: Bytes, *, size: int, copy: bool = True) -> Message:
     if frame.entries == 0:
         return Message(frame.header, Entries(size, np.empty(0, np.float32), np.empty(0, np.uint32)))
     dtype = _VALUE_DTYPE[frame.value_type]
-    value_bytes = frame.entries * dtype.itemsize
+    value_bytes = frame.entries * _width(frame.header.kind, frame.value_type)
     payload = buffer[HEADER_BYTES:]
     if len(payload) < value_bytes:
         raise WireError(f"bad payload of {len(payload)} bytes, expected {value_bytes} or more for the values")
     indices = _read_indices(frame, payload[value_bytes:], size, copy)
     values = _from_wire(payload[:value_bytes].view(dtype), frame.value_type, copy)
-    for block in _blocks(len(values)):
+    for block in blocks(slice(0, len(values)), _BLOCK):
         finite = np.isfinite(values[block])
         if not finite.all():
             position = block.start + int(np.argmin(finite))
@@ -367,6 +384,12 @@ def _read_indices(frame: _Frame, stream: Bytes, size: int, copy: bool) -> Indice
     if frame.encoding is Encoding.BITMAP:
         _expect("length of the bitmap", len(stream), _bitmap_bytes(size))
         indices = _read_bitmap(stream, frame.entries)
+    elif frame.encoding is Encoding.RANGE:
+        _expect("length of the index stream", len(stream), 4)
+        first = int(stream.view("<u4")[0])
+        if first + frame.entries > size:  # beforehand, so that every index fits uint32
+            raise WireError(f"bad index {first + frame.entries - 1}, expected less than {size}")
+        indices = np.arange(first, first + frame.entries, dtype=np.uint32)
     elif frame.encoding is Encoding.PLAIN:
         _expect("length of the index stream", len(stream), 4 * frame.entries)
         indices = stream.view("<u4").astype(np.uint32, copy=copy)
@@ -399,7 +422,7 @@ def _read_gaps(stream: npt.NDArray[Any], count: int, size: int) -> Indices:
 def _read_bitmap(stream: Bytes, count: int) -> Indices:
     indices = np.empty(count, np.uint32)
     found = 0
-    for block in _blocks(8 * len(stream)):
+    for block in blocks(slice(0, 8 * len(stream)), _BLOCK):
         flags = np.unpackbits(stream[block.start // 8 : block.stop // 8], bitorder="little")
         positions = np.flatnonzero(flags.view(np.bool_))
         if found + len(positions) > count:
@@ -451,12 +474,17 @@ def _dtype(value_type: ValueType) -> np.dtype[Any]:
     return _VALUE_DTYPE[value_type]
 
 
+def _width(kind: Kind, value_type: ValueType) -> int:
+    """Bytes of a value."""
+    return 0 if kind is Kind.INDICES else _dtype(value_type).itemsize
+
+
 def _bitmap_bytes(size: int) -> int:
     return (size + 7) // 8
 
 
 def _escape(dtype: np.dtype[Any]) -> int:
-    return int(np.iinfo(dtype).max)
+    return (1 << 8 * dtype.itemsize) - 1
 
 
 def _gaps(indices: Indices) -> Indices:
@@ -465,9 +493,3 @@ def _gaps(indices: Indices) -> Indices:
     np.subtract(indices[1:], indices[:-1], out=gaps[1:])
     gaps[1:] -= 1
     return gaps
-
-
-def _blocks(length: int) -> Iterator[slice]:
-    """Slices of at most ``_BLOCK`` entries that cover ``length``."""
-    for start in range(0, length, _BLOCK):
-        yield slice(start, min(start + _BLOCK, length))

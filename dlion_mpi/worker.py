@@ -14,7 +14,7 @@ from dlion_mpi.membership import Membership
 from dlion_mpi.metrics import StepRecord
 from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
 from dlion_mpi.strategies.base import Inbox, Plan, Strategy
-from dlion_mpi.testbed import Batches, Collectives, Links, Replica, Stamp
+from dlion_mpi.testbed import Batches, Collectives, Links, Reduce, Replica, Stamp
 from dlion_mpi.wire import Kind
 
 
@@ -27,8 +27,8 @@ class Evaluator(Protocol):
     def submit(self, step: int, time_s: float, knowledge: Vector) -> None:
         """Evaluate a snapshot."""
 
-    def poll(self) -> list[Evaluation]:
-        """What has been evaluated."""
+    def poll(self, *, wait: bool = False) -> list[Evaluation]:
+        """What has been evaluated; with ``wait``, all that was submitted."""
 
 
 class Recorder(Protocol):
@@ -95,6 +95,8 @@ class Worker:
     recorder: Recorder
     now_s: Callable[[], float]
     training_samples: int
+    reduce: Reduce | None = None
+    """For a strategy that shares its gradients by a sum; see `Effect.share`."""
     on_step: Callable[[StepRecord], None] = lambda record: None
     stop_reason: str | None = None
     """Why the run must end before its time: a signal, a failure, a reached target; "" if another rank knows."""
@@ -105,7 +107,12 @@ class Worker:
     end_step: float = field(init=False)
     """Steps after which the run ends, for this worker or for one that it cannot go on without."""
     step: int = 0
+    skipped: int = 0
+    """Steps that were left out before the one at hand ended; see `Effect.skipped`."""
+    reductions: int = 0
+    """Sums that this worker has taken part in."""
     step_s: float = 0.0
+    """Running mean of what a step takes without waiting: what a message may take to cross."""
     exchanged_step: int = -1
     exchange_credit_s: float = 0.0
     """Processor time that the exchange may still take: what `--exchange-share` grants, less what it has taken."""

@@ -85,6 +85,12 @@ selects_nothing() {
     [ "$code" = 5 ]
 }
 
+# The report is tested in a browser. Where none can be had, those tests are skipped and say so.
+get_browser() {
+    command -v chromedriver >/dev/null || dlion_apt_install chromium chromium-driver fonts-dejavu-core ||
+        dlion_say "no headless browser: the tests of the report's page will be skipped"
+}
+
 run_part() {
     local part=$1 ranks
     shift
@@ -101,7 +107,10 @@ run_part() {
                 for ranks in 2 3; do run_mpi mpich "$ranks" "$@"; done
             ) || echo "mpich 1 0" >>"$results/parts"
             ;;
-        *) run_pytest "$part" "$@" ;;
+        *)
+            [ "$part" != system ] || get_browser
+            run_pytest "$part" "$@"
+            ;;
     esac
 }
 

@@ -24,6 +24,7 @@ from dlion_mpi.membership import Membership
 from dlion_mpi.metrics import StepRecord
 from dlion_mpi.rounds import Transfer
 from dlion_mpi.strategies import resolve
+from dlion_mpi.strategies.allreduce import AllReduce
 from dlion_mpi.strategies.base import LinkView, Outgoing
 from dlion_mpi.testbed import Compute, Computed, LinkTotals, Loop, Stamp, Until
 from dlion_mpi.train import leave, train
@@ -70,15 +71,21 @@ class MemoryCollectives:
         call = calls[number]
         assert call.what == what, f"rank {rank} does {what} where others do {call.what} (call {number}, {channel})"
         call.parts[rank] = part
-        call.tickets[rank] = MemoryTicket(vector=part if what != "gather" else np.empty(0, np.float32))
+        call.tickets[rank] = MemoryTicket()
+        if what.startswith("broadcast"):
+            call.tickets[rank].vector = part
         if len(call.parts) == self.ranks:
             self._complete(call)
         return call.tickets[rank]
 
     def _complete(self, call: Call) -> None:
+        parts = [call.parts[rank] for rank in range(self.ranks)]
         for ticket in call.tickets.values():
             if call.what == "gather":
-                ticket.table = np.array([call.parts[rank] for rank in range(self.ranks)], dtype=np.float64)
+                ticket.table = np.array(parts, dtype=np.float64)
+            elif call.what == "reduce":
+                if all(part is not None for part in parts):
+                    ticket.vector = np.sum(parts, axis=0, dtype=np.float32)
             else:
                 ticket.vector[:] = call.parts[int(call.what.removeprefix("broadcast from "))]
             ticket.done = True
@@ -96,6 +103,9 @@ class RankCollectives:
 
     def broadcast(self, channel: str, root: int, vector: Vector) -> MemoryTicket:
         return self._join(channel, f"broadcast from {root}", vector)
+
+    def reduce(self, share: Vector | None) -> MemoryTicket:
+        return self._join("sum", "reduce", share)
 
     def _join(self, channel: str, what: str, part: Any) -> MemoryTicket:
         number = self._joined.get(channel, 0)
@@ -157,8 +167,9 @@ class MemoryLinks:
     def view(self, peers: Iterable[int], step_s: float) -> dict[int, LinkView]:
         weather = self._network.weather
         views = {
-            peer: LinkView(self._views.random() >= weather.blocked, self._views.uniform(*weather.budget))
+            peer: LinkView(free, self._views.uniform(*weather.budget), free)
             for peer in peers
+            for free in (self._views.random() >= weather.blocked,)
         }
         self.history.append({peer: (view, None) for peer, view in views.items()})
         return views
@@ -266,7 +277,7 @@ class Nothing:
 
     def submit(self, step: int, time_s: float, knowledge: Vector) -> None: ...
 
-    def poll(self) -> list[Evaluation]:
+    def poll(self, *, wait: bool = False) -> list[Evaluation]:
         return []
 
     def step(self, record: StepRecord) -> None: ...
@@ -315,6 +326,7 @@ def run(
     for rank, replica in enumerate(replicas):
         strategy, resolved = resolve(config)
         links = MemoryLinks(network, rank, replica.layout.size, message_cpu_s)
+        own = collectives.of(rank)
         worker = Worker(
             config=resolved,
             rank=rank,
@@ -323,11 +335,12 @@ def run(
             replica=replica,
             batches=Rows(rows[rank]),
             links=links,
-            collectives=collectives.of(rank),
+            collectives=own,
             evaluator=Nothing(),
             recorder=Nothing(),
             now_s=lambda: network.tick * 1e-3,
             training_samples=sum(len(x) for x in rows),
+            reduce=own.reduce if isinstance(strategy, AllReduce) and len(replicas) > 1 else None,
         )
         run.workers.append(worker)
         run.sent.append(links.history)

@@ -32,6 +32,7 @@ class Process:
         self._loop: Loop = _life(worker)
         self._ready: Callable[[], bool] | None = None
         self._woken = False
+        self._exchange_s = 0.0  # of the processor time that messages cost, what has passed
 
     def wake(self) -> None:
         """Something has come: ask once whether that was it, after all that comes at this same time."""
@@ -62,11 +63,15 @@ class Process:
             self._on_end()
 
     def _compute(self, request: Compute) -> None:
-        """The gradient is computed in the pool while the events go on; it is there when its time has come."""
+        """The gradient is computed in the pool while the events go on; it is there when its time has come.
+
+        What the messages since the last one have cost comes first.
+        """
         run, rank, now_s = self._run, self.worker.rank, self._events.now_s
         seconds = run.environment.pace(rank, now_s, run.config.seconds).seconds(len(request.y))
         future = run.pool.submit(run.seats[rank].gradient, request.x, request.y)
-        self._events.at(now_s + seconds, partial(self._computed, future, seconds, request.alone))
+        exchange_s, self._exchange_s = self.worker.links.cpu_s() - self._exchange_s, self.worker.links.cpu_s()
+        self._events.at(now_s + exchange_s + seconds, partial(self._computed, future, seconds, request.alone))
 
     def _computed(self, future: Future[Gradient], seconds: float, alone: bool) -> None:
         gradient = future.result()
@@ -132,7 +137,7 @@ def _metered(run: VirtualRun, worker: Worker, record: StepRecord) -> None:
 def _finish(process: Process) -> Finish:
     """Take in the last evaluations, and sum up."""
     worker = process.worker
-    for evaluation in worker.evaluator.poll():
+    for evaluation in worker.evaluator.poll(wait=True):
         worker.evaluations.append(evaluation)
         worker.recorder.evaluation(evaluation)
     return Finish(

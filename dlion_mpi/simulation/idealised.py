@@ -152,7 +152,7 @@ def train_together(run: VirtualRun) -> list[Finish]:
                 group.evaluated_s = group.now_s
                 evaluator.submit(group.step, group.now_s, run.seats[0].knowledge())
     evaluator.submit(group.step, group.now_s, run.seats[0].knowledge())
-    _take(group, evaluator.poll())
+    _take(group, evaluator.poll(wait=True))
     return [_finish(group, rank) for rank in range(workers)]
 
 

@@ -22,7 +22,7 @@ from dlion_mpi.console import say
 from dlion_mpi.data import Batches, Shard, load_shards
 from dlion_mpi.environments import Environment
 from dlion_mpi.errors import UserError
-from dlion_mpi.evaluate import Evaluation
+from dlion_mpi.evaluate import Evaluation, rows_to_test
 from dlion_mpi.flat import Vector
 from dlion_mpi.metrics import NoRecorder, Recorder
 from dlion_mpi.model import build, optimizer
@@ -40,11 +40,15 @@ class Finish:
     exit_code: int
 
 
+MOST_SNAPSHOTS = 3
+"""Snapshots of one worker that wait to be tested."""
+
+
 @dataclass(kw_only=True)
 class VirtualRun:
     """A run in virtual time before its first step. By rank: ``shards``, ``seats``, ``batches``, ``recorders``.
 
-    ``pool``: the threads that compute gradients and test accuracy while the events go on.
+    ``pool``: the threads that compute gradients while the events go on; ``test_pool``: those that test accuracy.
     """
 
     config: Config
@@ -55,10 +59,16 @@ class VirtualRun:
     batches: Sequence[Batches]
     recorders: Sequence[Recorder | NoRecorder]
     pool: ThreadPoolExecutor
+    test_pool: ThreadPoolExecutor
     meter: Meter
+    test_rows: tuple[Any, Any] = field(init=False)
+    """Images and labels to test with."""
     complete: bool = False
     """Whether it has ended as it should; the recorders say so."""
     _collector: tuple[int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.test_rows = rows_to_test(self.shards[0].x_test, self.shards[0].y_test, self.config.test_samples)
 
     def __enter__(self) -> VirtualRun:
         # Looking for garbage took an eighth of the time: a million objects of TensorFlow's stay anyway, and what a
@@ -72,6 +82,7 @@ class VirtualRun:
         gc.set_threshold(*self._collector)
         gc.unfreeze()
         self.pool.shutdown(cancel_futures=True)
+        self.test_pool.shutdown(cancel_futures=True)
         for recorder in self.recorders:
             recorder.close(complete=self.complete)
 
@@ -82,7 +93,8 @@ class VirtualRun:
 
     def evaluator(self) -> VirtualEvaluator:
         """What tests one worker's snapshots."""
-        return VirtualEvaluator(self.shared, self.shards[0], self.pool)
+        at_once = self.config.target_accuracy is not None
+        return VirtualEvaluator(self.shared, *self.test_rows, self.test_pool, at_once=at_once)
 
 
 def prepare(
@@ -130,6 +142,7 @@ def prepare(
         batches=[Batches(shard, seed=config.seed, rank=rank) for rank, shard in enumerate(shards)],
         recorders=_recorders(config, environment, folder, shards),
         pool=ThreadPoolExecutor(threads, thread_name_prefix="compute"),
+        test_pool=ThreadPoolExecutor(threads, thread_name_prefix="test"),
         meter=Meter(workers, config.progress_every if report else 0.0),
     )
 
@@ -154,10 +167,14 @@ def _cores() -> int:
 
 
 class VirtualEvaluator:
-    """Tests snapshots in the pool; in virtual time that takes no time. See `evaluate.BackgroundEvaluator`."""
+    """Tests one worker's snapshots in threads of their own; in virtual time that takes no time.
 
-    def __init__(self, shared: SharedReplica, shard: Shard, pool: ThreadPoolExecutor) -> None:
-        self._shared, self._shard, self._pool = shared, shard, pool
+    ``at_once``: results must be there at the next `poll`, since the run may end by them; else when they are ready,
+    so that nobody waits for them. See `evaluate.BackgroundEvaluator`.
+    """
+
+    def __init__(self, shared: SharedReplica, x: Any, y: Any, pool: ThreadPoolExecutor, *, at_once: bool) -> None:
+        self._shared, self._x, self._y, self._pool, self._at_once = shared, x, y, pool, at_once
         self._submitted: deque[tuple[int, float, Future[float]]] = deque()
 
     def busy(self) -> bool:
@@ -166,13 +183,18 @@ class VirtualEvaluator:
 
     def submit(self, step: int, time_s: float, knowledge: Vector) -> None:
         """Test this snapshot; it must not be changed any more."""
-        future = self._pool.submit(self._shared.accuracy, knowledge, self._shard.x_test, self._shard.y_test)
+        if len(self._submitted) == MOST_SNAPSHOTS:
+            self._submitted[0][2].exception()  # wait: snapshots are as large as the model
+        future = self._pool.submit(self._shared.accuracy, knowledge, self._x, self._y)
         self._submitted.append((step, time_s, future))
 
-    def poll(self) -> list[Evaluation]:
-        """All that was submitted since the last call."""
-        submitted, self._submitted = self._submitted, deque()
-        return [Evaluation(step, time_s, future.result()) for step, time_s, future in submitted]
+    def poll(self, *, wait: bool = False) -> list[Evaluation]:
+        """What has been tested since the last call; with ``wait``, all that was submitted."""
+        tested = []
+        while self._submitted and (wait or self._at_once or self._submitted[0][2].done()):
+            step, time_s, future = self._submitted.popleft()
+            tested.append(Evaluation(step, time_s, future.result()))
+        return tested
 
 
 @dataclass

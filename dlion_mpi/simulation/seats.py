@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.evaluate import CHUNK
 from dlion_mpi.flat import Layout, Vector
 from dlion_mpi.model import Gradient, Images, Labels, Replica, _scaled, tensorflow
 
@@ -25,6 +24,10 @@ def prepare_tensorflow(threads: int) -> None:
     with contextlib.suppress(RuntimeError):  # this process has used TensorFlow before: its threads are what they are
         tf.config.threading.set_intra_op_parallelism_threads(1)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
+CHUNK = 2000
+"""Test samples at a time: here nobody computes beside it, so more than in `evaluate.py`."""
 
 
 class SharedReplica(Replica):

@@ -17,13 +17,16 @@ from dlion_mpi.bandwidth import LinkRate
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.simulation.network import Events, Network, Stream
 from dlion_mpi.strategies.base import LinkView, Outgoing
-from dlion_mpi.testbed import LinkTotals, Stamp
+from dlion_mpi.testbed import LinkTotals, Stamp, link_views
 from dlion_mpi.wire import HEADER_BYTES, Header, Kind, Message
 
 RECEIVE_BUFFERS = 3
 """Messages per peer that are received before the loop takes them in; see `links.RECEIVE_BUFFERS`."""
 CHUNK = 1 << 16
 """Entries of a broadcast in flight at a time; see `collectives.CHUNK`."""
+SELECT_S, SEND_S, RECEIVE_S, DENSE_S = 1.3e-9, 30e-9, 10e-9, 1e-9
+"""Processor seconds of an exchange: per entry of the gradient that something is selected from, per selected entry and
+link that it goes to or comes from, and per entry of a message that carries all. See `benchmarks/exchange.py`."""
 LINEAR = 4
 """Up to so many workers a broadcast goes from the root to everyone, beyond it along a binomial tree: as Open MPI's
 non-blocking broadcast does."""
@@ -71,13 +74,13 @@ class _Link:
         if not self.owner.quiet:
             self.messages_sent += 1
             self.bytes_sent += HEADER_BYTES
-            self.stream.send(HEADER_BYTES, self.far.acknowledged, self.received)
+            self.stream.send(HEADER_BYTES, self.far.acknowledged, (self.received, self.owner.now_s()))
 
-    def acknowledged(self, received: int) -> None:
-        """The peer has received so many messages."""
+    def acknowledged(self, receipt: tuple[int, float]) -> None:
+        """The peer has received so many messages, the last at that time."""
         self.messages_received += 1
         self.bytes_received += HEADER_BYTES
-        self.owner.acknowledged(self.rate, received)
+        self.owner.acknowledged(self.rate, *receipt)
 
 
 class VirtualLinks:
@@ -102,6 +105,7 @@ class VirtualLinks:
         self._window = window
         self._nothing = Entries(size, np.empty(0, np.float32), np.empty(0, np.uint32))
         self._arrivals: list[tuple[_Link, _Parcel]] = []
+        self._exchange_s = 0.0
         self._links = {peer: _Link(self, peer, network.stream(rank, peer)) for peer in range(workers) if peer != rank}
 
     def connect(self, everyone: Sequence[VirtualLinks]) -> None:
@@ -111,21 +115,17 @@ class VirtualLinks:
 
     def view(self, peers: Iterable[int], step_s: float) -> dict[int, LinkView]:
         """Of every peer whether its link has room in its window, and what it can carry in ``step_s`` seconds."""
-        now_s = self._events.now_s
-        return {
-            peer: LinkView(rate.unacknowledged() < self._window, rate.budget_bytes(step_s, now_s))
-            for peer in peers
-            for rate in (self._links[peer].rate,)
-        }
+        rates = {peer: self._links[peer].rate for peer in peers}
+        return link_views(rates, self._window, step_s, self._events.now_s)
 
     def post(self, messages: dict[int, Outgoing], stamp: Stamp) -> dict[int, int]:
         """Send a message per peer. Returns the bytes of each."""
         now_s = self._events.now_s
-        packed: dict[tuple[int, str], tuple[Entries, int]] = {}  # what goes to several peers is packed once
+        packed: dict[tuple[int, str, Kind], tuple[Entries, int]] = {}  # what goes to several peers is packed once
         sizes = {}
         for peer, message in messages.items():
             link = self._links[peer]
-            key = (id(message.entries), message.value_type)
+            key = (id(message.entries), message.value_type, message.kind)
             if key not in packed:
                 packed[key] = self._pack(message)
             entries, size_bytes = packed[key]
@@ -147,6 +147,9 @@ class VirtualLinks:
             link.rate.posted(link.sequence, size_bytes, now_s)
             link.stream.send(size_bytes, link.far.arrive, _Parcel(Message(header, entries), size_bytes))
             sizes[peer] = size_bytes
+            self._exchange_s += _handling_s(entries, SEND_S)
+        if any(entries.indices is not None and len(entries) for entries, _ in packed.values()):
+            self._exchange_s += SELECT_S * self._nothing.size
         return sizes
 
     def _pack(self, message: Outgoing) -> tuple[Entries, int]:
@@ -154,11 +157,13 @@ class VirtualLinks:
         entries = message.entries
         if entries is None:
             return self._nothing, HEADER_BYTES
+        if message.kind is Kind.INDICES:
+            entries = Entries(entries.size, np.empty(0, np.float32), entries.indices)
         values = wire.rounded(entries.values, message.value_type)
         if values is entries.values:
             values = values.copy()
         indices = None if entries.indices is None else entries.indices.copy()
-        size_bytes = wire.encoded_bytes(indices, entries.size, message.value_type)
+        size_bytes = wire.encoded_bytes(indices, entries.size, message.value_type, message.kind)
         return Entries(entries.size, values, indices), size_bytes
 
     def announce(self, kind: Kind, stamp: Stamp) -> None:
@@ -168,14 +173,13 @@ class VirtualLinks:
     def poll(self) -> list[Message]:
         """The messages that have arrived."""
         arrivals, self._arrivals = self._arrivals, []
-        now_s = self._events.now_s
         messages = []
         for link, parcel in arrivals:
             if not parcel.received:
                 link.receive(parcel)
             link.unpolled -= 1
-            link.rate.acknowledged(parcel.message.header.acknowledged, now_s)
             messages.append(parcel.message)
+            self._exchange_s += _handling_s(parcel.message.entries, RECEIVE_S)
         return messages
 
     def totals(self) -> dict[int, LinkTotals]:
@@ -195,20 +199,27 @@ class VirtualLinks:
         """How many messages have come from every rank."""
         return [self._links[r].messages_received if r != self.rank else 0 for r in range(self._workers)]
 
+    def now_s(self) -> float:
+        """Virtual time."""
+        return self._events.now_s
+
     def cpu_s(self) -> float:
-        """Moving messages takes no processor time here."""
-        return 0.0
+        """Processor seconds that messages have cost so far, as the same work takes in a real run."""
+        return self._exchange_s
 
     def arrived(self, link: _Link, parcel: _Parcel) -> None:
         """A message is across and waits for `poll`."""
         self._arrivals.append((link, parcel))
         self.wake()
 
-    def acknowledged(self, rate: LinkRate, received: int) -> None:
-        """An acknowledgement is across. The loop waits for those only when all messages are to be counted."""
-        rate.acknowledged(received, self._events.now_s)
-        if self.quiet:
-            self.wake()
+    def acknowledged(self, rate: LinkRate, received: int, arrived_s: float) -> None:
+        """An acknowledgement is across: a link may be free, and at the end the loop waits for every one of them."""
+        rate.acknowledged(received, arrived_s)
+        self.wake()
+
+
+def _handling_s(entries: Entries, sparse_s: float) -> float:
+    return len(entries) * (DENSE_S if entries.indices is None else sparse_s)
 
 
 def _kind(message: Outgoing) -> Kind:

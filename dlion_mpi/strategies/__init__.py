@@ -6,11 +6,15 @@ import dataclasses
 
 from dlion_mpi.config import Config, flag
 from dlion_mpi.errors import UserError
+from dlion_mpi.strategies.ako import Ako
+from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.base import Strategy
 from dlion_mpi.strategies.baseline import Baseline
 from dlion_mpi.strategies.dlion import Dlion
+from dlion_mpi.strategies.gaia import Gaia
+from dlion_mpi.strategies.hop import Hop
 
-STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Dlion, Baseline)}
+STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Dlion, Baseline, Ako, Gaia, Hop, AllReduce, Horovod)}
 
 
 def resolve(config: Config) -> tuple[Strategy, Config]:
@@ -29,8 +33,8 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
         )
     defaults = dict(strategy.defaults)
     if sync != "bounded":
-        defaults.pop("staleness", None)
-        defaults.pop("backup", None)
+        for name in _BOUNDED_ONLY:
+            defaults.pop(name, None)
     values: dict[str, object] = {"sync": sync}
     for name in sorted({n for s in STRATEGIES.values() for n in s.defaults}):
         given = getattr(config, name)
@@ -45,6 +49,8 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
         values["n_min"] = None
     return strategy, dataclasses.replace(config, **values)  # type: ignore[arg-type]
 
+
+_BOUNDED_ONLY = ("staleness", "backup", "hop_max_gap", "hop_skip")
 
 # A technique that is switched off leaves these options without a value.
 _SWITCHES: tuple[tuple[str, str, tuple[str, ...]], ...] = (

@@ -7,9 +7,12 @@ by the caller: a strategy may reuse its arrays in place and hand them back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
 
 from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Layout, Vector
@@ -28,10 +31,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class LinkView:
-    """A link as a strategy sees it: may it take a message now, and of how many bytes."""
+    """A link as a strategy sees it: may it take a message now, and what it carries in a step.
+
+    ``idle``: nothing that was sent before is still under way. ``room_bytes``: what it can take now and have carried
+    by about the next step, beside what is still under way and what goes over the other links; 0: nothing.
+    """
 
     ready: bool
     budget_bytes: float
+    idle: bool = True
+    room_bytes: float = math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,20 +58,30 @@ class LocalGradient:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outgoing:
-    """What goes to one peer: ``entries`` None sends the header alone, which still tells the sender's step."""
+    """What goes to one peer: ``entries`` None sends the header alone, which still tells the sender's step.
+
+    ``announced``: the peer is told first which entries are coming, and waits for them.
+    """
 
     entries: Entries | None = None
     kind: Kind = Kind.GRADIENT
     quality: float = 0.0
     value_type: ValueType = "float32"
+    announced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What a step does to the replica: an effective gradient for the optimizer, or new weights. (P,) float32."""
+    """What a step does to the replica: first new weights, then an effective gradient for the optimizer.
+
+    Both (P,) float32, or None. ``skipped``: steps that the worker leaves out after this one. ``share``: (P,) float32,
+    this worker's part of a gradient: the optimizer gets the sum of everyone's, which may be put in its place.
+    """
 
     gradient: Vector | None = None
     weights: Vector | None = None
+    skipped: int = 0
+    share: Vector | None = None
 
 
 @dataclass(slots=True)
@@ -72,10 +91,16 @@ class Inbox:
     newest: dict[int, int]
     """Per live peer the step of its newest message; -1 before the first."""
     held: list[Message] = field(default_factory=list)
+    announced: dict[int, Entries] = field(default_factory=dict)
+    """By peer, the entries whose values are on their way; until they come nobody should read them."""
 
     def put(self, message: Message) -> None:
         """A message has arrived; its payload, if any, waits for `take`."""
         header = message.header
+        if header.kind is Kind.INDICES:
+            self.announced[header.sender] = message.entries
+        elif header.kind is Kind.GRADIENT:
+            self.announced.pop(header.sender, None)
         if header.sender in self.newest:
             self.newest[header.sender] = max(self.newest[header.sender], header.step)
         if header.kind in (Kind.GRADIENT, Kind.WEIGHTS):
@@ -89,6 +114,39 @@ class Inbox:
         taken = [m for m in self.held if m.header.step <= last_step]
         self.held = [m for m in self.held if m.header.step > last_step]
         return sorted(taken, key=lambda m: (m.header.sender, m.header.step))
+
+
+@dataclass(slots=True)
+class Missed:
+    """What was due to peers whose links took no message: per peer a vector of ``size`` entries, float32.
+
+    A vector is made when it is first needed. So entries that everybody gets at once are kept once, not per link.
+    """
+
+    size: int
+    vectors: dict[int, Vector] = field(default_factory=dict)
+
+    def due(self, peer: int, entries: Entries, ready: bool, *, everything: bool = False) -> Entries | None:
+        """What goes to ``peer`` now that ``entries`` go to all: these, with what it has missed of them before.
+
+        ``everything``: and of all others. None if its link is not ``ready``: then they have to wait.
+        """
+        waiting = self.vectors.get(peer)
+        if waiting is None:
+            if ready or not len(entries):
+                return entries if ready else None
+            waiting = self.vectors[peer] = np.zeros(self.size, np.float32)
+        entries.add_to(waiting, 1.0)
+        if not ready:
+            return None
+        if everything:
+            del self.vectors[peer]
+            indices = np.flatnonzero(waiting).astype(np.uint32)
+            return Entries(self.size, waiting[indices], indices)
+        places = slice(None) if entries.indices is None else entries.indices
+        values = waiting[places].copy()
+        waiting[places] = 0
+        return Entries(self.size, values, entries.indices)
 
 
 class Strategy(Protocol):
@@ -113,6 +171,19 @@ class Strategy(Protocol):
 
     def may_advance(self, state: Any, step: int, inbox: Inbox) -> bool:
         """Whether step ``step``, computed and posted, may be completed with what has arrived."""
+
+
+@runtime_checkable
+class SendsFirst(Protocol):
+    """A strategy whose workers also send before they compute: not gradients, but what has become of the weights."""
+
+    def opening(
+        self, state: Any, step: int, weights: Callable[[], Vector], links: Mapping[int, LinkView]
+    ) -> tuple[Any, dict[int, Outgoing]]:
+        """What to send to whom before step ``step`` is computed, from ``weights``. ``links`` has the live peers.
+
+        Asked again while the worker waits in that step, whenever something has come: other links may be free then.
+        """
 
 
 def may_advance(config: Config, step: int, inbox: Inbox) -> bool:

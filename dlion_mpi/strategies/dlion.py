@@ -8,24 +8,26 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Vector
-from dlion_mpi.select import Selection, max_n, nested, relative_magnitude
+from dlion_mpi.select import Selection, Selector
 from dlion_mpi.strategies.base import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, may_advance
+from dlion_mpi.unsent import Choice, Rules, Unsent
 from dlion_mpi.update import coefficient
-from dlion_mpi.wire import Message, ValueType, rounded
+from dlion_mpi.wire import Message, ValueType
 
 
 @dataclass(slots=True)
 class DlionState:
-    """``residuals``: per peer what it has not been sent yet, (P,) float32, empty with unsent = "drop".
+    """``unsent``: what was not sent yet, None if that is dropped. ``effective``: a (P,) float32 buffer.
 
-    ``effective`` and ``scratch``: (P,) float32 buffers. ``local``: this step's own gradient.
+    ``local``: this step's own gradient.
     """
 
     plan: Plan
-    residuals: dict[int, Vector]
+    unsent: Unsent | None
+    selector: Selector
     effective: Vector
-    scratch: Vector
     local: LocalGradient | None = None
 
 
@@ -64,14 +66,8 @@ class Dlion:
 
     def start(self, plan: Plan) -> DlionState:
         """See `Strategy.start`."""
-        size = plan.layout.size
-        peers = [r for r in plan.ranks if r != plan.rank] if plan.config.unsent == "accumulate" else []
-        return DlionState(
-            plan,
-            {peer: np.zeros(size, np.float32) for peer in peers},
-            np.empty(size, np.float32),
-            np.empty(size, np.float32),
-        )
+        unsent = Unsent(plan.layout, _rules(plan.config)) if plan.config.unsent == "accumulate" else None
+        return DlionState(plan, unsent, Selector(plan.layout), np.empty(plan.layout.size, np.float32))
 
     def outgoing(
         self, state: DlionState, local: LocalGradient, links: Mapping[int, LinkView]
@@ -81,41 +77,18 @@ class Dlion:
         Where somebody may be waiting for this worker's step, any other link gets a header that tells it.
         """
         state.local = local
-        ready = [peer for peer, link in links.items() if link.ready]
-        told = links if state.plan.config.sync != "async" else ready
-        messages = {peer: Outgoing() for peer in told}
-        if state.plan.config.unsent == "accumulate":
-            for peer in links:
-                state.residuals[peer] += local.vector
-            for peer in ready:
-                residual = state.residuals[peer]
-                (selection,) = self._select(state, residual, [links[peer]])
-                messages[peer] = self._pack(state, residual, selection)
-                _subtract(residual, messages[peer])
-        elif ready:
-            selections = self._select(state, local.vector, [links[peer] for peer in ready])
-            for peer, selection in zip(ready, selections, strict=True):
-                messages[peer] = self._pack(state, local.vector, selection)
-        return state, messages
-
-    def _select(self, state: DlionState, vector: Vector, links: Sequence[LinkView]) -> list[Selection]:
         config = state.plan.config
-        if config.max_n == 100:
-            return [Selection(None, 100.0)] * len(links)
-        relative = relative_magnitude(vector, state.plan.layout, state.scratch)
-        if config.max_n is not None:
-            return [max_n(relative, config.max_n)] * len(links)
-        budgets = [link.budget_bytes for link in links]
-        return nested(relative, budgets, n_min=config.n_min or 0.0, value_type=_value_type(state))
-
-    def _pack(self, state: DlionState, vector: Vector, selection: Selection) -> Outgoing:
-        # The whole residual is copied since it is zeroed before the message is encoded.
-        values = vector.copy() if selection.indices is None else vector[selection.indices]
-        return Outgoing(
-            entries=Entries(len(vector), values, selection.indices),
-            quality=selection.quality,
-            value_type=_value_type(state),
-        )
+        budgets = {peer: _budget_bytes(link) for peer, link in links.items()}
+        told = [peer for peer, budget in budgets.items() if budget is not None or config.sync != "async"]
+        messages = {peer: Outgoing() for peer in told}
+        if state.unsent is not None:
+            state.unsent.add(local.vector)
+            choices = state.unsent.take(budgets)
+        else:
+            choices = _largest(state, local.vector, budgets)
+        for peer, choice in choices.items():
+            messages[peer] = Outgoing(entries=choice.entries, quality=choice.quality, value_type=_value_type(state))
+        return state, messages
 
     def incoming(
         self, state: DlionState, weights: Callable[[], Vector], messages: Sequence[Message]
@@ -136,16 +109,37 @@ class Dlion:
         return may_advance(state.plan.config, step, inbox)
 
 
+def _rules(config: Config) -> Rules:
+    return Rules(max_n=config.max_n, n_min=config.n_min or 0.0, value_type=config.value_type or "float32")
+
+
 def _value_type(state: DlionState) -> ValueType:
     return state.plan.config.value_type or "float32"
 
 
-def _subtract(residual: Vector, message: Outgoing) -> None:
-    """``residual -= what the peer will see``: with 16-bit values the rounding error stays."""
-    entries = message.entries
-    assert entries is not None
-    seen = rounded(entries.values, message.value_type)
-    if entries.indices is None:
-        residual -= seen
+def _budget_bytes(link: LinkView) -> float | None:
+    """What a message may have now; None if there should be none."""
+    return min(link.budget_bytes, link.room_bytes) if link.ready and link.room_bytes > 0 else None
+
+
+def _largest(state: DlionState, gradient: Vector, budgets_bytes: Mapping[int, float | None]) -> dict[int, Choice]:
+    """Of this gradient alone, for every link that takes a message now."""
+    config, selector = state.plan.config, state.selector
+    ready = {peer: budget for peer, budget in budgets_bytes.items() if budget is not None}
+    if not ready:
+        return {}
+    largest = selector.measure(gradient)
+    if config.max_n is not None:
+        selections = [selector.max_n(gradient, largest, config.max_n)] * len(ready)
     else:
-        residual[entries.indices] -= seen
+        selections = selector.nested(
+            gradient, largest, list(ready.values()), n_min=config.n_min or 0.0, value_type=_value_type(state)
+        )
+    return {peer: _choice(gradient, selection) for peer, selection in zip(ready, selections, strict=True)}
+
+
+def _choice(gradient: Vector, selection: Selection) -> Choice:
+    indices = selection.indices
+    # Also the whole gradient is copied: a message must not change after it was made.
+    values = gradient.copy() if indices is None else gradient[indices]
+    return Choice(Entries(len(gradient), values, indices), selection.quality)

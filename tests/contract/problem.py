@@ -11,6 +11,7 @@ import pytest
 from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Layout, Vector
 from dlion_mpi.strategies import STRATEGIES
+from dlion_mpi.strategies.allreduce import AllReduce
 from dlion_mpi.strategies.base import LocalGradient
 from dlion_mpi.wire import Header, Kind, Message
 from tests.inmemory import Quadratic, Run, Weather, run
@@ -22,6 +23,10 @@ OPTIMUM = np.random.default_rng(1).normal(size=SIZE).astype(np.float32)
 
 EVERY_MODE = [(name, mode) for name, strategy in STRATEGIES.items() for mode in strategy.sync_modes]
 every_mode = pytest.mark.parametrize(("name", "mode"), EVERY_MODE)
+SUMS = {name for name, strategy in STRATEGIES.items() if issubclass(strategy, AllReduce)}
+"""The strategies whose workers send each other no messages, but take a sum over all."""
+MESSAGE_MODES = [(name, mode) for name, mode in EVERY_MODE if name not in SUMS]
+every_message_mode = pytest.mark.parametrize(("name", "mode"), MESSAGE_MODES)
 ROUGH = Weather(seed=5, delay=12, budget=(100, 330), blocked=0.3)
 
 
@@ -32,6 +37,8 @@ def config(name: str, mode: str, **options: Any) -> Config:
         small["transfer_period"] = 40
     if options.get("batching") != "fixed":
         small["rebalance_every"] = 7
+    if name == "hop" and mode == "bounded":  # every step, and no bound but the staleness
+        small |= {"backup": 0, "hop_max_gap": 1000, "hop_skip": 0}
     used = {option: value for option, value in (small | options).items() if has_option(name, option)}
     return Config(**{"strategy": name, "sync": mode, "steps": 250, "lbs": 8, **used})
 
@@ -63,9 +70,11 @@ def local(gradient: Vector, *, step: int = 0, lbs: int = 8, gbs: int = 24) -> Lo
     return LocalGradient(vector=gradient, step=step, lbs=lbs, gbs=gbs)
 
 
-def arrival(sender: int, gradient: Vector, *, lbs: int, gbs: int = 24, step: int = 0) -> Message:
-    """As it arrives: a whole gradient."""
-    header = Header(kind=Kind.GRADIENT, sender=sender, epoch=0, step=step, sequence=1, acknowledged=0, lbs=lbs, gbs=gbs)
+def arrival(
+    sender: int, gradient: Vector, *, lbs: int, gbs: int = 24, step: int = 0, kind: Kind = Kind.GRADIENT
+) -> Message:
+    """As it arrives: a whole gradient, or whole weights."""
+    header = Header(kind=kind, sender=sender, epoch=0, step=step, sequence=1, acknowledged=0, lbs=lbs, gbs=gbs)
     return Message(header, Entries(SIZE, gradient))
 
 

@@ -14,17 +14,23 @@ from dlion_mpi import wire
 from dlion_mpi.config import Config
 from dlion_mpi.flat import Vector
 from dlion_mpi.strategies import STRATEGIES, resolve
-from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, Plan
+from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, Plan, SendsFirst
 from dlion_mpi.train import MOST_STEPS_APART
 from dlion_mpi.wire import Header, Kind, Message
-from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, every_mode, gradients, local, trained
+from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, every_message_mode, gradients, local, trained
 from tests.inmemory import Weather
 
 
 def first_messages(settings: Config, links: dict[int, LinkView]) -> dict[int, Outgoing]:
     strategy, resolved = resolve(settings)
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, *links), layout=LAYOUT))
-    return strategy.outgoing(state, local(OPTIMUM), links)[1]
+    messages: dict[int, Outgoing] = {}
+    if isinstance(strategy, SendsFirst):
+        state, _ = strategy.opening(state, 0, OPTIMUM.copy, links)
+        state, _ = strategy.outgoing(state, local(OPTIMUM), links)
+        state, _ = strategy.incoming(state, OPTIMUM.copy, [])
+        state, messages = strategy.opening(state, 1, lambda: OPTIMUM * np.float32(2), links)
+    return messages | strategy.outgoing(state, local(OPTIMUM), links)[1]
 
 
 def dense(message: Outgoing) -> Vector:
@@ -38,7 +44,7 @@ def dense(message: Outgoing) -> Vector:
     return vector
 
 
-@every_mode
+@every_message_mode
 def test_what_a_link_gets_when_it_takes_no_message(name: str, mode: str) -> None:
     """In async nothing; else at least a header, since somebody may wait for this worker's step."""
     messages = first_messages(config(name, mode), {1: LinkView(False, 1e9), 2: LinkView(True, 1e9)})
@@ -71,22 +77,26 @@ def test_accumulate_loses_nothing_bit_for_bit(seed: int, offers: list[Any]) -> N
         for peer, message in messages.items():
             sent[peer] += dense(message)
     for peer in (1, 2):
-        np.testing.assert_array_equal(sent[peer] + state.residuals[peer], np.sum(own, axis=0, dtype=np.float64))
+        np.testing.assert_array_equal(sent[peer] + state.unsent.of(peer), np.sum(own, axis=0, dtype=np.float64))
 
 
 @given(seed=st.integers(0, 1000), offers=OFFERS)
-def test_accumulate_is_float32_addition_and_nothing_else(seed: int, offers: list[Any]) -> None:
-    """Of any numbers: at every step, selected + residual == accumulated, each entry in exactly one of them."""
+def test_an_entry_is_sent_whole_or_kept_whole(seed: int, offers: list[Any]) -> None:
+    """Of any numbers: what leaves the common memory at a step reaches every link, or is owed to it, to the last bit."""
     strategy, state = start_dlion(unsent="accumulate")
+    nothing = np.zeros(SIZE, np.float32)
     for step, (gradient, offer) in enumerate(zip(gradients(seed, len(offers), whole=False), offers, strict=True)):
-        before = {peer: residual.copy() for peer, residual in state.residuals.items()}
+        accumulated = state.unsent.common + gradient
+        owed = {peer: state.unsent.owed.get(peer, nothing).copy() for peer in (1, 2)}
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
         state, messages = strategy.outgoing(state, local(gradient, step=step), views)
+        left = accumulated - state.unsent.common
+        np.testing.assert_array_equal(left[left != 0], accumulated[left != 0])
         for peer in (1, 2):
-            accumulated = before[peer] + gradient
-            sent = dense(messages[peer]) if peer in messages else np.zeros(SIZE, np.float32)
-            assert not (sent * state.residuals[peer]).any(), "an entry is sent whole or kept whole"
-            assert (sent + state.residuals[peer]).tobytes() == (accumulated + np.float32(0)).tobytes()
+            sent = dense(messages[peer]) if peer in messages else nothing
+            still_owed = state.unsent.owed.get(peer, nothing)
+            assert not (sent * still_owed).any()
+            assert (sent + still_owed).tobytes() == (owed[peer] + left + np.float32(0)).tobytes()
 
 
 @pytest.mark.parametrize("value_type", ["float16", "bfloat16"])
@@ -95,18 +105,48 @@ def test_with_16_bit_values_the_rounding_error_is_kept(
     value_type: wire.ValueType, seed: int, offers: list[Any]
 ) -> None:
     strategy, state = start_dlion(unsent="accumulate", value_type=value_type)
+    total = np.zeros(SIZE, np.float64)
+    sent = {peer: np.zeros(SIZE, np.float64) for peer in (1, 2)}
+    rounding = 0.0
     for step, (gradient, offer) in enumerate(zip(gradients(seed, len(offers), whole=False), offers, strict=True)):
-        before = {peer: residual.copy() for peer, residual in state.residuals.items()}
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
         state, messages = strategy.outgoing(state, local(gradient, step=step), views)
+        total += gradient
+        rounding += 1e-6 * float(np.abs(total).max())
         for peer, message in messages.items():
-            accumulated = before[peer] + gradient
             seen = dense(message)
-            entries = message.entries
-            chosen = slice(None) if entries.indices is None else entries.indices
-            np.testing.assert_array_equal(seen[chosen], wire.rounded(accumulated[chosen], value_type))
-            # The error of rounding to nearest is a float32 itself, so that even this sum is exact.
-            np.testing.assert_array_equal(seen.astype(np.float64) + state.residuals[peer], accumulated)
+            assert message.entries is not None
+            np.testing.assert_array_equal(wire.rounded(message.entries.values, value_type), message.entries.values)
+            sent[peer] += seen
+        for peer in (1, 2):
+            np.testing.assert_allclose(sent[peer] + state.unsent.of(peer), total, rtol=0, atol=rounding)
+
+
+def test_a_link_that_was_blocked_gets_all_it_is_owed_of_what_is_sent_next() -> None:
+    strategy, state = start_dlion(unsent="accumulate", max_n=100.0)
+    own = gradients(3, 3, whole=True)
+    blocked, open_ = LinkView(False, 1e9), LinkView(True, 1e9)
+    for gradient in own[:2]:
+        state, _ = strategy.outgoing(state, local(gradient), {1: blocked, 2: open_})
+    state, messages = strategy.outgoing(state, local(own[2]), {1: open_, 2: open_})
+    np.testing.assert_array_equal(dense(messages[1]), own[0] + own[1] + own[2])
+
+
+def test_a_slow_link_beside_a_fast_one_gets_the_largest_of_what_it_is_owed() -> None:
+    """Over many steps nothing starves: what a slow link has not been sent stays a few steps' worth."""
+    strategy, state = start_dlion(unsent="accumulate")
+    links = {1: LinkView(True, 140.0), 2: LinkView(True, 400.0)}
+    own = np.random.default_rng(5).normal(size=(200, SIZE)).astype(np.float32)
+    for gradient in own:
+        state, messages = strategy.outgoing(state, local(gradient), links)
+        sent, owed = dense(messages[1]), state.unsent.owed[1]
+        shared = dense(messages[2]) != 0
+        for start, stop in zip(LAYOUT.starts, LAYOUT.starts[1:], strict=False):
+            part = slice(start, stop)
+            passed_over = np.abs(owed[part][shared[part]])
+            if sent[part].any() and len(passed_over):
+                assert np.abs(sent[part]).max() >= passed_over.max()
+    assert np.abs(state.unsent.of(1)).max() < 0.1 * np.abs(own).sum(axis=0).max()
 
 
 def test_what_a_blocked_link_misses_comes_later() -> None:

@@ -19,6 +19,7 @@ from dlion_mpi.console import SUMMARY_COLUMNS, Progress, summary
 from dlion_mpi.errors import UserError
 from dlion_mpi.metrics import StepRecord
 from dlion_mpi.options import config_of
+from dlion_mpi.strategies import STRATEGIES
 
 Captured = pytest.CaptureFixture[str]
 
@@ -173,8 +174,10 @@ def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
     choices = {f.name: f.metadata["choices"] for f in fields(Config)}[name]
     text = choices[-1] if choices else examples.get(name, "1")
     text = {"lbs_max": "64", "sync": "bounded", "momentum": "0.5"}.get(name, text)
-    main(["train", flag(name), text])
-    assert runs == [config_of({name: text})]
+    owner = next((s.name for s in STRATEGIES.values() if name in s.defaults), "dlion")
+    chosen = {} if name == "strategy" else {"strategy": owner}
+    main(["train", flag(name), text, *(word for option, value in chosen.items() for word in (flag(option), value))])
+    assert runs == [config_of({name: text, **chosen})]
     assert str(getattr(runs[0], name)).removesuffix(".0") == text
 
 
@@ -248,7 +251,7 @@ def test_the_module_is_the_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dlion_mpi", "train", "--strategy", "hope"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "dlion: error: --strategy hope: unknown; known are dlion, baseline\n"
+    assert done.stderr == f"dlion: error: --strategy hope: unknown; known are {', '.join(STRATEGIES)}\n"
     assert done.stdout == ""
 
 

@@ -50,6 +50,10 @@ WHOLE: dict[str, tuple[int, int]] = {
     "lbs_max": (32, 10**6),
     "gbs_interval": (1, 10**6),
     "gbs_warmup_step": (0, 10**6),
+    "ako_partitions": (0, 10**6),
+    "hop_max_gap": (1, 10**6),
+    "hop_skip": (0, 10**6),
+    "test_samples": (1, 10**9),
     "window": (1, 64),
     "transfer_period": (1, 10**6),
     "transfer_losses": (1, 10**6),
@@ -64,6 +68,7 @@ REAL: dict[str, tuple[float, float]] = {
     "gbs_warmup_limit": (0, 1),
     "gbs_speedup_factor": (1, 1e30),
     "gbs_limit": (0, 1),
+    "gaia_threshold": (0, 1e30),
     "max_n": (1e-3, 100),
     "n_min": (1e-3, 100),
     "exchange_share": (0, 1e30),
@@ -114,7 +119,7 @@ def test_a_field_that_is_not_set_is_not_written() -> None:
 def test_every_field_is_documented_bounded_and_in_a_table() -> None:
     for name, f in FIELDS.items():
         assert f.metadata["help"], name
-        assert f.metadata["table"] in ("run", "model", "data", "batching", "exchange", "transfer"), name
+        assert f.metadata["table"] in ("run", "model", "data", "batching", "exchange", "transfer", "rivals"), name
         if not f.metadata["choices"] and name != "evaluate_every":
             number = not str(f.type).startswith("str")
             assert number == (name in WHOLE or name in REAL), name

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion_mpi.evaluate import CHUNK, BackgroundEvaluator, Evaluation, target_reached_s
+from dlion_mpi.evaluate import CHUNK, BackgroundEvaluator, Evaluation, rows_to_test, target_reached_s
 from dlion_mpi.flat import Vector
 
 ROWS = 2 * CHUNK + 7
@@ -163,3 +163,12 @@ def test_by_definition(tests: list[list[tuple[int, int]]], target: float) -> Non
         assert found == expected
     else:
         assert expected is None or (found is not None and found <= expected)
+
+
+def test_fewer_test_rows_are_taken_evenly_and_with_their_labels() -> None:
+    x, y = np.arange(20).reshape(10, 2), np.arange(10)
+    few_x, few_y = rows_to_test(x, y, 4)
+    assert few_y.tolist() == [0, 2, 5, 7]
+    np.testing.assert_array_equal(few_x[:, 0], 2 * few_y)
+    for most in (None, 10, 99):
+        assert rows_to_test(x, y, most)[1] is y

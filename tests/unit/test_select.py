@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from dlion_mpi import select
 from dlion_mpi.flat import Indices, Layout, Vector
-from dlion_mpi.select import Selection, max_n, nested, relative_magnitude
+from dlion_mpi.select import Selection, Selector
 from dlion_mpi.wire import HEADER_BYTES, VALUE_TYPES, ValueType, encoded_bytes
 
 N_MIN = 0.85
@@ -32,8 +33,27 @@ def vectors_with_layout(draw: st.DrawFn) -> tuple[Vector, Layout]:
     return vector, Layout.of([(b - a,) for a, b in pairwise(bounds)])
 
 
+def nested(
+    vector: Vector, budgets: Sequence[float], layout: Layout | None = None, *, n_min: float, value_type: ValueType
+) -> list[Selection]:
+    selector = Selector(layout or Layout.of([vector.shape]))
+    return selector.nested(vector, selector.measure(vector), budgets, n_min=n_min, value_type=value_type)
+
+
+def max_n(vector: Vector, quality: float, layout: Layout | None = None) -> Selection:
+    selector = Selector(layout or Layout.of([vector.shape]))
+    return selector.max_n(vector, selector.measure(vector), quality)
+
+
 def relative_of(vector: Vector, layout: Layout | None = None) -> Vector:
-    return relative_magnitude(vector, layout or Layout.of([vector.shape]), np.empty_like(vector))
+    """By definition: the share of the variable's largest magnitude."""
+    layout = layout or Layout.of([vector.shape])
+    relative = np.zeros_like(vector)
+    for start, stop in pairwise(layout.starts):
+        part = np.abs(vector[start:stop])
+        if stop > start and part.max() > 0:
+            relative[start:stop] = part / part.max()
+    return relative
 
 
 def chosen(selection: Selection, size: int) -> set[int]:
@@ -44,29 +64,34 @@ def at_least(relative: Vector, threshold: float) -> set[int]:
     return {i for i, r in enumerate(relative.tolist()) if r >= np.float32(threshold)}
 
 
-# ---- relative magnitude
+# ---- what entries are measured by
 
 
-@given(vectors_with_layout())
-@example((np.array([TINY, -TINY, 0], np.float32), Layout.of([(3,)])))
-@example((np.array([3e38, 1e-40, -3e38], np.float32), Layout.of([(2,), (0,), (1,)])))
-def test_relative_magnitude_is_the_share_of_the_variable_s_largest(case: tuple[Vector, Layout]) -> None:
+@given(vectors_with_layout(), st.booleans(), st.integers(1, 7))
+def test_measure_finds_every_variable_s_largest_and_adds_on_the_way(
+    case: tuple[Vector, Layout], adds: bool, block: int
+) -> None:
     vector, layout = case
-    out = np.full_like(vector, 7)
-    assert relative_magnitude(vector, layout, out) is out
-    for start, stop in pairwise(layout.starts):
-        part = np.abs(vector[start:stop])
-        largest = part.max() if len(part) else 0
-        expected = part / largest if largest > 0 else np.zeros_like(part)
-        np.testing.assert_array_equal(out[start:stop], expected)
-        assert largest == 0 or out[start:stop].max() == 1
-    assert not np.signbit(out).any()
+    more = np.linspace(-1, 1, len(vector), dtype=np.float32) if adds else None
+    expected = vector + more if more is not None else vector.copy()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(select, "BLOCK", block)
+        largest = Selector(layout).measure(vector, more)
+    np.testing.assert_array_equal(vector, expected)
+    parts = [np.abs(expected[segment]).max() for segment in layout.segments()]
+    np.testing.assert_array_equal(largest, np.array(parts, np.float32))
 
 
-def test_the_vector_itself_stays_as_it_is() -> None:
-    vector = np.array([-2, 1], np.float32)
-    relative_of(vector)
-    np.testing.assert_array_equal(vector, [-2, 1])
+@given(vectors_with_layout(), st.integers(0, 1000))
+@example((np.array([TINY, -TINY, 0], np.float32), Layout.of([(3,)])), 0)
+@example((np.array([3e38, 1e-40, -3e38], np.float32), Layout.of([(2,), (0,), (1,)])), 0)
+def test_some_entries_are_measured_by_the_largest_of_these(case: tuple[Vector, Layout], seed: int) -> None:
+    vector, layout = case
+    places = np.flatnonzero(np.random.default_rng(seed).random(len(vector)) < 0.6)
+    only = np.zeros_like(vector)
+    only[places] = vector[places]
+    got = Selector(layout).relative(places, np.abs(vector[places]))
+    np.testing.assert_array_equal(got, relative_of(only, layout)[places])
 
 
 # ---- Max N
@@ -74,8 +99,9 @@ def test_the_vector_itself_stays_as_it_is() -> None:
 
 @given(vectors_with_layout(), st.floats(1e-6, 99.9999))
 def test_max_n_selects_by_its_definition(case: tuple[Vector, Layout], quality: float) -> None:
-    relative = relative_of(*case)
-    selection = max_n(relative, quality)
+    vector, layout = case
+    relative = relative_of(vector, layout)
+    selection = max_n(vector, quality, layout)
     assert selection.quality == quality
     assert selection.indices is not None
     assert selection.indices.dtype == np.uint32
@@ -86,7 +112,7 @@ def test_max_n_on_whole_numbers() -> None:
     """10 % of 10 from the top is 9: the definition's >= includes the boundary, in float32 too."""
     gradient = np.array([-10, 9, 8.99, 0, 5, 4.5, 4.49], np.float32)
     layout = Layout.of([(4,), (3,)])
-    selection = max_n(relative_of(gradient, layout), 10)
+    selection = max_n(gradient, 10, layout)
     assert chosen(selection, 7) == {0, 1, 4, 5}
 
 
@@ -103,7 +129,7 @@ def test_an_n_outside_its_range_is_refused(quality: float) -> None:
 def test_every_variable_s_largest_is_always_in() -> None:
     vector = np.array([1e-30, 2e-30, 5, 1, 1e20], np.float32)
     layout = Layout.of([(2,), (2,), (), (0,)])
-    assert chosen(max_n(relative_of(vector, layout), 1e-6), 5) == {1, 2, 4}
+    assert chosen(max_n(vector, 1e-6, layout), 5) == {1, 2, 4}
 
 
 # ---- N from budgets
@@ -123,10 +149,11 @@ def test_what_every_budget_gets(
     case: tuple[Vector, Layout], budgets: list[float], n_min: float, value_type: ValueType
 ) -> None:
     """All that is promised: size, floor, nesting, order, no zeros, all of a magnitude or none."""
-    relative = relative_of(*case)
+    vector, layout = case
+    relative = relative_of(vector, layout)
     size = len(relative)
     floor = at_least(relative, 1 - n_min / 100) - set(np.flatnonzero(relative == 0).tolist())
-    selections = nested(relative, budgets, n_min=n_min, value_type=value_type)
+    selections = nested(vector, budgets, layout, n_min=n_min, value_type=value_type)
     assert len(selections) == len(budgets)
     for selection, budget in zip(selections, budgets, strict=True):
         indices = chosen(selection, size)

@@ -234,7 +234,7 @@ def test_a_link_is_ready_again_when_the_acknowledgement_is_back() -> None:
     assert not ends.links[0].view([1], 0.2)[1].ready
     ends.until(message_s + 0.5 + ack_s + 0.501)
     assert ends.links[0].view([1], 0.2)[1].ready
-    assert ends.woken == [0, 2]  # an acknowledgement alone is nothing that a loop waits for
+    assert ends.woken == [1, 2]  # by the acknowledgement, since the link is free now, and by two messages
 
 
 def test_the_measured_rate_is_the_links() -> None:

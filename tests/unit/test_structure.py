@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -20,7 +23,7 @@ LONGEST = 500
 """Lines of a module."""
 
 MPI = {"links", "collectives", "startup", "emulation.linkprobe", "doctor"}
-TENSORFLOW = {"model", "data", "doctor"}
+TENSORFLOW = {"model", "data", "doctor", "horovod_baseline"}
 LAZY_ONLY = {"doctor"}
 """Looks at MPI and TensorFlow only when it is asked to."""
 
@@ -37,10 +40,12 @@ LAYERS: dict[str, set[str]] = {
     "evaluate": {"flat"},
     "wire": {"flat"},
     "select": {"flat", "wire"},
+    "unsent": {"flat", "select", "wire"},
     "config": {"errors", "wire"},
 }
-STRATEGIES_MAY = {"config", "errors", "flat", "wire", "select", "update", "batching", "transfer"}
+STRATEGIES_MAY = {"config", "errors", "flat", "wire", "select", "unsent", "update", "batching", "transfer"}
 TRAIN_MAY_NOT = {"links", "collectives", "startup", "progress", "run", "driver", "model", "data", "cli"}
+TRAIN_MAY_NOT |= {"horovod_baseline"}
 """The loop knows its surroundings only as `testbed` describes them, so that they can be simulated."""
 
 
@@ -108,6 +113,10 @@ def test_only_the_model_and_the_data_import_tensorflow_and_only_when_used() -> N
     assert not importers("tensorflow", "keras", "horovod", top=True)
 
 
+def test_only_the_baseline_that_it_is_imports_horovod() -> None:
+    assert importers("horovod") == {"horovod_baseline"}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_is_unpickled_or_evaluated(module: str) -> None:
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
@@ -172,6 +181,25 @@ def test_no_two_modules_need_each_other_to_be_imported() -> None:
         ready = {module for module, needs in below.items() if module not in placed and needs - {module} <= placed}
         assert ready, f"{sorted(set(below) - placed)} import each other"
         placed |= ready
+
+
+FIRST = """
+import os, sys
+class Watch:
+    def find_spec(self, name, *more):
+        if name == "mpi4py.MPI":
+            print(os.environ.get("OMPI_MCA_btl_tcp_eager_limit"))
+sys.meta_path.insert(0, Watch())
+import dlion_mpi.run
+"""
+
+
+def test_mpi_is_not_started_before_its_settings_are_there() -> None:
+    """Whoever imports mpi4py's MPI starts it: that must be `startup`, since later settings come too late."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMPI_MCA_btl_tcp")}
+    command = [sys.executable, "-c", FIRST]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [str(8 << 20)]
 
 
 @pytest.mark.parametrize("module", MODULES)

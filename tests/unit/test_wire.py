@@ -77,7 +77,8 @@ def smallest_payload(entries: Entries, width: int) -> int:
     indices = [-1, *entries.indices.tolist()]
     gaps = [index - previous - 1 for previous, index in pairwise(indices)]
     deltas = (sum(g // 255 + 1 for g in gaps), 2 * sum(g // 65535 + 1 for g in gaps))
-    return min(dense, width * len(entries) + min(-(-entries.size // 8), 4 * len(entries), *deltas))
+    plain = 4 * len(entries) if any(gaps[1:]) else 4
+    return min(dense, width * len(entries) + min(-(-entries.size // 8), plain, *deltas))
 
 
 def assert_round_trip(entries: Entries, value_type: ValueType) -> Encoding:
@@ -336,6 +337,7 @@ SAMPLES = {
     Encoding.DELTA16: entries_at(at(500, 1000, 1997), SIZE),
     Encoding.PLAIN: entries_at(at(1_900_000, 1_990_000), 2_000_000),
     Encoding.EMPTY: entries_at(at(), SIZE),
+    Encoding.RANGE: entries_at(every(1, 1600, start=1590), SIZE),
 }
 
 
@@ -346,6 +348,18 @@ def sample(encoding: Encoding, value_type: ValueType = "float32") -> tuple[Bytes
     message = out[: wire.encode(HEADER, entries, out, value_type)]
     assert message[ENCODING_AT] == encoding
     return message, entries.size
+
+
+@pytest.mark.parametrize("encoding", wire.Encoding)
+def test_a_message_under_another_header_is_as_if_encoded_under_it(encoding: Encoding) -> None:
+    message, size = sample(encoding)
+    other = replace(HEADER, sequence=77, acknowledged=3, quality=12.5)
+    out = np.full(len(message) + 8, 0xA5, np.uint8)
+    assert wire.encode_again(other, message, out) == len(message)
+    assert (out[len(message) :] == 0xA5).all()
+    again, before = wire.decode(out[: len(message)], size=size), wire.decode(message, size=size)
+    assert again.header == other
+    np.testing.assert_array_equal(added(again.entries), added(before.entries))
 
 
 def signed(message: Bytes) -> Bytes:
@@ -420,9 +434,9 @@ def test_signed_noise_is_valid_or_refused(encoding: Encoding, stream: bytes, cou
     [
         (0, "4s", b"XXXX", "bad magic b'XXXX', expected b'DLN1'"),
         (4, "B", 2, "bad version 2, expected 1"),
-        (ENCODING_AT, "B", 6, "bad encoding 6, expected 0 to 5"),
+        (ENCODING_AT, "B", 7, "bad encoding 7, expected 0 to 6"),
         (VALUE_TYPE_AT, "B", 3, "bad value type 3, expected 0 to 2"),
-        (KIND_AT, "B", 0, "bad kind 0, expected 1 to 6"),
+        (KIND_AT, "B", 0, "bad kind 0, expected 1 to 7"),
         (KIND_AT, "B", Kind.ACK, f"bad number of parameters {SIZE}, expected 0"),
         (KIND_AT, "B", Kind.WEIGHTS, f"bad number of entries 5, expected {SIZE}"),
         (ENTRIES_AT, "I", SIZE + 1, f"bad number of entries {SIZE + 1}, expected at most {SIZE}"),

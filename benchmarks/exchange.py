@@ -1,0 +1,117 @@
+"""What an exchange costs a processor: remembering, selecting, encoding and decoding, for one and for many links.
+
+Prints one JSON object; each time is the median over steps, one core. `alike`: all links carry the same; `unlike`:
+from all of the share down to half of it. `handling` are the figures that the simulator charges.
+
+    python benchmarks/exchange.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from datetime import date
+from typing import Any
+
+import numpy as np
+
+from dlion_mpi import wire
+from dlion_mpi.flat import Entries, Layout, Vector
+from dlion_mpi.unsent import Rules, Unsent
+
+SIZES = (1_040_000, 25_000_000)  # the Cipher CNN, and a model of 100 MB
+SHARES = (0.0134, 0.08)  # of the bytes of a whole gradient: about 1 % and 6 % of the entries
+LINKS = (1, 5, 16)
+HEADER = wire.Header(kind=wire.Kind.GRADIENT, sender=0, epoch=0, step=0, sequence=0, acknowledged=0)
+
+
+def gradients(size: int) -> list[Vector]:
+    """Three gradients whose entries differ widely in scale, as those of a network do."""
+    random = np.random.default_rng(1)
+    scale = np.exp(random.standard_normal(size, dtype=np.float32))
+    return [random.standard_normal(size, dtype=np.float32) * scale for _ in range(3)]
+
+
+def sending_ms(own: Sequence[Vector], shares: Sequence[float], steps: int) -> tuple[float, float]:
+    """Milliseconds per step to add, select and encode for links that carry these shares; and of `numpy.max`."""
+    size = len(own[0])
+    unsent = Unsent(Layout.of([(size // 100,), (size - size // 100,)]), Rules(None, 0.85, "float32"))
+    buffers = [np.zeros(wire.capacity_bytes(size), np.uint8) for _ in shares]
+    times, maxima = [], []
+    for step in range(steps):
+        gradient = own[step % len(own)]
+        start = time.perf_counter()
+        unsent.add(gradient)
+        encoded: dict[int, wire.Bytes] = {}
+        choices = unsent.take({link: 4 * size * share for link, share in enumerate(shares)})
+        for buffer, choice in zip(buffers, choices.values(), strict=True):
+            if id(choice.entries) in encoded:
+                wire.encode_again(HEADER, encoded[id(choice.entries)], buffer)
+            else:
+                encoded[id(choice.entries)] = buffer[: wire.encode(HEADER, choice.entries, buffer)]
+        times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        gradient.max()
+        maxima.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[2:]), 1e3 * statistics.median(maxima)
+
+
+def receiving_ms(entries: Entries, steps: int) -> float:
+    """Milliseconds to decode a message and add it up."""
+    buffer = np.zeros(wire.capacity_bytes(entries.size), np.uint8)
+    message = buffer[: wire.encode(HEADER, entries, buffer)]
+    vector = np.zeros(entries.size, np.float32)
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        wire.decode(message, size=entries.size).entries.add_to(vector, 0.5)
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def measured(size: int, share: float, steps: int) -> dict[str, Any]:
+    """All figures for one size and share."""
+    own = gradients(size)
+    result: dict[str, Any] = {"parameters": size, "share": share}
+    for name, least in (("alike", 1.0), ("unlike", 0.5)):
+        for links in LINKS:
+            shares = [share * float(part) for part in np.linspace(1.0, least, links)]
+            ms, max_ms = sending_ms(own, shares, steps)
+            result[f"{name}_{links}_ms"] = round(ms, 3)
+            result[f"{name}_{links}_over_one"] = round(ms / result[f"{name}_1_ms"], 2)
+            if links == 1:
+                result["over_numpy_max"] = round(ms / max_ms, 1)
+    count = int(size * share / 1.3)
+    indices = np.sort(np.random.default_rng(2).choice(size, count, replace=False)).astype(np.uint32)
+    receive_ms = receiving_ms(Entries(size, own[0][indices], indices), steps)
+    further_ms = (result["unlike_5_ms"] - result["unlike_1_ms"]) / 4
+    result["handling"] = {
+        "select_ns_per_parameter": round(1e6 * (result["unlike_1_ms"] - further_ms) / size, 2),
+        "send_ns_per_entry": round(1e6 * further_ms / count, 1),
+        "receive_ns_per_entry": round(1e6 * receive_ms / count, 1),
+        "dense_ns_per_entry": round(1e6 * receiving_ms(Entries(size, own[0]), steps) / size, 2),
+    }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What an exchange costs a processor, as one JSON object.")
+    parser.add_argument("--steps", type=int, default=30, help="per figure; a third above 10 M parameters")
+    steps = parser.parse_args().steps
+    results = [measured(size, share, steps if size < 1e7 else steps // 3) for size in SIZES for share in SHARES]
+    about = {
+        "benchmark": "exchange",
+        "date": date.today().isoformat(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+    print(json.dumps(about | {"results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The two tables of the page: what came out of each run, and what each was told and made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dlion_mpi.quantities import PARTS, Links, accuracy, nanmean, step_parts
+from dlion_mpi.runs import Run
+
+NONE = "–"
+EXPECTED_TO_DIFFER = ("run.out",)
+"""Settings in which every run has its own value, so that it says nothing."""
+
+
+def summary(run: Run, found: Sequence[Links]) -> dict[str, str]:
+    """A run in a line: column name, with unit, to text. ``found``: the links of its ranks."""
+    curve = accuracy(run)
+    steps = [len(rank.steps["step"]) for rank in run.ranks]
+    samples = sum(float(np.nansum(rank.steps["lbs"])) for rank in run.ranks)
+    bytes_sent = sum(float(np.nansum(own.bytes_sent)) for own in found)
+    parts = nanmean(np.array([step_parts(rank) for rank in run.ranks]).T)
+    waiting = parts[PARTS.index("waiting")] / parts.sum()
+    losses = [float(np.mean(rank.steps["loss"][-10:])) for rank in run.ranks if len(rank.steps["loss"])]
+    return {
+        "strategy": run.strategy,
+        "workers": str(run.workers),
+        "where": where(run),
+        "ended": "yes" if run.ended else "no",
+        "time (s)": _number(run.seconds, 1),
+        "steps": f"{min(steps)} to {max(steps)}" if min(steps) != max(steps) else str(steps[0]),
+        "accuracy ± std (%)": f"{100 * curve.mean[-1]:.2f} ± {100 * curve.std[-1]:.2f}" if len(curve.mean) else NONE,
+        "worst to best (%)": f"{100 * curve.low[-1]:.2f} to {100 * curve.high[-1]:.2f}" if len(curve.mean) else NONE,
+        "loss": _number(float(np.mean(losses)) if losses else math.nan, 3),
+        "samples/s": _number(samples / run.seconds if run.seconds else math.nan, 0),
+        "waiting (%)": _number(100 * float(waiting), 1),
+        "sent (MB)": _number(bytes_sent / 1e6, 1),
+    }
+
+
+def where(run: Run) -> str:
+    """The micro-cloud that was simulated, or the hosts."""
+    if run.environment is not None:
+        return f"{run.environment.get('name', 'micro-cloud')}, simulated"
+    return run.attribute("host") or NONE
+
+
+def settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
+    """Name, value in each run, and whether runs differ in it; those that differ come first."""
+    tables = [_settings(run) for run in runs]
+    rows = []
+    for name in dict.fromkeys(name for table in tables for name in table):
+        values = [table.get(name, NONE) for table in tables]
+        rows.append((name, values, len(set(values)) > 1 and name not in EXPECTED_TO_DIFFER))
+    return sorted(rows, key=lambda row: not row[2])
+
+
+def _settings(run: Run) -> dict[str, str]:
+    found = {name: str(value) for name, value in run.config.items()}
+    found |= {f"version of {package}": version for package, version in run.versions.items()}
+    names = {
+        "commit": "commit",
+        "python": "version of Python",
+        "mpi": "MPI",
+        "host": "host",
+        "data_source": "data from",
+    }
+    found |= {title: run.attribute(name) or NONE for name, title in names.items()}
+    found["training samples of each worker"] = run.attribute("samples") or NONE
+    return found | _environment(run.environment or {})
+
+
+def _environment(environment: Mapping[str, Any]) -> dict[str, str]:
+    """A micro-cloud, its phases one by one."""
+    found = {}
+    phases = environment.get("phases")
+    for name, value in environment.items():
+        if name != "phases":
+            found[f"micro-cloud: {name}"] = str(value)
+    for n, phase in enumerate(phases if isinstance(phases, list) else []):
+        if isinstance(phase, dict):
+            for name, value in phase.items():
+                if value is not None:
+                    found[f"micro-cloud, phase {n + 1}: {name}"] = _listed(value)
+    return found
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return "; ".join(_listed(row) for row in value)
+    return (
+        ", ".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
+        if isinstance(value, list)
+        else str(value)
+    )
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else NONE

@@ -1,0 +1,165 @@
+"""What has been computed and not sent yet: one memory for all links of a worker. Pure numpy.
+
+Links do not each search the whole gradient. It is added to one memory, `common`. What is selected there for the
+widest link leaves `common` for all links at once: a link that can carry it gets it as it is, and to any other it is
+*owed*. A link that owes something chooses among the entries that leave `common` in this step, by what it owes of
+them in all. So for every link
+
+    sum of what it was sent + owed to it + common == sum of all gradients
+
+and one more link costs in proportion to what is sent, not to the model.
+
+Source: memory of the unsent as in Deep Gradient Compression (Lin et al. 2018); one for many links: issue 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dlion_mpi.flat import Entries, Layout, Vector
+from dlion_mpi.select import Ranking, Selection, Selector
+from dlion_mpi.wire import ValueType, bytes_for_count, encoded_bytes, rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What goes to one link: the entries, with the values that the receiver will see, and their N in (0, 100]."""
+
+    entries: Entries
+    quality: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How entries are chosen: by a fixed N (``max_n``), else each link its own N of at least ``n_min``."""
+
+    max_n: float | None
+    n_min: float
+    value_type: ValueType
+
+
+@dataclass(slots=True)
+class Unsent:
+    """The memory of one worker: ``common`` (P,) float32, what no link has been sent.
+
+    ``owed``: by link, (P,) float32 what others have been sent and this one has not; absent where there is nothing.
+    """
+
+    layout: Layout
+    rules: Rules
+    common: Vector = field(init=False)
+    owed: dict[int, Vector] = field(init=False, default_factory=dict)
+    _selector: Selector = field(init=False)
+    _largest: Vector = field(init=False)
+    _clustering: float = 1.0
+    """Bytes of the last selection over what they would be at random positions."""
+
+    def __post_init__(self) -> None:
+        self.common = np.zeros(self.layout.size, np.float32)
+        self._selector = Selector(self.layout)
+        self._largest = self._selector.measure(self.common)
+
+    def of(self, peer: int) -> Vector:
+        """All that ``peer`` has not been sent, (P,) float32, a copy."""
+        return self.common + self.owed[peer] if peer in self.owed else self.common.copy()
+
+    def add(self, gradient: Vector) -> None:
+        """Remember a gradient, (P,) float32."""
+        self._largest = self._selector.measure(self.common, add=gradient)
+
+    def take(self, budgets_bytes: Mapping[int, float | None]) -> dict[int, Choice]:
+        """What goes to each link: the largest entries that its budget pays for, or all within a fixed N.
+
+        ``budgets_bytes``: of every live link; None for one that takes no message now.
+        """
+        widest = max((budget for budget in budgets_bytes.values() if budget is not None), default=None)
+        if widest is None:
+            return {}
+        shared = self._leave_common(self._select(widest))
+        indices = shared.entries.indices
+        shared_bytes = encoded_bytes(indices, self.layout.size, self.rules.value_type)
+        choices = {}
+        for peer, budget in budgets_bytes.items():
+            whole = budget is not None and (self.rules.max_n or budget == widest or shared_bytes <= budget)
+            if whole and peer not in self.owed:
+                choices[peer] = shared
+                continue
+            if peer not in self.owed:
+                self.owed[peer] = np.zeros(self.layout.size, np.float32)
+            owed = self.owed[peer]
+            if budget is None:
+                shared.entries.add_to(owed, 1.0)
+            elif whole:
+                choices[peer] = self._all(owed, shared)
+            elif indices is None:
+                owed += shared.entries.values
+                choices[peer] = self._largest_of_all(owed, budget)
+            else:
+                count = int(len(indices) * budget / shared_bytes)
+                choices[peer] = self._largest_among(owed, shared.entries, budget, count)
+        return choices
+
+    def _select(self, budget_bytes: float) -> Selection:
+        """From `common`, for the widest link."""
+        rules = self.rules
+        if rules.max_n is not None:
+            return self._selector.max_n(self.common, self._largest, rules.max_n)
+        (selection,) = self._selector.nested(
+            self.common,
+            self._largest,
+            [budget_bytes],
+            n_min=rules.n_min,
+            value_type=rules.value_type,
+            clustering=self._clustering,
+        )
+        if selection.indices is not None and len(selection.indices):
+            random = bytes_for_count(len(selection.indices), self.layout.size, rules.value_type)
+            self._clustering = encoded_bytes(selection.indices, self.layout.size, rules.value_type) / random
+        return selection
+
+    def _leave_common(self, selection: Selection) -> Choice:
+        """Take what was selected out of `common`, as the receivers will see it; rounding errors stay."""
+        return self._sent(self.common, selection)
+
+    def _all(self, owed: Vector, shared: Choice) -> Choice:
+        """The shared entries, each with all that is owed of it."""
+        shared.entries.add_to(owed, 1.0)
+        return self._sent(owed, Selection(shared.entries.indices, shared.quality))
+
+    def _largest_of_all(self, owed: Vector, budget_bytes: float) -> Choice:
+        """The largest of everything owed, where everybody else gets everything."""
+        rules, selector = self.rules, self._selector
+        (selection,) = selector.nested(
+            owed, selector.measure(owed), [budget_bytes], n_min=rules.n_min, value_type=rules.value_type
+        )
+        return self._sent(owed, selection)
+
+    def _sent(self, memory: Vector, selection: Selection) -> Choice:
+        """Take what was selected out of a memory, as the receiver will see it; rounding errors stay."""
+        places = slice(None) if selection.indices is None else selection.indices.astype(np.intp)
+        values = memory[places]
+        received = rounded(values, self.rules.value_type)
+        if received is values:
+            received = values.copy() if selection.indices is None else values
+            memory[places] = 0
+        else:
+            memory[places] = values - received
+        return Choice(Entries(self.layout.size, received, selection.indices), selection.quality)
+
+    def _largest_among(self, owed: Vector, shared: Entries, budget_bytes: float, count: int) -> Choice:
+        """The largest of what is owed among the shared entries; about ``count`` of them fit."""
+        assert shared.indices is not None
+        rules, size = self.rules, self.layout.size
+        places = shared.indices.astype(np.intp)  # NumPy reads and writes through these much faster
+        values = owed.take(places)
+        values += shared.values
+        ranking = Ranking(shared.indices, self._selector.relative(places, np.abs(values)))
+        chosen, least = ranking.fit(count, budget_bytes, 1 - rules.n_min / 100, size, rules.value_type)
+        sent = values.take(chosen)
+        received = rounded(sent, rules.value_type)
+        values[chosen] = 0 if received is sent else sent - received
+        owed[places] = values
+        return Choice(Entries(size, received, shared.indices.take(chosen)), 100 * (1 - least))

@@ -1,0 +1,117 @@
+"""Ako, Gaia and Hop over real MPI: they learn what all ranks know, send what they should, and end in good order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from dlion_mpi.wire import HEADER_BYTES
+from tests.mpi.test_training import fresh_model, metrics, shared_folder, train, trained_weights
+
+__all__ = ["shared_folder"]  # the fixture
+
+PARAMETERS = 2410
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "ako", "ako_partitions": 3},
+        {"strategy": "ako", "sync": "bounded"},
+        {"strategy": "gaia"},
+        {"strategy": "gaia", "sync": "async", "gaia_barrier": "none"},
+        {"strategy": "hop"},
+        {"strategy": "hop", "sync": "sync", "hop_graph": "ring"},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_it_learns_and_ends_in_good_order(world: MPI.Intracomm, options: dict[str, object]) -> None:
+    outcome = train(**options, steps=200)
+    assert outcome.exit_code == 0
+    assert outcome.result["stopped"] is None
+    # Workers of `async` that are done before the others have begun have learnt from their own data only.
+    assert min(outcome.result["accuracy_per_rank"]) > (0.5 if options.get("sync", "bounded") != "sync" else 0.8)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("strategy", ["ako", "gaia", "hop"])
+def test_a_time_limit_ends_all_ranks_together(world: MPI.Intracomm, strategy: str, shared_folder: Path) -> None:
+    result = train(strategy=strategy, steps=None, seconds=1.5, out=str(shared_folder)).result
+    assert result["stopped"] is None
+    assert result["seconds"] < 20
+    world.Barrier()
+    for rank in range(world.Get_size()):
+        with metrics(shared_folder, rank) as file:
+            assert file["ended"][()] == 1
+            assert len(file["steps/step"]) > 0
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("strategy", ["ako", "gaia", "hop"])
+def test_a_loss_that_is_not_finite_ends_all(world: MPI.Intracomm, strategy: str) -> None:
+    outcome = train(strategy=strategy, learning_rate=1e30, steps=50)
+    assert outcome.exit_code == 1
+    assert "not finite" in outcome.result["stopped"]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ako_sends_a_partition_a_step(world: MPI.Intracomm) -> None:
+    """In all no more than the steps' partitions, their headers and the acknowledgements; a busy link gets less."""
+    result = train(strategy="ako", ako_partitions=5, steps=40).result
+    links = world.Get_size() * (world.Get_size() - 1)
+    most = 40 * (4 * PARAMETERS / 5 + 4 + 2 * HEADER_BYTES) + 4 * HEADER_BYTES
+    assert 0.2 * links * most < result["bytes_sent"] <= 1.02 * links * most
+
+
+@pytest.mark.mpi(min_size=2)
+def test_gaia_sends_less_with_a_higher_threshold(world: MPI.Intracomm) -> None:
+    sent = [train(strategy="gaia", gaia_threshold=s, steps=60, staleness=0).result["bytes_sent"] for s in (0.0, 5.0)]
+    assert sent[1] < 0.7 * sent[0]
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("graph", ["all", "ring"])
+def test_hop_in_sync_is_deterministic(world: MPI.Intracomm, graph: str) -> None:
+    options = {"strategy": "hop", "sync": "sync", "hop_graph": graph, "steps": 20}
+    first, second = trained_weights(**options), trained_weights(**options)
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_hop_s_parameters_are_those_of_decentralised_sgd(world: MPI.Intracomm) -> None:
+    """With everyone a neighbour the mean over the workers takes the steps of SGD on the joint batch."""
+    start = np.concatenate([w.ravel() for w in fresh_model().get_weights()])
+    options = {"sync": "sync", "steps": 2, "learning_rate": 0.01}
+    hop, baseline = (trained_weights(strategy=name, **options) for name in ("hop", "baseline"))
+    mean = np.mean(world.allgather(hop), axis=0)
+    assert np.abs(baseline - start).max() > 1e-4
+    # The second gradient is taken at x - eta g, not at x - eta mean g: alike to the second order of eta.
+    np.testing.assert_allclose(mean, baseline, rtol=0, atol=0.05 * np.abs(baseline - start).max())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_hop_s_gap_is_bounded_and_a_slow_rank_skips(
+    world: MPI.Intracomm, shared_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = shared_folder.parent / f"slow-{world.Get_rank()}.toml"
+    cores = [24.0] * (world.Get_size() - 1) + [2.0]
+    environment.write_text(
+        f'name = "slow"\nworkers = {world.Get_size()}\nalpha_s = 0.01\nseconds_per_sample_24 = 0.0005\n'
+        f"[[phases]]\ncores = {cores}\nuplink_mbit = {[1000.0] * world.Get_size()}\n"
+    )
+    monkeypatch.setenv("DLION_ENVIRONMENT", str(environment))
+    options = {"strategy": "hop", "staleness": 3, "backup": 0, "hop_max_gap": 8}
+    outcome = train(**options, hop_skip=10, steps=60, out=str(shared_folder))
+    assert outcome.exit_code == 0
+    world.Barrier()
+    with metrics(shared_folder, world.Get_size() - 1) as file:
+        steps = file["steps/step"][:]
+    assert steps[-1] == 59
+    assert len(steps) < 45
+    assert np.diff(steps.astype(int)).max() <= 11
+    plain = train(**options, hop_skip=0, steps=60)
+    assert plain.result["seconds"] > 1.3 * outcome.result["seconds"]

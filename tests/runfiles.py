@@ -1,0 +1,63 @@
+"""Folders of runs that nobody trained: written by the package's own recorder, with numbers that can be reckoned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dlion_mpi.config import Config
+from dlion_mpi.evaluate import Evaluation
+from dlion_mpi.metrics import Recorder, StepRecord
+from dlion_mpi.rounds import Transfer
+
+STEP_S = 0.5
+"""A step of worker 0; worker k takes k + 1 times as long."""
+
+
+def record(rank: int, workers: int, step: int) -> StepRecord:
+    """A step: half of it computing, a quarter waiting, a tenth each selecting and applying, the rest nothing."""
+    step_s = STEP_S * (rank + 1)
+    peers = [peer for peer in range(workers) if peer != rank]
+    return StepRecord(
+        step=step,
+        time_s=step_s * (step + 1),
+        compute_s=0.5 * step_s,
+        paced_s=0.2 * step_s,
+        select_encode_s=0.1 * step_s,
+        wait_s=0.25 * step_s,
+        apply_s=0.1 * step_s,
+        step_s=step_s,
+        loss=2.0 / (step + 1),
+        lbs=32 // (rank + 1),
+        gbs=32 * workers,
+        quality={peer: 10.0 + peer for peer in peers if step % 2 == 0},
+        bytes_sent={peer: 1000 * (step + 1) * (peer + 1) for peer in peers},
+        bytes_received=dict.fromkeys(peers, 1000 * (step + 1) * (rank + 1)),
+        bytes_per_s=dict.fromkeys(peers, 8000.0),
+        age_s={peer: 0.25 for peer in peers if step % 2 == 0},
+        age_steps={peer: 1.5 for peer in peers if step % 2 == 0},
+    )
+
+
+def write(folder: Path, rank: int, workers: int, steps: int, **attributes: Any) -> Recorder:
+    """A rank's file, flushed and still open: accuracy rises with the square of time, worker 0 knows the most."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"config": Config(seconds=60.0).to_toml(), "versions": json.dumps({"numpy": "2.0"}), "host": "edge"}
+    recorder = Recorder(folder, rank, workers, {**about, "python": "3.11", "mpi": "none", "samples": 100, **attributes})
+    for step in range(steps):
+        now = record(rank, workers, step)
+        recorder.step(now)
+        if step % 4 == 3:
+            recorder.evaluation(Evaluation(step, now.time_s, min(1.0, 0.01 * now.time_s**0.5 + 0.1 * (workers - rank))))
+        if step % 10 == 9:
+            recorder.transfer(Transfer(step + 1, 0, rank != 0, step - 1, 4_000_000 * (rank != 0)), now.time_s)
+    recorder.flush()
+    return recorder
+
+
+def make_run(folder: Path, *, workers: int = 3, steps: int = 40, ended: bool = True, **attributes: Any) -> Path:
+    """A whole run in a folder; ``attributes`` in place of those that it would have."""
+    for rank in range(workers):
+        write(folder, rank, workers, steps, **attributes).close(complete=ended)
+    return folder
