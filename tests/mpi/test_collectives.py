@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi.collectives import CHUNK
+from dlion_mpi.collectives import CHUNK, ring_bytes
 from tests.mpi.test_links import exchange
 
 
@@ -53,3 +53,49 @@ def test_a_late_rank_holds_up_nobodys_thread(world: MPI.Intracomm) -> None:
             assert not e.progress.wait_until(lambda: ticket.done, timeout_s=0.05) or ticket.done
         e.wait(lambda: ticket.done)
         assert ticket.table.sum() == world.Get_size()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000, 300_001])
+def test_a_sum_is_everyones_and_bit_for_bit_the_same(world: MPI.Intracomm, size: int) -> None:
+    """Also where there are fewer entries than ranks; twice, since the second begins before the first has ended."""
+    everyone = [np.random.default_rng(r).standard_normal(size).astype(np.float32) for r in range(world.Get_size())]
+    shares = [everyone[world.Get_rank()].copy(), 3 * everyone[world.Get_rank()]]
+    with exchange(world) as e:
+        tickets = [e.collectives.reduce("test", share) for share in shares]
+        e.wait(lambda: all(ticket.done for ticket in tickets))
+        for factor, ticket in zip((1, 3), tickets, strict=True):
+            expected = factor * np.sum(everyone, axis=0, dtype=np.float64)
+            np.testing.assert_allclose(ticket.vector, expected, rtol=1e-5, atol=1e-5)
+            assert len({vector.tobytes() for vector in world.allgather(ticket.vector)}) == 1
+
+
+@pytest.mark.mpi
+def test_who_has_no_share_ends_the_sum_for_all_and_costs_no_vector(world: MPI.Intracomm) -> None:
+    last = world.Get_size() - 1
+    with exchange(world) as e:
+        share = None if world.Get_rank() == last else np.ones(1000, np.float32)
+        ticket = e.collectives.reduce("test", share)
+        e.wait(lambda: ticket.done)
+        assert len(ticket.vector) == 0
+        assert all(t.bytes_sent == 0 for t in e.links.totals().values())
+        e.barrier()  # the channel is as good as before
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("size", [3, 1000, 100_003])
+def test_a_sum_sends_what_a_ring_does(world: MPI.Intracomm, size: int) -> None:
+    """Each rank about 2 (n - 1) / n of the vector, to the next one only; counted where it is sent."""
+    rank, ranks = world.Get_rank(), world.Get_size()
+    with exchange(world) as e:
+        ticket = e.collectives.reduce("test", np.ones(size, np.float32))
+        e.wait(lambda: ticket.done)
+        totals = e.links.totals()
+    sent, received = ring_bytes(size, rank, ranks)
+    expected = {peer: [0, 0] for peer in range(ranks) if peer != rank}
+    if ranks > 1:
+        expected[(rank + 1) % ranks][0] += sent
+        expected[(rank - 1) % ranks][1] += received
+    assert {peer: [t.bytes_sent, t.bytes_received] for peer, t in totals.items()} == expected
+    assert abs(sent - 8 * size * (ranks - 1) / ranks) <= 8 * ranks
+    assert sum(world.allgather(sent)) == sum(world.allgather(received)) == 8 * size * (ranks - 1)

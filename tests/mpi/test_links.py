@@ -30,7 +30,7 @@ class Exchange:
         self.communicator = world.Dup()
         self.progress = ProgressThread()
         self.links = Links(self.communicator, size=SIZE, window=WINDOW, now_s=time.monotonic, wake=self.progress.wake)
-        self.collectives = Collectives(self.communicator, ["test"], self.progress.wake)
+        self.collectives = Collectives(self.communicator, ["test"], self.progress.wake, self.links.carried)
         self.peers = [r for r in range(world.Get_size()) if r != world.Get_rank()]
         self.progress.start(self.links, self.collectives)
 

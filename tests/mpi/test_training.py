@@ -86,8 +86,41 @@ def test_dlion_with_everything_off_is_sgd_on_the_joint_batch(world: MPI.Intracom
 
 
 @pytest.mark.mpi
-def test_baseline_gives_the_same_weights(world: MPI.Intracomm) -> None:
-    np.testing.assert_allclose(trained_weights(strategy="baseline"), trained_weights(**PLAIN), rtol=0, atol=2e-6)
+@pytest.mark.parametrize("strategy", ["baseline", "allreduce"])
+def test_synchronous_strategies_give_the_same_weights(world: MPI.Intracomm, strategy: str) -> None:
+    expected = trained_weights(**PLAIN, steps=50)
+    np.testing.assert_allclose(trained_weights(strategy=strategy, steps=50), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.mpi
+def test_after_a_sum_all_replicas_are_equal_bit_for_bit(world: MPI.Intracomm) -> None:
+    own = trained_weights(strategy="allreduce", momentum=0.9, learning_rate=0.02)
+    assert len({weights.tobytes() for weights in world.allgather(own)}) == 1
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": None, "seconds": 1.5},
+        {"steps": 2000, "target_accuracy": 0.6, "evaluate_every": "10"},
+        {"steps": 50, "learning_rate": 1e30},
+    ],
+    ids=["seconds", "target", "not-finite"],
+)
+def test_where_gradients_are_summed_all_end_after_the_same_step(
+    world: MPI.Intracomm, options: dict[str, Any], shared_folder: Path
+) -> None:
+    outcome = train(strategy="allreduce", out=str(shared_folder), **options)
+    assert outcome.exit_code == (1 if "learning_rate" in options else 0)
+    assert (outcome.result["target_reached_s"] is not None) == ("target_accuracy" in options)
+    assert outcome.result["seconds"] < 60
+    world.Barrier()
+    steps = set()
+    for rank in range(world.Get_size()):
+        with metrics(shared_folder, rank) as file:
+            steps.add(len(file["steps/step"]))
+    assert steps == {outcome.result["steps"]}
 
 
 @pytest.mark.mpi

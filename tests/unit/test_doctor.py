@@ -292,3 +292,33 @@ def test_a_program_that_fails_or_is_not_there_gives_its_reason() -> None:
     assert doctor.ask("sh", "-c", "echo why >&2; exit 3") == Answer(3, "", "why")
     assert doctor.ask("sh", "-c", "exit 3").problem == "exit code 3"
     assert doctor.ask("no-such-program").problem == "No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("built_for", "status", "found"),
+    [
+        ("2.21.0", "ok", "9.9 for TensorFlow 2.21.0"),
+        ("2.20.0", "warn", "9.9, built for TensorFlow 2.20.0"),
+        (None, "warn", "9.9, built for no TensorFlow"),
+    ],
+)
+def test_horovod_must_have_been_built_for_this_tensorflow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built_for: str | None, status: str, found: str
+) -> None:
+    (tmp_path / "horovod").mkdir()
+    (tmp_path / "horovod-9.9.dist-info").mkdir()
+    (tmp_path / "horovod-9.9.dist-info" / "METADATA").write_text("Name: horovod\nVersion: 9.9\n", encoding="utf-8")
+    noted = {"tensorflow": built_for} if built_for else {}
+    (tmp_path / "horovod" / "metadata.json").write_text(json.dumps({**noted, "dummy": "none"}), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "2.21.0" if name == "tensorflow-cpu" else real(name))
+    check = doctor.check_extras()[0]
+    assert (check.name, check.status, check.found) == ("Horovod", status, found)
+    assert check.mend == ("" if status == "ok" else "bash env/horovod/build.sh")
+
+
+def test_without_horovod_the_script_that_builds_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking(monkeypatch, "horovod")
+    check = doctor.check_extras()[0]
+    assert (check.status, check.mend) == ("missing", "bash env/horovod/build.sh")

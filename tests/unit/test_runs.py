@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -188,34 +189,45 @@ def test_without_times_nothing_of_a_rank_can_be_placed(folder: Path) -> None:
     assert run.notes == ("rank 0: metrics-00000.h5 has no steps/time_s, so nothing of it can be shown",)
 
 
-@pytest.mark.timeout(60, method="thread")
+def read_apart(folder: Path) -> tuple[list[int], list[str]]:
+    """The ranks that could be read, and the notes, by another process: a call that hangs in HDF5 must be killed."""
+    code = "import json, sys; from dlion_mpi.runs import load; run = load(sys.argv[1])\n"
+    code += "print(json.dumps([[rank.rank for rank in run.ranks], list(run.notes)]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    ranks, notes = json.loads(done.stdout)
+    return ranks, notes
+
+
 @pytest.mark.parametrize("size", [0, 7, 36, 3000, 30_000])
 def test_a_file_that_was_cut_off_is_left_out_and_does_not_hang(folder: Path, size: int) -> None:
     """HDF5 would try again and again to read what is not there."""
     os.truncate(folder / "metrics-00001.h5", size)
-    run = load(folder)
-    assert [rank.rank for rank in run.ranks] == [0, 2]
-    assert run.notes == ("rank 1: metrics-00001.h5 cannot be read: it is no HDF5 file, or was cut off",)
-    assert not run.ended
+    said = "rank 1: metrics-00001.h5 cannot be read: it is no HDF5 file, or was cut off"
+    assert read_apart(folder) == ([0, 2], [said])
 
 
-@pytest.mark.timeout(60, method="thread")
 def test_a_copy_of_a_killed_run_that_was_cut_off_does_not_hang(folder: Path) -> None:
     (folder / "metrics-00001.h5").unlink()
     with writer(folder, then="os.kill(os.getpid(), signal.SIGKILL)") as process:
         process.wait(30)
     os.truncate(folder / "metrics-00001.h5", 20_000)
-    assert [rank.rank for rank in load(folder).ranks] == [0, 2]
+    assert read_apart(folder)[0] == [0, 2]
 
 
-@pytest.mark.timeout(60, method="thread")
 def test_a_file_with_a_hole_in_it_does_not_hang(folder: Path) -> None:
     path = folder / "metrics-00001.h5"
     whole = path.read_bytes()
     path.write_bytes(whole[:1000] + bytes(len(whole) - 2000) + whole[-1000:])
-    run = load(folder)
-    assert any(note.startswith("rank 1: ") for note in run.notes)
-    assert [rank.rank for rank in run.ranks] in ([0, 2], [0, 1, 2])
+    ranks, notes = read_apart(folder)
+    assert ranks == [0, 2]
+    assert notes[0].startswith("rank 1: ")
 
 
 def test_a_file_that_vanishes_between_steps_and_links_leaves_them_empty(folder: Path) -> None:
