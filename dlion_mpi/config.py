@@ -62,6 +62,12 @@ class Config:
         "how workers exchange what they learn: dlion, baseline, ako, gaia, hop, allreduce or horovod",
         table="run",
     )
+    preset: str | None = _option(
+        None,
+        "paper: dlion's defaults as the paper has them, as far as it is known; an option given beside it wins",
+        table="run",
+        choices=("paper",),
+    )
     sync: str | None = _option(
         None,
         "when a worker may go on: with everyone's gradients of this step, at most --staleness steps ahead of "

@@ -95,7 +95,7 @@ def resolve(config: Config) -> Config:
     ideal = IDEALS[config.strategy]
     if config.sync not in (None, "sync"):
         raise UserError(f"--strategy {ideal.name} does not support --sync {config.sync}: it supports sync")
-    for name in sorted({name for strategy in STRATEGIES.values() for name in strategy.defaults}):
+    for name in sorted({"preset", *(name for strategy in STRATEGIES.values() for name in strategy.defaults)}):
         if getattr(config, name) is not None and name not in BATCH_OPTIONS:
             raise UserError(f"{flag(name)} is not used by --strategy {ideal.name}: drop it")
     values: dict[str, Any] = {"sync": "sync", "gbs_schedule": config.gbs_schedule or "fixed"}

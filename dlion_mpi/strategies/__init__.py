@@ -10,7 +10,7 @@ from dlion_mpi.strategies.ako import Ako
 from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.base import Strategy
 from dlion_mpi.strategies.baseline import Baseline
-from dlion_mpi.strategies.dlion import Dlion
+from dlion_mpi.strategies.dlion import PAPER, Dlion
 from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.hop import Hop
 
@@ -31,7 +31,9 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
         raise UserError(
             f"--strategy {strategy.name} does not support --sync {sync}: it supports " + ", ".join(strategy.sync_modes)
         )
-    defaults = dict(strategy.defaults)
+    if config.preset is not None and strategy.name != Dlion.name:
+        raise UserError(f"--preset {config.preset} is dlion's, not of --strategy {strategy.name}: drop it")
+    defaults = {**strategy.defaults, **(PAPER if config.preset == "paper" else {})}
     if sync != "bounded":
         for name in _BOUNDED_ONLY:
             defaults.pop(name, None)

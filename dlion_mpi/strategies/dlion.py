@@ -31,6 +31,16 @@ class DlionState:
     local: LocalGradient | None = None
 
 
+PAPER: Mapping[str, object] = {
+    "batching": "proportional",
+    "weighting": "paper",
+    "unsent": "drop",
+    "exchange_share": 0.0,
+    "transfer": "all",
+}
+"""What ``--preset paper`` has in the place of the defaults. Source: DLion (HPDC 2021), as far as it is known."""
+
+
 class Dlion:
     """``w_k <- w_k - eta sum_j c_j g_j``: own gradient whole, peers' the largest entries that their link carries.
 

@@ -338,6 +338,14 @@ def test_what_is_given_comes_before_the_default() -> None:
     assert (resolved.transfer_merge, resolved.exchange_share) == (0.0, 0.0)
 
 
+def test_the_paper_s_preset_stands_behind_what_is_given() -> None:
+    paper = resolve(Config(preset="paper"))[1]
+    assert (paper.batching, paper.weighting, paper.unsent, paper.transfer) == ("proportional", "paper", "drop", "all")
+    assert paper.transfer_merge == resolve(Config())[1].transfer_merge == 0.75
+    given = resolve(Config(preset="paper", unsent="accumulate", transfer="none"))[1]
+    assert (given.unsent, given.transfer, given.transfer_merge) == ("accumulate", "none", None)
+
+
 def test_a_technique_that_is_off_has_no_options() -> None:
     resolved = resolve(Config(batching="fixed", gbs_schedule="fixed", transfer="none", max_n=10.0))[1]
     assert resolved.rebalance_every is None
@@ -362,6 +370,7 @@ def test_staleness_is_for_bounded_alone(mode: str) -> None:
         ({"strategy": "baseline", "max_n": 10.0}, "--max-n is not used by --strategy baseline"),
         ({"strategy": "baseline", "transfer": "all"}, "--transfer is not used by --strategy baseline"),
         ({"strategy": "baseline", "lbs_max": 64}, "--lbs-max is not used by --strategy baseline"),
+        ({"strategy": "baseline", "preset": "paper"}, "--preset paper is dlion's, not of --strategy baseline"),
         ({"strategy": "baseline", "staleness": 1}, "--staleness is not used by --strategy baseline"),
     ],
 )
