@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ def run(
         recorder=recorder,
         now_s=clock.now_s,
         training_samples=shard.train_samples_global,
+        cpu_s=time.thread_time,
         reduce=exchange.reduce if ranks.size > 1 else None,
     )
     if report:

@@ -72,10 +72,10 @@ def send_first(w: Worker, timings: Timings) -> dict[int, float]:
     """What a strategy that exchanges weights or updates sends before its gradient is there. Returns as `post`."""
     if w.alone or not isinstance(w.strategy, SendsFirst):
         return {}
-    start_s = w.now_s()
+    start_s, start_cpu_s = w.now_s(), w.cpu_s()
     links = w.links.view(w.peers, w.step_s)
     w.state, outgoing = w.strategy.opening(w.state, w.step, w.replica.weights, links)
-    return _send(w, outgoing, start_s, timings)
+    return _send(w, outgoing, start_s, start_cpu_s, timings)
 
 
 def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, Computed]:
@@ -96,15 +96,17 @@ def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, 
 
 def post(w: Worker, computed: Computed, timings: Timings) -> dict[int, float]:
     """Hand every link the message that the strategy has for it. Returns the N of each that carries entries."""
-    start_s = w.now_s()
+    start_s, start_cpu_s = w.now_s(), w.cpu_s()
     assert computed.gradient is not None
     local = LocalGradient(vector=computed.gradient, step=w.step, lbs=w.status.lbs, gbs=w.status.gbs)
     links = _affordable(w, w.links.view(w.peers, w.step_s or computed.seconds))
     w.state, outgoing = w.strategy.outgoing(w.state, local, links)
-    return _send(w, outgoing, start_s, timings)
+    return _send(w, outgoing, start_s, start_cpu_s, timings)
 
 
-def _send(w: Worker, outgoing: dict[int, Outgoing], start_s: float, timings: Timings) -> dict[int, float]:
+def _send(
+    w: Worker, outgoing: dict[int, Outgoing], start_s: float, start_cpu_s: float, timings: Timings
+) -> dict[int, float]:
     """Queue messages that were made since ``start_s``, what is announced after its announcement."""
     announced = {
         peer: Outgoing(entries=message.entries, kind=Kind.INDICES)
@@ -114,9 +116,8 @@ def _send(w: Worker, outgoing: dict[int, Outgoing], start_s: float, timings: Tim
     if announced:
         w.links.post(announced, w.stamp(start_s))
     w.links.post(outgoing, w.stamp(start_s))
-    seconds = w.now_s() - start_s
-    timings.select_encode_s += seconds
-    timings.exchange_s += seconds
+    timings.select_encode_s += w.now_s() - start_s
+    timings.exchange_cpu_s += w.cpu_s() - start_cpu_s
     return {peer: message.quality for peer, message in outgoing.items() if message.entries is not None}
 
 
@@ -156,10 +157,10 @@ def complete(w: Worker, timings: Timings) -> Generator[Until, None, dict[int, li
 
     None if it takes a sum over all workers, and one of them has ended.
     """
-    start_s, waited_s = w.now_s(), timings.wait_s
+    start_s, start_cpu_s, waited_s = w.now_s(), w.cpu_s(), timings.wait_s
     messages = w.inbox.take(w.step if w.config.sync == "sync" else math.inf)
     w.state, effect = w.strategy.incoming(w.state, w.replica.weights, messages)
-    timings.exchange_s += w.now_s() - start_s
+    timings.exchange_cpu_s += w.cpu_s() - start_cpu_s
     gradient = effect.gradient
     if effect.share is not None:
         gradient = yield from total(w, effect.share, timings)
@@ -267,7 +268,7 @@ def _account(w: Worker, timings: Timings) -> None:
     """Grant the exchange its share of this step's computing, and charge what it has cost, MPI's thread included."""
     cpu_s = w.links.cpu_s()
     granted_s = (w.config.exchange_share or 0.0) * timings.compute_s
-    cost_s = timings.exchange_s + cpu_s - w.moved_cpu_s
+    cost_s = timings.exchange_cpu_s + cpu_s - w.moved_cpu_s
     w.moved_cpu_s = cpu_s
     # Unused credit lapses after a step: a lull must not be followed by a burst.
     w.exchange_credit_s = min(w.exchange_credit_s + granted_s - cost_s, granted_s)

@@ -56,8 +56,8 @@ class Timings:
     select_encode_s: float = 0.0
     wait_s: float = 0.0
     apply_s: float = 0.0
-    exchange_s: float = 0.0
-    """What the exchange has cost: of select_encode_s and apply_s all but the optimizer, and decoding."""
+    exchange_cpu_s: float = 0.0
+    """Processor time that the exchange has cost: of select_encode_s and apply_s all but the optimizer, and decoding."""
 
 
 @dataclass(slots=True)
@@ -95,6 +95,8 @@ class Worker:
     recorder: Recorder
     now_s: Callable[[], float]
     training_samples: int
+    cpu_s: Callable[[], float] = lambda: 0.0
+    """Processor time that the loop's own thread has used: what the exchange costs, however many share the cores."""
     reduce: Reduce | None = None
     """For a strategy that shares its gradients by a sum; see `Effect.share`."""
     on_step: Callable[[StepRecord], None] = lambda record: None
