@@ -14,9 +14,8 @@ PAUSE_MIN_S, PAUSE_MAX_S = 50e-6, (1e-3, 5e-3)
 two. So an idle thread costs few per cent of a core, and a message waits for a small share of a step."""
 LOOKS = 1 / 50
 GROWTH, GROWTH_AWAITED = 2.0, 1.05
-PAUSE_AWAITED_MAX_S = 1e-3
 """While the loop waits for something there is no computing to disturb: a pause is then a twentieth of the time in which
-nothing has moved, so that a short wait is hardly lengthened and a long one costs a per cent of a core."""
+nothing has moved, so that a short wait is hardly lengthened and a long one costs few per cent of a core."""
 
 
 class ProgressThread:
@@ -87,11 +86,10 @@ class ProgressThread:
                     self._moved.set()
                     pause_s = PAUSE_MIN_S
                     continue
-                awaited = self._awaited
-                self._wake.wait(min(pause_s, PAUSE_AWAITED_MAX_S) if awaited else pause_s)
+                self._wake.wait(pause_s)
                 self._wake.clear()
-                growth, pause_max_s = (GROWTH_AWAITED, PAUSE_AWAITED_MAX_S) if awaited else (GROWTH, self._pause_max_s)
-                pause_s = min(growth * pause_s, pause_max_s)
+                growth = GROWTH_AWAITED if self._awaited else GROWTH
+                pause_s = min(growth * pause_s, PAUSE_MAX_S[1] if self._awaited else self._pause_max_s)
         except BaseException as failure:  # handed to the loop, which must not wait for a thread that is gone
             self._failure = failure
             self._moved.set()

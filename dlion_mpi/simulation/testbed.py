@@ -24,9 +24,10 @@ RECEIVE_BUFFERS = 3
 """Messages per peer that are received before the loop takes them in; see `links.RECEIVE_BUFFERS`."""
 CHUNK = 1 << 16
 """Entries of a broadcast in flight at a time; see `collectives.CHUNK`."""
-SELECT_S, SEND_S, RECEIVE_S, DENSE_S = 1.3e-9, 30e-9, 10e-9, 1e-9
+SELECT_S, SEND_S, RECEIVE_S, DENSE_S = 2e-9, 40e-9, 10e-9, 1e-9
 """Processor seconds of an exchange: per entry of the gradient that something is selected from, per selected entry and
-link that it goes to or comes from, and per entry of a message that carries all. See `benchmarks/exchange.py`."""
+link that it goes to or comes from, and per entry of a message that carries all. See `benchmarks/exchange.py`; in ranks
+that train, whose caches hold other things between two exchanges, sending took twice what it takes there."""
 LINEAR = 4
 """Up to so many workers a broadcast goes from the root to everyone, beyond it along a binomial tree: as Open MPI's
 non-blocking broadcast does."""
