@@ -59,7 +59,8 @@ class Config:
     # run
     strategy: str = _option(
         "dlion",
-        "how workers exchange what they learn: dlion, baseline, ako, gaia, hop, allreduce or horovod",
+        "how workers exchange what they learn: dlion, baseline, ako, gaia, hop, allreduce, horovod, or your own "
+        "as PACKAGE.MODULE:CLASS",
         table="run",
     )
     preset: str | None = _option(
@@ -70,8 +71,8 @@ class Config:
     )
     sync: str | None = _option(
         None,
-        "when a worker may go on: with everyone's gradients of this step, at most --staleness steps ahead of "
-        "the slowest, or always",
+        "when a worker may go on to its next step: with everyone's message of this one (sync), at most --staleness "
+        "steps ahead of the slowest (bounded), or always (async)",
         table="run",
         choices=("sync", "bounded", "async"),
     )
@@ -99,13 +100,13 @@ class Config:
         table="run",
         choices=("stop", "skip"),
     )
-    seed: int = _option(0, "of initial weights, partition and batches", table="run")
+    seed: int = _option(0, "seed of initial weights, partition and batches", table="run")
     out: str | None = _option(None, "folder for metrics and configuration; must not exist yet", table="run")
     # model and data
     model: str = _option("cipher", "cipher, or PACKAGE.MODULE:FUNCTION that returns a Keras model", table="model")
     optimizer: str = _option("sgd", "what applies the weighted gradient", table="model", choices=("sgd", "adam"))
-    learning_rate: float = _option(0.05, "of the optimizer", table="model")
-    momentum: float = _option(0.0, "of SGD", table="model")
+    learning_rate: float = _option(0.05, "learning rate of the optimizer", table="model")
+    momentum: float = _option(0.0, "momentum of SGD", table="model")
     threads: int = _option(0, "TensorFlow threads per rank; 0: this rank's share of the cores", table="model")
     data: str = _option(
         "fashion-mnist",
@@ -117,23 +118,25 @@ class Config:
     )
     dirichlet_alpha: float = _option(0.5, "dirichlet: smaller is more unequal in classes and sizes", table="data")
     # weighted dynamic batching
-    lbs: int = _option(32, "samples per worker and step at the start", table="batching")
+    lbs: int = _option(32, "samples per worker and step (LBS) at the start", table="batching")
     batching: str | None = _option(
         None,
-        "share the global batch so that all finish together, in proportion to samples per second, or equally",
+        "share out the global batch so that all finish together (auto), in proportion to samples per second, or "
+        "equally (fixed)",
         table="batching",
         choices=("auto", "proportional", "fixed"),
     )
     weighting: str | None = _option(
         None,
-        "weight of worker j's gradient at worker k: LBS_j/GBS, or LBS_j/(n LBS_k)",
+        "weight of worker j's gradient at worker k: LBS_j/GBS, or LBS_j/(n LBS_k); LBS: samples of a worker's step, "
+        "GBS: of all n workers'",
         table="batching",
         choices=("global", "paper"),
     )
     rebalance_every: int | None = _option(None, "steps between exchanges of measured throughput", table="batching")
     lbs_max: int | None = _option(None, "most samples per worker and step (memory limit)", table="batching")
     gbs_schedule: str | None = _option(
-        None, "grow the global batch, or leave it", table="batching", choices=("grow", "fixed")
+        None, "grow the global batch (GBS), or leave it", table="batching", choices=("grow", "fixed")
     )
     gbs_interval: int | None = _option(None, "grow: steps between adjustments", table="batching")
     gbs_warmup_step: int | None = _option(None, "grow: samples added by a warm-up adjustment", table="batching")

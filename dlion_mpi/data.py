@@ -188,11 +188,11 @@ def partition_rows(
 
 def _check_partition(method: str, alpha: float, seed: int) -> None:
     if method not in PARTITIONS:
-        raise UserError(f"unknown partition {method!r}: choose one of {', '.join(PARTITIONS)}")
+        raise UserError(f"--partition {method}: must be one of {', '.join(PARTITIONS)}")
     if not 0 < alpha <= LARGEST_ALPHA:
-        raise UserError(f"alpha {alpha} is out of range: give a number above 0, up to {LARGEST_ALPHA:g}")
+        raise UserError(f"--dirichlet-alpha {alpha:g}: must be above 0, up to {LARGEST_ALPHA:g}")
     if seed < 0:
-        raise UserError(f"seed {seed} is negative: give 0 or more")
+        raise UserError(f"--seed {seed}: must be 0 or more")
 
 
 class Batches:
@@ -446,7 +446,7 @@ def _open_digits() -> _Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("data 'digits' needs scikit-learn: pip install 'dlion-mpi[digits]'") from error
+        raise UserError("data 'digits' needs scikit-learn: pip install scikit-learn") from error
     pixels, y = load_digits(return_X_y=True)
     x = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     order = np.random.default_rng(0).permutation(len(x))  # not the run's seed: one test set for all runs

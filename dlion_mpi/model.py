@@ -6,7 +6,6 @@ Besides `data.py`, the only module that imports TensorFlow, and it does so on fi
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dlion_mpi import plugins
 from dlion_mpi.errors import UserError
 from dlion_mpi.flat import Layout, Vector
 
@@ -49,7 +49,7 @@ def tensorflow(threads: int = 0, local_rank: int = 0) -> Any:
             import tensorflow as tf
     except ImportError:
         raise UserError(
-            "TensorFlow is not installed: pip install 'dlion-mpi[cpu]', or [gpu] where there are GPUs"
+            "TensorFlow is not installed: pip install tensorflow-cpu, or 'tensorflow[and-cuda]' where there are GPUs"
         ) from None
     # A caller that brings its own model has initialised TensorFlow already, as it wants it.
     with contextlib.suppress(RuntimeError):
@@ -110,20 +110,8 @@ def builder(spec: str) -> Callable[[Sequence[int], int], Any]:
     """The function ``(input_shape, classes) -> Keras model`` that ``--model`` names. Raises UserError."""
     if spec == "cipher":
         return cipher
-    module_name, _, function_name = spec.partition(":")
-    if not module_name or not function_name:
-        raise UserError(f"--model {spec}: unknown; give cipher, or PACKAGE.MODULE:FUNCTION")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file beside the user's data is found
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"--model {spec}: cannot import {module_name} ({error})") from None
-    finally:
-        sys.path.pop(0)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"--model {spec}: {module_name} has no function {function_name}")
-    return function
+    found: Callable[[Sequence[int], int], Any] = plugins.load("--model", spec, built_in="cipher", kind="function")
+    return found
 
 
 def build(spec: str, input_shape: Sequence[int], classes: int, seed: int) -> Any:

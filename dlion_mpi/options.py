@@ -19,6 +19,20 @@ TABLES = {
     "rivals": "of other strategies",
 }
 """The groups of options in `--help`, by their TOML table."""
+VALUES = {
+    "data": "NAME|FILE",
+    "out": "FOLDER",
+    **dict.fromkeys(("staleness", "rebalance_every", "gbs_interval", "hop_max_gap", "hop_skip"), "STEPS"),
+    "transfer_period": "STEPS",
+    "progress_every": "SECONDS",
+    "evaluate_every": "STEPS|SECONDSs",
+    **dict.fromkeys(("lbs", "lbs_max", "gbs_warmup_step"), "SAMPLES"),
+    **dict.fromkeys(("gbs_warmup_limit", "gbs_limit", "transfer_merge", "gaia_threshold"), "SHARE"),
+    "backup": "WORKERS",
+    "window": "MESSAGES",
+    "n_min": "N",
+}
+"""What `--help` calls the value of an option, its unit if it has one, where the option's last word does not say it."""
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +50,7 @@ def _add_option(group: Any, f: dataclasses.Field[Any]) -> None:
     choices = f.metadata["choices"]
     group.add_argument(
         flag(f.name),
-        metavar="|".join(choices) or ("FILE" if f.name == "data" else f.name.rsplit("_", 1)[-1].upper()),
+        metavar="|".join(choices) or VALUES.get(f.name) or f.name.rsplit("_", 1)[-1].upper(),
         default=argparse.SUPPRESS,
         help=f.metadata["help"] + shown,
     )

@@ -33,6 +33,8 @@ from dlion_mpi.outcome import (
 from dlion_mpi.progress import ProgressThread
 from dlion_mpi.startup import Ranks, together
 from dlion_mpi.strategies import resolve
+from dlion_mpi.strategies.allreduce import AllReduce
+from dlion_mpi.strategies.base import Strategy
 from dlion_mpi.testbed import Loop, Reduce
 from dlion_mpi.train import CHANNELS, SUM, leave, train
 from dlion_mpi.worker import Worker
@@ -72,7 +74,7 @@ def run(
         )
 
     clock = startup.CommonClock(ranks)
-    exchange = _Exchange(ranks, config, replica, clock)
+    exchange = _Exchange(ranks, config, strategy, replica, clock)
     evaluator = BackgroundEvaluator(replica.correct, *rows_to_test(shard.x_test, shard.y_test, config.test_samples))
     worker = Worker(
         config=config,
@@ -116,7 +118,9 @@ def run(
 class _Exchange:
     """Everything that talks MPI while training runs: the links, the collectives and the thread that drives them."""
 
-    def __init__(self, ranks: Ranks, config: Config, replica: Replica, clock: startup.CommonClock) -> None:
+    def __init__(
+        self, ranks: Ranks, config: Config, strategy: Strategy, replica: Replica, clock: startup.CommonClock
+    ) -> None:
         self.progress = ProgressThread()
         self._communicator = ranks.communicator.Dup()
         self.links = Links(
@@ -130,14 +134,14 @@ class _Exchange:
         self.reduce: Reduce | None = None
         """What sums gradients, if the strategy does."""
         self._horovod: HorovodReducer | None = None
-        if config.strategy == "allreduce":
-            self.reduce = functools.partial(self.collectives.reduce, SUM)
-        elif config.strategy == "horovod":
+        if config.strategy == "horovod":
             from dlion_mpi import horovod_baseline
 
             hvd = together(ranks, horovod_baseline.load)
             self._horovod = horovod_baseline.HorovodReducer(hvd, ranks, replica.layout.size, self.links.carried)
             self.reduce = self._horovod.reduce
+        elif isinstance(strategy, AllReduce):
+            self.reduce = functools.partial(self.collectives.reduce, SUM)
 
     def start(self) -> None:
         """From here on MPI belongs to the thread."""

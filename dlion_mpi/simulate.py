@@ -109,13 +109,16 @@ def simulate(
     from dlion_mpi.simulation import idealised
     from dlion_mpi.simulation.driver import drive
     from dlion_mpi.simulation.run import prepare
+    from dlion_mpi.strategies.allreduce import AllReduce
 
     if config.strategy == "horovod":
         raise UserError("--strategy horovod runs real processes only: simulate --strategy allreduce in its place")
     exchanging = [name for name in strategies.STRATEGIES if name not in ("horovod", *idealised.IDEALS)]
-    if config.strategy not in (known := [*exchanging, *idealised.IDEALS]):
-        raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(known)}")
+    if config.strategy not in (known := [*exchanging, *idealised.IDEALS]) and ":" not in config.strategy:
+        raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(known)}, or PACKAGE.MODULE:CLASS")
     ideal = config.strategy in idealised.IDEALS
+    if not ideal and issubclass(strategies.find(config.strategy), AllReduce):
+        raise UserError(f"--strategy {config.strategy} sums by MPI, which is not simulated: train with it")
     config = idealised.resolve(config) if ideal else strategies.resolve(config)[1]
     run = prepare(config, environment, model=model, shards=shards, report=report)
     with run:

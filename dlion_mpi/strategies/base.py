@@ -18,6 +18,26 @@ from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Layout, Vector
 from dlion_mpi.wire import Kind, Message, ValueType
 
+BATCHING: Mapping[str, object] = {
+    "batching": "auto",
+    "rebalance_every": 10,
+    "lbs_max": 1024,
+    "gbs_schedule": "grow",
+    "gbs_interval": 500,
+    "gbs_warmup_step": 32,
+    "gbs_warmup_limit": 0.01,
+    "gbs_speedup_factor": 1.5,
+    "gbs_limit": 0.10,
+}
+"""What a strategy has in its ``defaults`` if batch sizes are to follow the workers' speed; the loop does the rest."""
+TRANSFER: Mapping[str, object] = {
+    "transfer": "worse-than-mean",
+    "transfer_period": 100,
+    "transfer_merge": 0.75,
+    "transfer_losses": 10,
+}
+"""What it has there if the best worker's weights are to be merged by others; the loop does the rest."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:

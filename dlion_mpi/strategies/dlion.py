@@ -11,7 +11,17 @@ import numpy as np
 from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.select import Selection, Selector
-from dlion_mpi.strategies.base import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, may_advance
+from dlion_mpi.strategies.base import (
+    BATCHING,
+    TRANSFER,
+    Effect,
+    Inbox,
+    LinkView,
+    LocalGradient,
+    Outgoing,
+    Plan,
+    may_advance,
+)
 from dlion_mpi.unsent import Choice, Rules, Unsent
 from dlion_mpi.update import coefficient
 from dlion_mpi.wire import Message, ValueType
@@ -53,25 +63,14 @@ class Dlion:
     defaults: ClassVar[Mapping[str, object]] = {
         "staleness": 5,
         "backup": 0,
-        "batching": "auto",
+        **BATCHING,
         "weighting": "global",
-        "rebalance_every": 10,
-        "lbs_max": 1024,
-        "gbs_schedule": "grow",
-        "gbs_interval": 500,
-        "gbs_warmup_step": 32,
-        "gbs_warmup_limit": 0.01,
-        "gbs_speedup_factor": 1.5,
-        "gbs_limit": 0.10,
         "max_n": None,
         "n_min": 0.85,
         "unsent": "accumulate",
         "value_type": "float32",
         "exchange_share": 0.15,
-        "transfer": "worse-than-mean",
-        "transfer_period": 100,
-        "transfer_merge": 0.75,
-        "transfer_losses": 10,
+        **TRANSFER,
     }
 
     def start(self, plan: Plan) -> DlionState:

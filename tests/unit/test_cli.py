@@ -251,7 +251,8 @@ def test_the_module_is_the_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dlion_mpi", "train", "--strategy", "hope"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"dlion: error: --strategy hope: unknown; known are {', '.join(STRATEGIES)}\n"
+    known = f"{', '.join(STRATEGIES)}, or PACKAGE.MODULE:CLASS"
+    assert done.stderr == f"dlion: error: --strategy hope: unknown; known are {known}\n"
     assert done.stdout == ""
 
 
