@@ -74,6 +74,7 @@ def _parser() -> _Parser:
     _add_data(commands)
     _add_simulate(commands)
     _add_report(commands)
+    _add_trace(commands)
     emulate = commands.add_parser("emulate", help="run a command on an emulated micro-cloud (root)")
     _add_emulate(emulate)
     doctor = commands.add_parser("doctor", help="what this machine has, what is missing, how to get it")
@@ -181,6 +182,19 @@ def _add_report(commands: Any) -> None:
     )
     report.add_arguments(parser)
     parser.set_defaults(action=report.main)
+
+
+def _add_trace(commands: Any) -> None:
+    from dlion_mpi import trace
+
+    parser = commands.add_parser(
+        "trace",
+        help="a timeline of one run, for Perfetto or chrome://tracing",
+        description="Write a timeline of a run in Chrome's trace format, for ui.perfetto.dev or chrome://tracing: what "
+        "every rank did when, and every message on its way. Also of a run that is still going, or was killed.",
+    )
+    trace.add_arguments(parser)
+    parser.set_defaults(action=trace.main)
 
 
 def _add_emulate(parser: argparse.ArgumentParser) -> None:

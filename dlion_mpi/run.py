@@ -36,6 +36,7 @@ from dlion_mpi.strategies import resolve
 from dlion_mpi.strategies.allreduce import AllReduce
 from dlion_mpi.strategies.base import Strategy
 from dlion_mpi.testbed import Loop, Reduce
+from dlion_mpi.timeline import MessageLog
 from dlion_mpi.train import CHANNELS, SUM, leave, train
 from dlion_mpi.worker import Worker
 
@@ -74,7 +75,7 @@ def run(
         )
 
     clock = startup.CommonClock(ranks)
-    exchange = _Exchange(ranks, config, strategy, replica, clock)
+    exchange = _Exchange(ranks, config, strategy, replica, clock, recorder)
     evaluator = BackgroundEvaluator(replica.correct, *rows_to_test(shard.x_test, shard.y_test, config.test_samples))
     worker = Worker(
         config=config,
@@ -119,7 +120,13 @@ class _Exchange:
     """Everything that talks MPI while training runs: the links, the collectives and the thread that drives them."""
 
     def __init__(
-        self, ranks: Ranks, config: Config, strategy: Strategy, replica: Replica, clock: startup.CommonClock
+        self,
+        ranks: Ranks,
+        config: Config,
+        strategy: Strategy,
+        replica: Replica,
+        clock: startup.CommonClock,
+        log: MessageLog,
     ) -> None:
         self.progress = ProgressThread()
         self._communicator = ranks.communicator.Dup()
@@ -129,8 +136,11 @@ class _Exchange:
             window=config.window,
             now_s=clock.now_s,
             wake=self.progress.wake,
+            log=log,
         )
-        self.collectives = Collectives(ranks.communicator, CHANNELS, self.progress.wake, self.links.carried)
+        self.collectives = Collectives(
+            ranks.communicator, CHANNELS, self.progress.wake, self.links.carried, clock.now_s
+        )
         self.reduce: Reduce | None = None
         """What sums gradients, if the strategy does."""
         self._horovod: HorovodReducer | None = None

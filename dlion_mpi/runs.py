@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from dlion_mpi.errors import UserError
 from dlion_mpi.metrics import FORMAT
+from dlion_mpi.timeline import checked
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -80,6 +81,17 @@ class Rank:
         except UNREADABLE:
             found = dict.fromkeys(COLUMNS["links"])
         return {name: _fitted(values, shape) for name, values in found.items()}
+
+    def timeline(self, name: str) -> Array | None:
+        """The records of a data set of `timeline.RECORDS`, in the order in which they happened; None if it has none."""
+        try:
+            with _open(self.path) as file:
+                dataset = file.get(f"timeline/{name}")
+                if not isinstance(dataset, h5py.Dataset) or dataset.ndim != 1:
+                    return None
+                return checked(name, dataset[()])
+        except UNREADABLE:
+            return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ what drives it waits in real time (`driver.py`) or advances a virtual clock. Eve
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from dlion_mpi.metrics import StepRecord
 from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
 from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, SendsFirst
 from dlion_mpi.testbed import Compute, Computed, Loop, Until
+from dlion_mpi.timeline import Phase
 from dlion_mpi.wire import Kind
 from dlion_mpi.worker import Timings, Worker
 
@@ -59,6 +60,7 @@ def train(w: Worker) -> Loop:
 
 def profile(w: Worker) -> Loop:
     """Time two batch sizes before the first step, so that the first step is already balanced."""
+    start_s = w.now_s()
     for size in (max(1, w.config.lbs // 4), w.config.lbs):
         for attempt in range(3):
             computed = yield Compute(*w.batches.take(size))
@@ -66,15 +68,21 @@ def profile(w: Worker) -> Loop:
             if attempt:  # the first of a size pays for allocation
                 w.status.fit.add(size, computed.seconds)
     yield from w.status.first()
+    w.recorder.span(Phase.PROFILE, w.step, start_s, w.now_s())
 
 
-def send_first(w: Worker, timings: Timings) -> dict[int, float]:
-    """What a strategy that exchanges weights or updates sends before its gradient is there. Returns as `post`."""
+def send_first(w: Worker, timings: Timings, *, waiting: bool = False) -> dict[int, float]:
+    """What a strategy that exchanges weights or updates sends before its gradient is there. Returns as `post`.
+
+    ``waiting``: it has been asked in this step before; if it has nothing more, that was part of the waiting.
+    """
     if w.alone or not isinstance(w.strategy, SendsFirst):
         return {}
     start_s, start_cpu_s = w.now_s(), w.cpu_s()
     links = w.links.view(w.peers, w.step_s)
     w.state, outgoing = w.strategy.opening(w.state, w.step, w.replica.weights, links)
+    if waiting and not outgoing:
+        return {}
     return _send(w, outgoing, start_s, start_cpu_s, timings)
 
 
@@ -83,6 +91,8 @@ def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, 
     computed = yield Compute(*w.batches.take(w.status.lbs), w.alone)
     assert computed is not None
     timings.compute_s, timings.paced_s = computed.seconds, computed.paced_s
+    now_s = w.now_s()
+    w.recorder.span(Phase.COMPUTE, w.step, now_s - computed.seconds, now_s)
     if computed.finite:
         return computed
     if w.config.non_finite == "stop":
@@ -116,7 +126,9 @@ def _send(
     if announced:
         w.links.post(announced, w.stamp(start_s))
     w.links.post(outgoing, w.stamp(start_s))
-    timings.select_encode_s += w.now_s() - start_s
+    now_s = w.now_s()
+    w.recorder.span(Phase.SELECT, w.step, start_s, now_s)
+    timings.select_encode_s += now_s - start_s
     timings.exchange_cpu_s += w.cpu_s() - start_cpu_s
     return {peer: message.quality for peer, message in outgoing.items() if message.entries is not None}
 
@@ -143,12 +155,14 @@ def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until
     def ready() -> bool:
         if w.may_complete():
             return True
-        sent.update(send_first(w, timings))  # a link that was busy when the step began may be free now
+        sent.update(send_first(w, timings, waiting=True))  # a link that was busy when the step began may be free now
         return False
 
     if not ready():
         yield Until(ready)
-    timings.wait_s = w.now_s() - start_s - (timings.select_encode_s - sending_s)
+    now_s = w.now_s()
+    w.recorder.span(Phase.WAIT, w.step, start_s, now_s)
+    timings.wait_s = now_s - start_s - (timings.select_encode_s - sending_s)
     w.moved_cpu_s += w.links.cpu_s() - cpu_s  # while the loop waits, moving messages disturbs no computing
 
 
@@ -173,9 +187,12 @@ def complete(w: Worker, timings: Timings) -> Generator[Until, None, dict[int, li
     ages: dict[int, list[tuple[float, int]]] = {}
     for header in (message.header for message in messages):
         ages.setdefault(header.sender, []).append((start_s - header.computed_at, w.step - header.step))
+        w.recorder.applied(header, w.step, start_s)
+    now_s = w.now_s()
+    w.recorder.span(Phase.APPLY, w.step, start_s, now_s)
+    timings.apply_s = now_s - start_s - (timings.wait_s - waited_s)
     w.skipped = effect.skipped
     w.step += effect.skipped
-    timings.apply_s = w.now_s() - start_s - (timings.wait_s - waited_s)
     return ages
 
 
@@ -187,7 +204,9 @@ def total(w: Worker, share: Vector | None, timings: Timings) -> Generator[Until,
     ticket = w.reduce(share)
     if not ticket.done:
         yield Until(lambda: ticket.done)
-    timings.wait_s += w.now_s() - start_s
+    now_s = w.now_s()
+    w.recorder.span(Phase.WAIT, w.step, start_s, now_s)
+    timings.wait_s += now_s - start_s
     if len(ticket.vector):
         return ticket.vector
     w.end_step = min(w.end_step, w.step)
@@ -207,14 +226,27 @@ def converse(w: Worker, computed: Computed, timings: Timings) -> Generator[Until
     w.recent_losses.append(computed.loss)
     w.status.observe(timings.lbs, computed.seconds)
     w.knowledge.observe(computed.loss)
-    yield from w.status.advance(step, w.skipped)
+    yield from _agree(w, w.status.advance(step, w.skipped))
     if w.status.target_reached:
         w.stop_reason = w.stop_reason or "target accuracy reached"
+    asked = w.knowledge.started
     for event in w.knowledge.advance(step, w.replica.knowledge, w.replica.set_knowledge):
         if isinstance(event, Transfer):
-            w.recorder.transfer(event, w.now_s())
+            now_s = w.now_s()
+            w.recorder.transfer(event, now_s)
+            w.recorder.span(Phase.TRANSFER, event.started_step, w.transfer_asked_s, now_s)
         else:
-            yield event
+            yield from _agree(w, [event])
+    if w.knowledge.started > asked:
+        w.transfer_asked_s = w.now_s()
+
+
+def _agree(w: Worker, waits: Iterable[Until]) -> Generator[Until, None, None]:
+    """Wait for what everyone's word is needed for."""
+    for until in waits:
+        start_s = w.now_s()
+        yield until
+        w.recorder.span(Phase.AGREE, w.step, start_s, w.now_s())
 
 
 def _evaluation_due(w: Worker, step: int) -> bool:
@@ -286,6 +318,7 @@ def leave(w: Worker) -> Loop:
     and waited for. After that no rank has anything left to do for another. Where gradients are summed, the others
     learn from the sum that this worker is not in it.
     """
+    start_s = w.now_s()
     if w.reduce is not None and w.reductions < w.end_step:
         yield from total(w, None, Timings(w.now_s(), 0, 0))
     w.links.announce(Kind.STOP if w.stop_reason else Kind.CLOSE, w.stamp())
@@ -303,6 +336,7 @@ def leave(w: Worker) -> Loop:
     yield Until(lambda: _keep_moving(w) and w.links.received_counts() == expected)
     drained = w.collectives.gather(CLOSING, [0.0])
     yield Until(lambda: drained.done)
+    w.recorder.span(Phase.LEAVE, w.step, start_s, w.now_s())
 
 
 def _keep_moving(w: Worker) -> bool:

@@ -15,7 +15,8 @@ from dlion_mpi.metrics import StepRecord
 from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
 from dlion_mpi.strategies.base import Inbox, Plan, Strategy
 from dlion_mpi.testbed import Batches, Collectives, Links, Reduce, Replica, Stamp
-from dlion_mpi.wire import Kind
+from dlion_mpi.timeline import Phase
+from dlion_mpi.wire import Header, Kind
 
 
 class Evaluator(Protocol):
@@ -42,6 +43,12 @@ class Recorder(Protocol):
 
     def transfer(self, transfer: Transfer, time_s: float) -> None:
         """A knowledge transfer."""
+
+    def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
+        """What a span of time was spent on."""
+
+    def applied(self, header: Header, step: int, applied_s: float) -> None:
+        """A message was used in this worker's step."""
 
 
 @dataclass(slots=True)
@@ -120,6 +127,8 @@ class Worker:
     """Processor time that the exchange may still take: what `--exchange-share` grants, less what it has taken."""
     moved_cpu_s: float = 0.0
     evaluated_s: float = 0.0
+    transfer_asked_s: float = 0.0
+    """When the newest knowledge transfer was asked for."""
     evaluations: list[Evaluation] = field(default_factory=list)
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=10))
     spent: Spent = field(default_factory=Spent)

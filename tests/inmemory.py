@@ -27,6 +27,7 @@ from dlion_mpi.strategies import resolve
 from dlion_mpi.strategies.allreduce import AllReduce
 from dlion_mpi.strategies.base import LinkView, Outgoing
 from dlion_mpi.testbed import Compute, Computed, LinkTotals, Loop, Stamp, Until
+from dlion_mpi.timeline import Phase
 from dlion_mpi.train import leave, train
 from dlion_mpi.worker import Worker
 
@@ -286,6 +287,10 @@ class Nothing:
 
     def transfer(self, transfer: Transfer, time_s: float) -> None:
         self.transfers.append(transfer)
+
+    def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None: ...
+
+    def applied(self, header: wire.Header, step: int, applied_s: float) -> None: ...
 
 
 @dataclass(slots=True)

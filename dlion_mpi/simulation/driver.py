@@ -98,7 +98,10 @@ def drive(run: VirtualRun) -> list[Finish]:
     operations = Operations(run.workers, network, lambda rank: processes[rank].wake())
     running = set(range(run.workers))
     size, window = run.shared.layout.size, run.config.window
-    links = [VirtualLinks(k, run.workers, network, events, size=size, window=window) for k in range(run.workers)]
+    links = [
+        VirtualLinks(rank, run.workers, network, events, size=size, window=window, log=recorder)
+        for rank, recorder in enumerate(run.recorders)
+    ]
     for rank, own_links in enumerate(links):
         own_links.connect(links)
         worker = Worker(

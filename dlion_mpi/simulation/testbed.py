@@ -18,6 +18,7 @@ from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.simulation.network import Events, Network, Stream
 from dlion_mpi.strategies.base import LinkView, Outgoing
 from dlion_mpi.testbed import LinkTotals, Stamp, link_views
+from dlion_mpi.timeline import MessageLog, Unlogged
 from dlion_mpi.wire import HEADER_BYTES, Header, Kind, Message
 
 RECEIVE_BUFFERS = 3
@@ -72,6 +73,7 @@ class _Link:
         self.received += 1
         self.messages_received += 1
         self.bytes_received += parcel.size_bytes
+        self.owner.log.arrived(self.peer, parcel.message.header.sequence, self.owner.now_s())
         if not self.owner.quiet:
             self.messages_sent += 1
             self.bytes_sent += HEADER_BYTES
@@ -96,8 +98,10 @@ class VirtualLinks:
         *,
         size: int,
         window: int,
+        log: MessageLog | None = None,
     ) -> None:
         self.rank = rank
+        self.log = log or Unlogged()
         self.quiet = False
         self.wake: Callable[[], None] = lambda: None
         """Called when something has come that the loop may be waiting for."""
@@ -146,6 +150,7 @@ class VirtualLinks:
                 computed_at=stamp.computed_at,
             )
             link.rate.posted(link.sequence, size_bytes, now_s)
+            self.log.sent(peer, header, size_bytes, now_s)
             link.stream.send(size_bytes, link.far.arrive, _Parcel(Message(header, entries), size_bytes))
             sizes[peer] = size_bytes
             self._exchange_s += _handling_s(entries, SEND_S)

@@ -24,6 +24,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if pag
 SHELL = ("", "bash", "sh", "console")
 # Options of other programs that the pages mention.
 FOREIGN = {
+    "--httpd",
     *("--allow-run-as-root", "--oversubscribe", "--bind-to", "--host", "--map-by", "--mca", "--prefix", "--mpi"),
     *("--ntasks-per-node", "--cpus-per-task"),
 }
