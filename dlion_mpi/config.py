@@ -30,16 +30,17 @@ class Every:
 
     @classmethod
     def parse(cls, text: str) -> Every:
-        """``"100"`` is 100 steps, ``"20s"`` is 20 seconds. Raises UserError for anything else."""
-        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?(?:e[+-]?\d+)?)s", text.strip())
+        """``"100"`` is 100 steps, ``"20s"``, ``"10m"`` and ``"2h"`` are times. Raises UserError for anything else."""
+        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([smh])", text.strip())
         if match is None or not 0 < float(match[1] or match[2]) < math.inf:
-            raise UserError(f"'{text}' is not a number of steps such as 100, nor of seconds such as 20s")
-        return cls(steps=int(match[1])) if match[1] else cls(seconds=float(match[2]))
+            raise UserError(f"'{text}' is not a number of steps such as 100, nor a time such as 20s, 10m or 2h")
+        return cls(steps=int(match[1])) if match[1] else cls(seconds=float(match[2]) * _SECONDS[match[3]])
 
     def __str__(self) -> str:
         return str(self.steps) if self.steps is not None else f"{self.seconds!r}s".replace(".0s", "s")
 
 
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
 _EVERY_20_S = Every(seconds=20.0)
 
 
@@ -206,6 +207,28 @@ class Config:
     transfer_period: int | None = _option(None, "steps between transfers", table="transfer")
     transfer_merge: float | None = _option(None, "lambda of w <- w - lambda (w - w_best), in 0..1", table="transfer")
     transfer_losses: int | None = _option(None, "losses whose mean tells the best worker", table="transfer")
+    # checkpoints, and what is left in the end
+    checkpoint_every: Every | None = _option(
+        None,
+        "take a checkpoint in --out every so many steps (500) or so long (30s, 10m), off the critical path",
+        table="checkpoints",
+    )
+    keep_checkpoints: int | None = _option(None, "how many checkpoints stay (default: 2)", table="checkpoints")
+    time_limit: Every | None = _option(
+        None,
+        "take a checkpoint and end with code 75 before the run has taken so long (90s, 30m, 2h), start-up included; "
+        "the end of a Slurm job is known without",
+        table="checkpoints",
+    )
+    save_model: str | None = _option(
+        None, "write the trained model in the end, a FILE.keras that plain Keras loads", table="checkpoints"
+    )
+    save_model_of: str | None = _option(
+        None,
+        "whose model: that of the worker with the best test accuracy, or the mean of all",
+        table="checkpoints",
+        choices=("best", "mean"),
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -234,8 +257,22 @@ class Config:
                     raise UserError(f"{flag(name)} has no effect with --transfer none: drop one of them")
         if self.batching == "fixed" and self.rebalance_every is not None:
             raise UserError("--rebalance-every has no effect with --batching fixed: drop one of them")
+        self._check_checkpoints()
         if self.lbs_max is not None and self.lbs_max < self.lbs:
             raise UserError(f"--lbs-max {self.lbs_max} is below --lbs {self.lbs}: raise it or lower --lbs")
+
+    def _check_checkpoints(self) -> None:
+        if self.checkpoint_every is not None and self.out is None:
+            raise UserError("--checkpoint-every needs --out: the checkpoints go into that folder")
+        for name in ("keep_checkpoints", "time_limit"):
+            if self.checkpoint_every is None and getattr(self, name) is not None:
+                raise UserError(f"{flag(name)} belongs to --checkpoint-every: give that too")
+        if self.time_limit is not None and self.time_limit.seconds is None:
+            raise UserError(f"--time-limit {self.time_limit}: give a time such as 90s, 30m or 2h")
+        if self.save_model is not None and not self.save_model.endswith(".keras"):
+            raise UserError(f"--save-model {self.save_model}: must end in .keras")
+        if self.save_model_of is not None and self.save_model is None:
+            raise UserError("--save-model-of belongs to --save-model: give that too")
 
     @property
     def last_step(self) -> float:
@@ -264,6 +301,7 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "target_accuracy": (1e-9, 1, "in (0, 1], for example 0.8"),
     "test_samples": (1, math.inf, "at least 1"),
     "progress_every": (0, math.inf, "0 or more seconds"),
+    "keep_checkpoints": (1, math.inf, "at least 1"),
     "staleness": (0, math.inf, "0 or more steps"),
     "backup": (0, math.inf, "0 or more workers"),
     "seed": (0, 2**32 - 1, "in 0..4294967295"),

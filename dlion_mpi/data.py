@@ -208,9 +208,10 @@ class Batches:
         self._shard = shard
         self._seed = seed
         self._rank = rank
-        self._start_epoch(0)
+        self.start_epoch(0)
 
-    def _start_epoch(self, epoch: int) -> None:
+    def start_epoch(self, epoch: int) -> None:
+        """Go on with the first row of this epoch."""
         # A spawn key keeps this stream apart from the partition's, which the bare seed starts.
         sequence = np.random.SeedSequence(self._seed, spawn_key=(self._rank, epoch))
         self._order = np.random.default_rng(sequence).permutation(self._shard.samples)
@@ -227,7 +228,7 @@ class Batches:
         rows = self._next_rows(size)
         missing = size - len(rows)
         while missing:
-            self._start_epoch(self._epoch + 1)
+            self.start_epoch(self._epoch + 1)
             more = self._next_rows(missing)
             rows = np.concatenate([rows, more])
             missing -= len(more)
@@ -261,7 +262,7 @@ class Batches:
         for key in ("seed", "rank", "samples"):
             if (saved := state[key]) != here[key]:
                 raise UserError(f"{key} was {saved}, is now {here[key]}: resume with the same data, seed and ranks")
-        self._start_epoch(state["epoch"])
+        self.start_epoch(state["epoch"])
         self._position = state["position"]
 
 

@@ -53,6 +53,7 @@ class BackgroundEvaluator:
         self._done: queue.SimpleQueue[Evaluation | BaseException] = queue.SimpleQueue()
         self._pending = 0
         self._awaited = False
+        self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
         self._thread.start()
 
@@ -77,8 +78,9 @@ class BackgroundEvaluator:
             results.append(result)
         return results
 
-    def close(self) -> None:
-        """End the thread after what was submitted."""
+    def close(self, *, abandon: bool = False) -> None:
+        """End the thread after what was submitted, or ``abandon`` it."""
+        self._abandoned = abandon
         self._snapshots.put(None)
         self._thread.join()
 
@@ -95,6 +97,8 @@ class BackgroundEvaluator:
         """Share of the test rows that a model with this knowledge classifies correctly."""
         hits = 0
         for start in range(0, len(self._y), CHUNK):
+            if self._abandoned:
+                break
             rows = slice(start, start + CHUNK)
             started_s = time.monotonic()
             hits += self._correct(knowledge, self._x[rows], self._y[rows])

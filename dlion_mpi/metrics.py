@@ -7,6 +7,7 @@ second) is there. docs/metrics.md describes every data set.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,15 +88,25 @@ class StepRecord:
     age_steps: Mapping[int, float] = field(default_factory=dict)
 
 
+FILE_NAME = re.compile(r"metrics-(\d{5,})(?:\.(\d+))?\.h5")
+"""A rank's metrics, and which part of a run that was resumed; none for the first."""
+
+
+def next_part(folder: Path) -> int:
+    """The number of the part that comes after those in the folder; 0 for the first. Raises OSError."""
+    matches = [FILE_NAME.fullmatch(path.name) for path in folder.iterdir()]
+    return max((int(match[2] or 0) + 1 for match in matches if match), default=0)
+
+
 class Recorder:
     """Writes one rank's metrics file.
 
     ``attributes``: configuration, versions, host, ...: text or numbers. Link data sets are (steps, n) with the
-    own column unused.
+    own column unused. ``part``: of a run that was resumed, how many times; every part has a file of its own.
     """
 
-    def __init__(self, folder: Path, rank: int, workers: int, attributes: Mapping[str, Any]) -> None:
-        self.path = folder / f"metrics-{rank:05d}.h5"
+    def __init__(self, folder: Path, rank: int, workers: int, attributes: Mapping[str, Any], part: int = 0) -> None:
+        self.path = folder / (f"metrics-{rank:05d}.{part}.h5" if part else f"metrics-{rank:05d}.h5")
         self._workers = workers
         self._file = h5py.File(self.path, "w", libver="latest")
         for name, value in {"format": FORMAT, "rank": rank, "workers": workers, **attributes}.items():
@@ -235,6 +246,9 @@ class NoRecorder(Unlogged):
         """Nothing is kept."""
 
     def applied(self, header: Header, step: int, applied_s: float) -> None:
+        """Nothing is kept."""
+
+    def flush(self) -> None:
         """Nothing is kept."""
 
     def close(self, *, complete: bool) -> None:

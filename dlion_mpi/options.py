@@ -17,6 +17,7 @@ TABLES = {
     "exchange": "per-link prioritized exchange",
     "transfer": "direct knowledge transfer",
     "rivals": "of other strategies",
+    "checkpoints": "checkpoints, and the trained model",
 }
 """The groups of options in `--help`, by their TOML table."""
 VALUES = {
@@ -66,10 +67,14 @@ def _strategy_defaults() -> dict[str, Any]:
 
 def config_of(options: dict[str, Any]) -> Config:
     """The Config of parsed options: the file's values, overruled by the command line's. Raises UserError."""
+    return Config(**values_of(options))
+
+
+def values_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a Config that parsed options give, by the file or the command line. Raises UserError."""
     names = {f.name for f in dataclasses.fields(Config)}
     values = from_toml(options["config"]) if options.get("config") else {}
-    values |= {name: convert(name, text) for name, text in options.items() if name in names}
-    return Config(**values)
+    return values | {name: convert(name, text) for name, text in options.items() if name in names}
 
 
 def complain(message: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dlion_mpi import environments
-from dlion_mpi.config import Config
+from dlion_mpi.config import Config, flag
 from dlion_mpi.environments import Environment
 from dlion_mpi.errors import UserError
 from dlion_mpi.options import add_config_options, complain, config_of
@@ -38,10 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cloud.add_argument("--workers", metavar="N", help="as many workers, where those of the environment are all alike")
     add_config_options(parser)
+    parser.add_argument("--resume", help=argparse.SUPPRESS)  # known, so that they are refused with a reason
+    for name in ("--requeue", "--resume-earlier"):
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
+
+
+def _refuse_to_go_on(options: dict[str, Any]) -> None:
+    for name in ("resume", "requeue", "resume_earlier"):
+        if options.get(name):
+            raise UserError(f"{flag(name)} belongs to dlion train: a simulated run is repeated instead, from its seed")
 
 
 def main(args: argparse.Namespace) -> int:
     """Simulate what was asked for; the result is one JSON object on stdout. Returns the exit code."""
+    _refuse_to_go_on(vars(args))
     config = config_of(vars(args))
     environment = micro_cloud(args.env, args.workers)
     outcome = simulate(config, environment)
@@ -111,6 +121,9 @@ def simulate(
     from dlion_mpi.simulation.run import prepare
     from dlion_mpi.strategies.allreduce import AllReduce
 
+    for name in ("checkpoint_every", "save_model"):
+        if getattr(config, name) is not None:
+            raise UserError(f"{flag(name)} belongs to dlion train: a simulated run is repeated instead, from its seed")
     if config.strategy == "horovod":
         raise UserError("--strategy horovod runs real processes only: simulate --strategy allreduce in its place")
     exchanging = [name for name in strategies.STRATEGIES if name not in ("horovod", *idealised.IDEALS)]

@@ -148,10 +148,17 @@ def agree(ranks: Ranks, description: str) -> None:
             )
 
 
-def share_from_root(ranks: Ranks, vector: Vector) -> Vector:
-    """Rank 0's ``vector`` (K,) float32 on every rank."""
-    ranks.communicator.Bcast(vector, root=0)
+def share_from_root(ranks: Ranks, vector: Vector, root: int = 0) -> Vector:
+    """Rank ``root``'s ``vector`` (K,) float32 on every rank."""
+    ranks.communicator.Bcast(vector, root=root)
     return vector
+
+
+def mean_of_all(ranks: Ranks, vector: Vector) -> Vector:
+    """The mean of everyone's ``vector`` (K,) float32, on every rank."""
+    total = np.empty_like(vector)
+    ranks.communicator.Allreduce(vector, total)
+    return total / np.float32(ranks.size)
 
 
 class CommonClock:
@@ -162,10 +169,10 @@ class CommonClock:
         self._offset_s = _offset_to_root_s(ranks)
         self._start_s = time.monotonic()
 
-    def start(self) -> None:
-        """Training begins now, on all ranks together."""
+    def start(self, at_s: float = 0.0) -> None:
+        """Training begins now, on all ranks together, or goes on after ``at_s`` seconds as rank 0 has them."""
         self._ranks.communicator.Barrier()
-        origin = np.array([time.monotonic()])
+        origin = np.array([time.monotonic() - at_s])
         self._ranks.communicator.Bcast(origin, root=0)
         self._start_s = float(origin[0]) - self._offset_s
 

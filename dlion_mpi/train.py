@@ -19,7 +19,7 @@ from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, SendsFi
 from dlion_mpi.testbed import Compute, Computed, Loop, Until
 from dlion_mpi.timeline import Phase
 from dlion_mpi.wire import Kind
-from dlion_mpi.worker import Timings, Worker
+from dlion_mpi.worker import Timings, Worker, not_ready
 
 CLOSING, SUM = "closing", "sum"
 CHANNELS = (StatusRounds.channel, KnowledgeRounds.channel, CLOSING, SUM)
@@ -36,10 +36,11 @@ def train(w: Worker) -> Loop:
     The exchange of a step overlaps the computing of the next wherever the synchronisation mode lets a worker
     go on. Raises RunError for a loss or gradient that is not finite, before it could reach a peer.
     """
-    if w.status.adapts:
+    if w.status.adapts and not w.status.fit.pairs:  # a resumed worker knows its machine
         yield from profile(w)
     w.moved_cpu_s = w.links.cpu_s()  # what was moved so far is nobody's exchange
     while not w.ended():
+        w.midway = True
         timings = Timings(w.now_s(), w.status.lbs, w.status.gbs)
         sent = send_first(w, timings)
         computed = yield from compute(w, timings)
@@ -55,6 +56,8 @@ def train(w: Worker) -> Loop:
             ages = {}
         yield from converse(w, computed, timings)
         finish_step(w, computed, timings, sent, ages)
+        if w.checkpoints is not None:
+            yield from w.checkpoints.advance(w)
     yield from leave(w)
 
 
@@ -79,7 +82,7 @@ def send_first(w: Worker, timings: Timings, *, waiting: bool = False) -> dict[in
     if w.alone or not isinstance(w.strategy, SendsFirst):
         return {}
     start_s, start_cpu_s = w.now_s(), w.cpu_s()
-    links = w.links.view(w.peers, w.step_s)
+    links = w.link_views(w.step_s)
     w.state, outgoing = w.strategy.opening(w.state, w.step, w.replica.weights, links)
     if waiting and not outgoing:
         return {}
@@ -109,7 +112,7 @@ def post(w: Worker, computed: Computed, timings: Timings) -> dict[int, float]:
     start_s, start_cpu_s = w.now_s(), w.cpu_s()
     assert computed.gradient is not None
     local = LocalGradient(vector=computed.gradient, step=w.step, lbs=w.status.lbs, gbs=w.status.gbs)
-    links = _affordable(w, w.links.view(w.peers, w.step_s or computed.seconds))
+    links = _affordable(w, w.link_views(w.step_s or computed.seconds))
     w.state, outgoing = w.strategy.outgoing(w.state, local, links)
     return _send(w, outgoing, start_s, start_cpu_s, timings)
 
@@ -124,8 +127,8 @@ def _send(
         if message.announced
     }
     if announced:
-        w.links.post(announced, w.stamp(start_s))
-    w.links.post(outgoing, w.stamp(start_s))
+        w.post(announced, start_s)
+    w.post(outgoing, start_s)
     now_s = w.now_s()
     w.recorder.span(Phase.SELECT, w.step, start_s, now_s)
     timings.select_encode_s += now_s - start_s
@@ -145,7 +148,7 @@ def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
     if not w.config.exchange_share or w.config.sync == "sync" or w.exchange_credit_s >= 0 or overdue:
         w.exchanged_step = w.step
         return links
-    return {peer: LinkView(False, link.budget_bytes) for peer, link in links.items()}
+    return not_ready(links)
 
 
 def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until, None, None]:
@@ -228,7 +231,7 @@ def converse(w: Worker, computed: Computed, timings: Timings) -> Generator[Until
     w.knowledge.observe(computed.loss)
     yield from _agree(w, w.status.advance(step, w.skipped))
     if w.status.target_reached:
-        w.stop_reason = w.stop_reason or "target accuracy reached"
+        w.end("target accuracy reached")
     asked = w.knowledge.started
     for event in w.knowledge.advance(step, w.replica.knowledge, w.replica.set_knowledge):
         if isinstance(event, Transfer):
@@ -294,6 +297,7 @@ def finish_step(
     w.step_s = _running_mean(w.step_s, step_s - timings.wait_s)
     _account(w, timings)
     w.step += 1
+    w.midway = False
 
 
 def _account(w: Worker, timings: Timings) -> None:
@@ -322,6 +326,9 @@ def leave(w: Worker) -> Loop:
     if w.reduce is not None and w.reductions < w.end_step:
         yield from total(w, None, Timings(w.now_s(), 0, 0))
     w.links.announce(Kind.STOP if w.stop_reason else Kind.CLOSE, w.stamp())
+    if w.checkpoints is not None:
+        checkpoints = w.checkpoints
+        yield Until(lambda: _keep_moving(w) and checkpoints.over)
     ended = w.collectives.gather(CLOSING, [w.status.started, w.knowledge.started])
     yield Until(lambda: _keep_moving(w) and ended.done)
     status_rounds, knowledge_rounds = ended.table.max(axis=0)
@@ -342,6 +349,9 @@ def leave(w: Worker) -> Loop:
 def _keep_moving(w: Worker) -> bool:
     """Go on serving those who have not ended: empty the inbox, move a knowledge transfer on."""
     w.collect()
-    w.inbox.held.clear()
+    if w.checkpoints is None or w.checkpoints.over:
+        w.inbox.held.clear()
+    else:  # what has come belongs to the last checkpoint
+        w.checkpoints.serve(w)
     w.knowledge.settled(w.replica.knowledge)
     return True

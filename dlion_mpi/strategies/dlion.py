@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.arrays import Array, Arrays, part, under
 from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.select import Selection, Selector
@@ -59,6 +60,7 @@ class Dlion:
     """
 
     name: ClassVar[str] = "dlion"
+    restates: ClassVar[bool] = False
     sync_modes: ClassVar[tuple[str, ...]] = ("bounded", "sync", "async")
     defaults: ClassVar[Mapping[str, object]] = {
         "staleness": 5,
@@ -116,6 +118,16 @@ class Dlion:
     def may_advance(self, state: DlionState, step: int, inbox: Inbox) -> bool:
         """By the synchronisation mode."""
         return may_advance(state.plan.config, step, inbox)
+
+    def to_arrays(self, state: DlionState) -> Arrays:
+        """What has not been sent."""
+        return under("unsent", state.unsent.to_arrays()) if state.unsent is not None else {}
+
+    def from_arrays(self, state: DlionState, arrays: Mapping[str, Array]) -> DlionState:
+        """See `Resumable.from_arrays`."""
+        if state.unsent is not None:
+            state.unsent.from_arrays(part(arrays, "unsent"), state.plan.ranks)
+        return state
 
 
 def _rules(config: Config) -> Rules:
