@@ -19,6 +19,7 @@ import mpi4py
 import numpy as np
 import numpy.typing as npt
 
+from dlion_mpi import jobenv
 from dlion_mpi.errors import UserError
 from dlion_mpi.flat import Vector
 
@@ -79,7 +80,13 @@ def end_if_shared(code: int) -> None:
 
 
 def begin(communicator: MPI.Intracomm | None = None) -> Ranks:
-    """Duplicate ``communicator`` (COMM_WORLD) so that the run's messages meet nobody else's."""
+    """Duplicate ``communicator`` (COMM_WORLD) so that the run's messages meet nobody else's.
+
+    Raises UserError if a launcher started several processes and MPI knows of one.
+    """
+    if problem := jobenv.alone_by_mistake(os.environ, MPI.COMM_WORLD.Get_size()):
+        place = jobenv.place(os.environ)
+        raise UserError(problem, quiet=place is not None and place.rank != 0)
     own = (communicator or MPI.COMM_WORLD).Dup()
     node = own.Split_type(MPI.COMM_TYPE_SHARED, own.Get_rank())
     ranks = Ranks(own, own.Get_rank(), own.Get_size(), node.Get_rank(), node.Get_size())

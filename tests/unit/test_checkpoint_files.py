@@ -100,14 +100,16 @@ def test_a_file_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
 def test_a_writer_that_is_killed_leaves_the_last_good_one(tmp_path: Path) -> None:
     """A hundred times, at any moment: writing, renaming, or removing what is too old."""
     chance = random.Random(0)
-    step, sound = 0, 0
+    began_s = time.monotonic()
+    write_checkpoint(tmp_path, 1)
+    step, sound, most_s = 1, 0, 4 * (time.monotonic() - began_s)
     for _ in range(KILLS):
         child = os.fork()
         if child == 0:
             for following in range(step + 1, step + 1000):
                 write_checkpoint(tmp_path, following)
             os._exit(0)
-        time.sleep(chance.uniform(0, 0.04))
+        time.sleep(chance.uniform(0, most_s))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         complete = folder.complete(tmp_path)

@@ -26,7 +26,8 @@ SHELL = ("", "bash", "sh", "console")
 FOREIGN = {
     "--httpd",
     *("--allow-run-as-root", "--oversubscribe", "--bind-to", "--host", "--map-by", "--mca", "--prefix", "--mpi"),
-    *("--ntasks-per-node", "--cpus-per-task"),
+    *("--nodes", "--ntasks-per-node", "--cpus-per-task", "--time", "--wait", "--signal", "--test-only", "--het-group"),
+    "--kill-on-bad-exit",
 }
 
 
