@@ -4,7 +4,8 @@
 #   bash env/test.sh [unit|contract|mpi|mpich|system|slurm ...] [-- PYTEST OPTIONS]
 #
 # unit, contract, system and slurm run pytest as it is, slurm on a cluster that env/slurm/up.sh makes (root); mpi runs
-# tests/mpi on 1, 2, 3 and 4 ranks; mpich does so on 2 and 3 ranks of MPICH, in an environment of its own.
+# tests/mpi on 1, 2 and 4 ranks; mpich does so on 3 ranks of MPICH, in an environment of its own.
+# DLION_TEST_RANKS="1 2 4"   on how many ranks mpi and mpich run, in the place of these
 # DLION_TEST_MPICH=0         leave mpich out
 # DLION_TEST_TIMEOUT_S=900   end a part that takes longer
 
@@ -99,14 +100,15 @@ run_part() {
         return
     fi
     case "$part" in
-        mpi) for ranks in 1 2 3 4; do run_mpi mpi "$ranks" "$@"; done ;;
+        mpi) for ranks in ${DLION_TEST_RANKS:-1 2 4}; do run_mpi mpi "$ranks" "$@"; done ;;
         mpich)
             (
                 # shellcheck source=env/setup.sh
                 DLION_MPI=mpich source env/setup.sh || exit
-                for ranks in 2 3; do run_mpi mpich "$ranks" "$@"; done
+                for ranks in ${DLION_TEST_RANKS:-3}; do run_mpi mpich "$ranks" "$@"; done
             ) || echo "mpich 1 0" >>"$results/parts"
             ;;
+        unit | contract) run_pytest "$part" --numprocesses auto "$@" ;;
         *)
             [ "$part" != system ] || get_browser
             run_pytest "$part" "$@"
