@@ -267,8 +267,7 @@ def test_a_message_larger_than_any_can_be_ends_the_run(tmp_path: Path) -> None:
     script.write_text(OVERSIZED, encoding="utf-8")
     ended = run(2, "python", str(script), "train", *SMALL, "--seconds", "600")
     assert ended.code != 0
-    # Open MPI 5.0 may crash in the receive that it cuts off, before anything can be said.
-    assert "more than any message of this run may hold" in ended.err or "signal 11" in ended.err
+    assert "more than any message of this run may hold" in ended.err
 
 
 CORRUPTED = """
