@@ -1,15 +1,18 @@
 """The step of Horovod, and of the strategies that do the same sum, side by side. Prints one JSON object.
 
-    python benchmarks/against_horovod.py [REPEATS]
+    python benchmarks/against_horovod.py [--turns 3] [--case allreduce ...]
 
 Median step in ms (Cipher, Fashion-MNIST, LBS 32, one thread per rank, evaluation off) on one machine's own, unshaped
 network, with 2 and with 4 ranks: a plain Horovod program, and `dlion train` with horovod, allreduce, baseline, and
-dlion in `sync` with N = 100. They are run in turn, several times; ratios to `horovod` are taken turn by turn. The
-plain program shows what running Horovod inside the worker's loop costs Horovod.
+dlion in `sync` with N = 100. The same processes run them in turn, several times and each time in another order, so
+that what else the machine does strikes all alike; ratios to `horovod` are taken turn by turn. The plain program shows
+what running Horovod inside the worker's loop costs Horovod.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import os
 import statistics
@@ -17,103 +20,146 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import h5py
 
+from dlion_mpi.outcome import commit, versions
+
 RANKS = (2, 4)
-REPEATS = 3
-STEPS, WARM_UP = 200, 50
-OPTIONS = ["--threads", "1", "--evaluate-every", "1000000", "--progress-every", "0"]
-WHOLE = ["--sync", "sync", "--max-n", "100", "--batching", "fixed", "--gbs-schedule", "fixed", "--transfer", "none"]
-CASES = {
-    "horovod": ["--strategy", "horovod"],
-    "allreduce": ["--strategy", "allreduce"],
-    "baseline": ["--strategy", "baseline"],
-    "dlion_sync_n100": ["--strategy", "dlion", *WHOLE],
+STEPS, WARM_UP = 60, 15
+LIMIT_S = 600
+"""Of the measurement with one number of ranks."""
+WHOLE = {"sync": "sync", "max_n": 100, "batching": "fixed", "gbs_schedule": "fixed", "transfer": "none"}
+CASES: dict[str, dict[str, Any]] = {
+    "horovod": {"strategy": "horovod"},
+    "allreduce": {"strategy": "allreduce"},
+    "baseline": {"strategy": "baseline"},
+    "dlion_sync_n100": {"strategy": "dlion", **WHOLE},
 }
-
-PLAIN = """
-import sys, time, json
-from dlion_mpi.model import cipher, tensorflow
-from dlion_mpi.data import Batches, load
-tf = tensorflow(1)
-import horovod.tensorflow as hvd
-import keras
-hvd.init()
-shard = load("fashion-mnist", rank=hvd.rank(), ranks=hvd.size())
-batches = Batches(shard, seed=0, rank=hvd.rank())
-model = cipher(shard.input_shape, shard.classes)
-loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-optimizer = keras.optimizers.SGD(0.05)
-optimizer.build(model.trainable_variables)
-hvd.broadcast_variables([v.value for v in model.variables], 0)
-@tf.function(input_signature=[tf.TensorSpec([None, 28, 28, 1], tf.uint8), tf.TensorSpec([None], tf.int32)])
-def step(x, y):
-    with tf.GradientTape() as tape:
-        value = loss(y, model(tf.cast(x, tf.float32) / 255.0, training=True))
-    gradients = tape.gradient(value, [v.value for v in model.trainable_variables])
-    optimizer.apply(hvd.grouped_allreduce(gradients), model.trainable_variables)
-    return value
-times = []
-for _ in range(int(sys.argv[1])):
-    start = time.perf_counter()
-    float(step(*batches.take(32)))
-    times.append(time.perf_counter() - start)
-if hvd.rank() == 0:
-    print(json.dumps(times))
-"""
+PLAIN = "plain_horovod"
+ALL = [PLAIN, *CASES]
 
 
-def plain_ms(ranks: int) -> float:
-    """Median step of a plain Horovod program."""
-    done = _mpirun(ranks, sys.executable, "-c", PLAIN, str(STEPS))
-    return 1e3 * statistics.median(json.loads(done.splitlines()[-1])[WARM_UP:])
+def plain() -> list[float]:
+    """Seconds of this rank's steps in a plain Horovod program."""
+    import horovod.tensorflow as hvd
+    import keras
+    import tensorflow as tf
+
+    from dlion_mpi.data import Batches, load
+    from dlion_mpi.model import cipher
+
+    hvd.init()
+    shard = load("fashion-mnist", rank=hvd.rank(), ranks=hvd.size(), partition="iid", alpha=0.5, seed=0)
+    batches = Batches(shard, seed=0, rank=hvd.rank())
+    model = cipher(shard.input_shape, shard.classes)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = keras.optimizers.SGD(0.05)
+    optimizer.build(model.trainable_variables)
+    hvd.broadcast_variables([v.value for v in model.variables], 0)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 28, 28, 1], tf.uint8), tf.TensorSpec([None], tf.int32)])
+    def step(x: Any, y: Any) -> Any:
+        with tf.GradientTape() as tape:
+            value = loss(y, model(tf.cast(x, tf.float32) / 255.0, training=True))
+        gradients = tape.gradient(value, [v.value for v in model.trainable_variables])
+        optimizer.apply(hvd.grouped_allreduce(gradients), model.trainable_variables)
+        return value
+
+    times = []
+    for _ in range(STEPS):
+        start_s = time.perf_counter()
+        float(step(*batches.take(32)))
+        times.append(time.perf_counter() - start_s)
+    hvd.shutdown()
+    return times
 
 
-def dlion_ms(ranks: int, options: list[str]) -> float:
-    """Median step, over all ranks, of `dlion train`."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        _mpirun(ranks, "dlion", "train", "--steps", str(STEPS), "--out", str(out), *OPTIONS, *options)
-        times: list[float] = []
-        for rank in range(ranks):
-            with h5py.File(out / f"metrics-{rank:05d}.h5", "r", swmr=True) as file:
-                times.extend(file["steps/step_s"][WARM_UP:].tolist())
-    return 1e3 * statistics.median(times)
+def trained(options: dict[str, Any], out: Path, rank: int) -> list[float]:
+    """Seconds of this rank's steps in `dlion train`, whose metrics go to ``out``."""
+    from dlion_mpi.options import config_of
+    from dlion_mpi.run import run
+
+    config = config_of({"steps": STEPS, "threads": 1, "evaluate_every": "1000000", "out": str(out), **options})
+    if code := run(config, report=False).exit_code:
+        raise RuntimeError(f"{options}: ended with code {code}")
+    with h5py.File(out / f"metrics-{rank:05d}.h5") as file:
+        return [float(seconds) for seconds in file["steps/step_s"][:]]
 
 
-def _mpirun(ranks: int, *words: str) -> str:
+def inside(turns: int, names: Sequence[str]) -> None:
+    """What each rank does: these cases in turn. Rank 0 prints the median step of all ranks, by turn and case, in ms."""
+    from mpi4py import MPI
+
+    from dlion_mpi.model import tensorflow
+
+    tensorflow(1)
+    world = MPI.COMM_WORLD
+    medians: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(world.bcast(own, root=0))
+        for turn in range(turns):
+            medians.append({})
+            for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
+                gc.collect()
+                out = folder / f"{name}-{turn}"
+                times = plain() if name == PLAIN else trained(CASES[name], out, world.Get_rank())
+                everyone = [s for each in world.allgather(times) for s in each[WARM_UP:]]
+                medians[-1][name] = 1e3 * statistics.median(everyone)
+        world.Barrier()  # rank 0 removes the folder
+    if world.Get_rank() == 0:
+        print(json.dumps(medians), flush=True)
+
+
+def measured(ranks: int, turns: int, names: Sequence[str]) -> dict[str, Any]:
+    """These cases with so many ranks: medians over the turns, and ratios to Horovod."""
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    command = ["mpirun", "--oversubscribe", "--bind-to", "none", *root, "-n", str(ranks), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = ["mpirun", "--oversubscribe", "--bind-to", "none", *root, "-n", str(ranks)]
+    command += [sys.executable, "-m", "mpi4py", __file__, "--inside", "--turns", str(turns), "--case", *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if done.returncode:
-        sys.exit(f"{' '.join(command[:12])} ... failed:\n{done.stderr}")
-    return done.stdout
-
-
-def measure(ranks: int, repeats: int) -> dict[str, Any]:
-    """All cases in turn, ``repeats`` times."""
-    turns = [
-        {"plain_horovod": plain_ms(ranks)} | {name: dlion_ms(ranks, options) for name, options in CASES.items()}
-        for _ in range(repeats)
-    ]
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+    medians = json.loads(done.stdout.splitlines()[-1])
     return {
         name: {
-            "step_ms": round(statistics.median(turn[name] for turn in turns), 2),
-            "to_horovod": round(statistics.median(turn[name] / turn["horovod"] for turn in turns), 3),
-            "to_horovod_by_turn": [round(turn[name] / turn["horovod"], 3) for turn in turns],
+            "step_ms": round(statistics.median(turn[name] for turn in medians), 2),
+            "to_horovod": round(statistics.median(turn[name] / turn["horovod"] for turn in medians), 3),
+            "to_horovod_by_turn": [round(turn[name] / turn["horovod"], 3) for turn in medians],
         }
-        for name in turns[0]
+        for name in names
     }
 
 
 def main() -> None:
     """Measure with every number of ranks."""
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else REPEATS
-    results = {f"{ranks}_ranks": measure(ranks, repeats) for ranks in RANKS}
-    print(json.dumps({"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), **results}, indent=1))
+    parser = argparse.ArgumentParser(description="Steps of Horovod and of what does the same sum, as one JSON object.")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--case", nargs="+", choices=ALL, default=ALL, help="these, and horovod")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    names = [name for name in ALL if name in {"horovod", *args.case}]
+    if args.inside:
+        inside(args.turns, names)
+        return
+    load_before = os.getloadavg()[0]
+    results = {f"{ranks}_ranks": measured(ranks, args.turns, names) for ranks in RANKS}
+    about = {
+        "benchmark": "against_horovod",
+        "date": date.today().isoformat(),
+        "cores": os.cpu_count(),
+        "load_before": round(load_before, 2),
+        "versions": versions(),
+        "commit": commit(),
+        "limits_of_allreduce": [0.9, 1.1],
+        "within": {
+            name: 0.9 <= own["allreduce"]["to_horovod"] <= 1.1 for name, own in results.items() if "allreduce" in own
+        },
+    }
+    print(json.dumps(about | results, indent=1))
 
 
 if __name__ == "__main__":

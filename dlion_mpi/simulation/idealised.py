@@ -98,7 +98,8 @@ def resolve(config: Config) -> Config:
         raise UserError(f"--strategy {ideal.name} does not support --sync {config.sync}: it supports sync")
     for name in sorted({"preset", *(name for strategy in STRATEGIES.values() for name in strategy.defaults)}):
         if getattr(config, name) is not None and name not in BATCH_OPTIONS:
-            raise UserError(f"{flag(name)} is not used by --strategy {ideal.name}: drop it")
+            uses = ", ".join(flag(used) for used in BATCH_OPTIONS)
+            raise UserError(f"{flag(name)} is not used by --strategy {ideal.name}, which has {uses}: drop it")
     values: dict[str, Any] = {"sync": "sync", "gbs_schedule": config.gbs_schedule or "fixed"}
     for name in BATCH_OPTIONS:
         if getattr(config, name) is None and (name == "lbs_max" or values["gbs_schedule"] == "grow"):

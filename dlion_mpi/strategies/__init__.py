@@ -56,7 +56,10 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
         if given is None:
             values[name] = defaults.get(name)
         elif name not in defaults:
-            raise UserError(f"{flag(name)} is not used by --strategy {strategy.name} --sync {sync}: drop it")
+            uses = ", ".join(flag(used) for used in defaults) or "no options of its own"
+            raise UserError(
+                f"{flag(name)} is not used by --strategy {strategy.name} --sync {sync}, which has {uses}: drop it"
+            )
     for master, off, rest in _SWITCHES:
         if (values.get(master) or getattr(config, master)) == off:
             values.update(dict.fromkeys(rest))

@@ -8,12 +8,26 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from dlion_mpi.links import Links
 from dlion_mpi.wire import HEADER_BYTES
+from tests.conservation import Exact
+from tests.gaps import leads
 from tests.mpi.test_training import fresh_model, metrics, shared_folder, train, trained_weights
 
 __all__ = ["shared_folder"]  # the fixture
 
 PARAMETERS = 2410
+
+
+def slow(world: MPI.Intracomm, folder: Path, monkeypatch: pytest.MonkeyPatch, sample_s: float = 0.0005) -> None:
+    """The last rank computes twelve times as slowly as the others, which take ``sample_s`` for a sample."""
+    environment = folder.parent / f"slow-{world.Get_rank()}.toml"
+    cores = [24.0] * (world.Get_size() - 1) + [2.0]
+    environment.write_text(
+        f'name = "slow"\nworkers = {world.Get_size()}\nalpha_s = 0.01\nseconds_per_sample_24 = {sample_s}\n'
+        f"[[phases]]\ncores = {cores}\nuplink_mbit = {[1000.0] * world.Get_size()}\n"
+    )
+    monkeypatch.setenv("DLION_ENVIRONMENT", str(environment))
 
 
 @pytest.mark.mpi
@@ -68,6 +82,40 @@ def test_ako_sends_a_partition_a_step(world: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("sync", ["async", "bounded"])
+def test_what_ako_computed_has_come_or_is_kept_bit_for_bit(
+    world: MPI.Intracomm, sync: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everyone tells everyone what it has had from it."""
+    rank = world.Get_rank()
+    exact = Exact(monkeypatch, Links, lambda links: rank)
+    assert train(strategy="ako", sync=sync, ako_partitions=4, steps=80).exit_code == 0
+    for peer, came in enumerate(world.allgather(exact.came)):
+        if (rank, peer) in exact.computed:  # in `async` a peer may have left before this rank began
+            exact.came |= came
+            exact.check(rank, peer)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"strategy": "gaia", "staleness": 2}, 3),
+        ({"strategy": "hop", "staleness": 30, "backup": 3, "hop_max_gap": 2, "hop_skip": 0}, 2),
+        ({"strategy": "hop", "staleness": 30, "backup": 3, "hop_max_gap": 4, "hop_skip": 5}, 4),
+    ],
+)
+def test_nobody_is_further_ahead_than_the_clock_or_the_tokens_allow(
+    world: MPI.Intracomm, shared_folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], most: int
+) -> None:
+    """With a rank that is slower than the others. In simulated runs they go as far as they may."""
+    slow(world, shared_folder, monkeypatch, sample_s=0.0002)
+    assert train(**options, steps=20, out=str(shared_folder)).exit_code == 0
+    world.Barrier()
+    assert 0 <= max(leads(shared_folder, world.Get_size())) <= most
+
+
+@pytest.mark.mpi(min_size=2)
 def test_gaia_sends_less_with_a_higher_threshold(world: MPI.Intracomm) -> None:
     sent = [train(strategy="gaia", gaia_threshold=s, steps=60, staleness=0).result["bytes_sent"] for s in (0.0, 5.0)]
     assert sent[1] < 0.7 * sent[0]
@@ -94,16 +142,8 @@ def test_hop_s_parameters_are_those_of_decentralised_sgd(world: MPI.Intracomm) -
 
 
 @pytest.mark.mpi(min_size=2)
-def test_hop_s_gap_is_bounded_and_a_slow_rank_skips(
-    world: MPI.Intracomm, shared_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    environment = shared_folder.parent / f"slow-{world.Get_rank()}.toml"
-    cores = [24.0] * (world.Get_size() - 1) + [2.0]
-    environment.write_text(
-        f'name = "slow"\nworkers = {world.Get_size()}\nalpha_s = 0.01\nseconds_per_sample_24 = 0.0005\n'
-        f"[[phases]]\ncores = {cores}\nuplink_mbit = {[1000.0] * world.Get_size()}\n"
-    )
-    monkeypatch.setenv("DLION_ENVIRONMENT", str(environment))
+def test_with_hop_a_slow_rank_skips(world: MPI.Intracomm, shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(world, shared_folder, monkeypatch)
     options = {"strategy": "hop", "staleness": 3, "backup": 0, "hop_max_gap": 8}
     outcome = train(**options, hop_skip=10, steps=60, out=str(shared_folder))
     assert outcome.exit_code == 0

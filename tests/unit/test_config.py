@@ -393,6 +393,11 @@ def test_staleness_is_for_bounded_alone(mode: str) -> None:
         ({"strategy": "baseline", "lbs_max": 64}, "--lbs-max is not used by --strategy baseline"),
         ({"strategy": "baseline", "preset": "paper"}, "--preset paper is dlion's, not of --strategy baseline"),
         ({"strategy": "baseline", "staleness": 1}, "--staleness is not used by --strategy baseline"),
+        ({"strategy": "baseline", "backup": 1}, "--sync sync, which has no options of its own: drop it"),
+        ({"strategy": "ako", "max_n": 9.0}, "--sync async, which has --ako-partitions: drop it"),
+        ({"strategy": "ako", "sync": "bounded", "max_n": 9.0}, "which has --staleness, --ako-partitions: drop it"),
+        ({"strategy": "gaia", "backup": 1}, "which has --staleness, --gaia-threshold, --gaia-barrier: drop it"),
+        ({"strategy": "hop", "sync": "sync", "hop_skip": 1}, "--strategy hop --sync sync, which has --hop-graph: drop"),
     ],
 )
 def test_what_a_strategy_does_not_use_is_refused(options: dict[str, Any], said: str) -> None:

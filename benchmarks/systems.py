@@ -1,0 +1,280 @@
+"""Systems in micro-clouds by simulation: seconds to 70 % and 80 %, accuracy and spread at 120 s, bytes sent.
+
+Every finished run is a line of the results file at once. What the file has already is not run again, so a run that
+was cut off is started again with the same command. Run it from the root of the repository.
+
+    python benchmarks/systems.py --results systems.jsonl
+    python benchmarks/systems_table.py systems.jsonl --markdown
+
+A run tests every 10 steps, with 2,000 samples, until the mean over the workers reaches 80 %, or for `--seconds`. The
+changes of the dynamic environments come at thirds of `--at`, whatever the length of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from systems_table import read
+
+from dlion_mpi import environments
+from dlion_mpi.evaluate import Evaluation, target_reached_s
+from dlion_mpi.outcome import commit, versions
+
+ENVIRONMENTS = tuple(name for name in environments.names() if not name.startswith("gpu-"))
+SYSTEMS = ("free-network", "allreduce", "dlion", "dlion --preset paper", "baseline", "ako", "gaia", "hop")
+TARGETS = (0.7, 0.8)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What one line of the results file is about. ``system``: a strategy, and options after it."""
+
+    environment: str
+    system: str
+    seed: int
+    most_seconds: float
+    at_seconds: float
+
+    @classmethod
+    def of(cls, run: dict[str, Any]) -> Case:
+        """The case of a line. Raises KeyError if it is none."""
+        return cls(run["environment"], run["system"], run["seed"], run["most_seconds"], run["at_seconds"])
+
+
+@dataclass
+class Results:
+    """The results file, which several threads and processes may add to."""
+
+    path: Path
+    runs: list[dict[str, Any]] = field(init=False)
+    _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.runs = read(self.path)
+
+    def lacking(self, wanted: Iterable[Case]) -> list[Case]:
+        """Those that no line is about, each once."""
+        done = {Case.of(run) for run in self.runs}
+        return [case for case in dict.fromkeys(wanted) if case not in done]
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Append a line, on disk when this returns. What a write that was cut off has left stays a line of its own."""
+        with self._lock, self.path.open("ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+            start = b"\n" if end and file.read(1) != b"\n" else b""
+            file.write(start + json.dumps(run).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            self.runs.append(run)
+
+    def expected_s(self, case: Case) -> float:
+        """The seconds that the same system took to the last target with another seed; infinite if not known."""
+        times = [
+            run["seconds_to"][_percent(TARGETS[-1])]
+            for run in list(self.runs)
+            if (run["environment"], run["system"]) == (case.environment, case.system)
+        ]
+        return statistics.median(time or math.inf for time in times) if times else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One simulated run. By worker: its tests, the times of its steps and the bytes it had sent by then."""
+
+    tests: list[list[Evaluation]]
+    times_s: list[np.ndarray]
+    sent_bytes: list[np.ndarray]
+
+    @classmethod
+    def of(cls, folder: Path) -> Measured:
+        """Read the metrics that a run has left."""
+        measured = cls([], [], [])
+        for path in sorted(folder.glob("metrics-*.h5")):
+            with h5py.File(path) as file:
+                columns = (file[f"evaluations/{name}"][:].tolist() for name in ("step", "time_s", "accuracy"))
+                measured.tests.append([Evaluation(*row) for row in zip(*columns, strict=True)])
+                measured.times_s.append(file["steps/time_s"][:])
+                measured.sent_bytes.append(file["links/bytes_sent"][:].sum(axis=1))
+        return measured
+
+    def reached_s(self, target: float) -> float | None:
+        """When the workers' mean accuracy reached the target."""
+        return target_reached_s(self.tests, target)
+
+    def lasted_s(self) -> float:
+        """When the first worker ended."""
+        return min((float(times[-1]) for times in self.times_s if len(times)), default=0.0)
+
+    def accuracies(self, at_s: float) -> list[float]:
+        """By worker, of its newest test by then; 0 before the first."""
+        return [next((e.accuracy for e in reversed(tests) if e.time_s <= at_s), 0.0) for tests in self.tests]
+
+    def gigabytes(self, at_s: float) -> float:
+        """Sent by all workers by then."""
+        counts = [int(np.searchsorted(times, at_s, side="right")) for times in self.times_s]
+        return sum(int(sent[n - 1]) for sent, n in zip(self.sent_bytes, counts, strict=True) if n) / 1e9
+
+
+class Unstable(Exception):
+    """A run that ended itself, for example since its loss was no longer finite."""
+
+
+def simulated(case: Case, seconds: float, target: float) -> Measured:
+    """Run until ``target``, or for ``seconds``. Raises Unstable, and RuntimeError for anything else that went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        env, out = _fixed_phases(case, Path(folder)), Path(folder) / "run"
+        command = [sys.executable, "-m", "dlion_mpi", "simulate", "--env", env, "--strategy", *shlex.split(case.system)]
+        command += ["--evaluate-every", "10", "--test-samples", "2000", "--threads", "1", "--progress-every", "0"]
+        command += ["--seed", str(case.seed), "--seconds", str(seconds), "--target-accuracy", str(target)]
+        command += ["--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["said nothing"])[-1]
+            error = Unstable if done.returncode == 1 and "not finite" in said else RuntimeError
+            raise error(f"{case.environment}, {case.system}, seed {case.seed}: code {done.returncode}: {said}")
+        return Measured.of(out)
+
+
+def _fixed_phases(case: Case, folder: Path) -> str:
+    """The environment, or a file of it whose phases begin at set times in the place of parts of the run."""
+    path = environments.locate(case.environment)
+    starts = iter(environments.load(path).phase_starts_s(case.at_seconds))
+    text, changed = re.subn(
+        r"^share *=.*$", lambda _: f"start_s = {next(starts)!r}", path.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    if not changed:
+        return str(path)
+    own = folder / path.name
+    own.write_text(text, encoding="utf-8")
+    return str(own)
+
+
+def covering(case: Case, expected_s: float) -> Measured:
+    """A run that goes on until the last target and until `at`, at the longest for the most seconds.
+
+    A run ends when it reaches its target, so if it gets there before `at` another is needed, of that length and with
+    a target that is out of reach, whose workers do just the same. With ``expected_s``, the time to the target that
+    is expected, the one that is more likely to be enough is made first.
+    """
+    short = None
+    if expected_s <= case.at_seconds:
+        short = simulated(case, case.at_seconds, 1.0)
+        if short.reached_s(TARGETS[-1]) is not None:
+            return short
+    long = simulated(case, case.most_seconds, TARGETS[-1])
+    if long.reached_s(TARGETS[-1]) is None or long.lasted_s() >= case.at_seconds:
+        return long
+    return short or simulated(case, case.at_seconds, 1.0)
+
+
+def line(case: Case, expected_s: float) -> dict[str, Any]:
+    """Simulate a case: its line of the results file. Seconds are None where a target was not reached."""
+    run: dict[str, Any] = {
+        "environment": case.environment,
+        "system": case.system,
+        "seed": case.seed,
+        "most_seconds": case.most_seconds,
+        "at_seconds": case.at_seconds,
+        "commit": commit(),
+        "versions": versions(),
+        "seconds_to": {_percent(target): None for target in TARGETS},
+        "steps": None,
+        "accuracy_at": None,
+        "spread_at": None,
+        "gigabytes_at": None,
+        "gigabytes_to_end": None,
+        "failed": None,
+    }
+    try:
+        measured = covering(case, expected_s)
+    except Unstable as failure:
+        return run | {"failed": str(failure)}
+    reached = {_percent(target): measured.reached_s(target) for target in TARGETS}
+    accuracies = measured.accuracies(case.at_seconds)
+    return run | {
+        "seconds_to": {name: None if s is None else round(s, 2) for name, s in reached.items()},
+        "steps": [len(times) for times in measured.times_s],
+        "accuracy_at": round(statistics.mean(accuracies), 4),
+        "spread_at": round(statistics.pstdev(accuracies), 4),
+        "gigabytes_at": round(measured.gigabytes(case.at_seconds), 3),
+        "gigabytes_to_end": round(measured.gigabytes(reached[_percent(TARGETS[-1])] or math.inf), 3),
+    }
+
+
+def _percent(target: float) -> str:
+    return f"{target:.0%}"
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Seed by seed, so that a cut leaves whole seeds."""
+    for seed, env, system in product(args.seeds, args.env, args.system):
+        yield Case(env, shlex.join(shlex.split(system)), seed, args.seconds, args.at)
+
+
+def run_all(results: Results, wanted: Iterable[Case], jobs: int) -> list[str]:
+    """Run what the results file lacks. Returns what went wrong; after that, or a signal, nothing more is begun."""
+    failures: list[str] = []
+
+    def run(case: Case) -> None:
+        if failures:
+            return
+        try:
+            new = line(case, results.expected_s(case))
+        except RuntimeError as failure:
+            failures.append(str(failure))
+            return
+        results.add(new)
+        print(
+            json.dumps({name: value for name, value in new.items() if name != "versions"}), file=sys.stderr, flush=True
+        )
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            list(pool.map(run, results.lacking(wanted)))
+        except BaseException:
+            failures.append("stopped")
+            raise
+    return failures
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Systems in micro-clouds by simulation, into a file of JSON lines.")
+    parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="where runs are added")
+    parser.add_argument("--env", nargs="+", default=list(ENVIRONMENTS))
+    parser.add_argument("--system", nargs="+", default=list(SYSTEMS), help="strategies, each with its options, quoted")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=3000.0, help="most virtual seconds of a run")
+    parser.add_argument("--at", type=float, default=120.0, metavar="SECONDS", help="when accuracy is compared")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    args = parser.parse_args(words)
+    if not 0 < args.at <= args.seconds:
+        parser.error("--at must be above 0 and at most --seconds")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; what was running has been finished and kept"))
+    if failures := run_all(Results(args.results), cases(args), args.jobs):
+        sys.exit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()

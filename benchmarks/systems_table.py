@@ -1,0 +1,214 @@
+"""The tables of `systems.py`: medians over the seeds, and ratios. Reads a results file, prints JSON or Markdown.
+
+    python benchmarks/systems_table.py FILE [--markdown]
+
+Ratios are of medians of seconds, so above 1 the divisor is the faster. A run that did not reach its target counts as
+infinitely long; where one side of a ratio did not reach it, the ratio is bounded by how long that side was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+OURS, IDEAL, RING = "dlion", "free-network", "allreduce"
+RIVALS = ("baseline", "ako", "gaia", "hop")
+NOTHING = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """Median seconds to a target, infinite where it was not reached; at least ``given_s`` were tried for it."""
+
+    seconds: float
+    given_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A quotient, or with ``bound`` ">" or "<" what it is above or below; None: neither side got there."""
+
+    value: float | None
+    bound: str = ""
+
+    @classmethod
+    def of(cls, over: Time | None, under: Time | None) -> Ratio:
+        """``over / under``; either may be missing."""
+        if over is None or under is None or (math.isinf(over.seconds) and math.isinf(under.seconds)):
+            return cls(None)
+        if math.isinf(over.seconds):
+            return cls(over.given_s / under.seconds, ">")
+        if math.isinf(under.seconds):
+            return cls(over.seconds / under.given_s, "<")
+        return cls(over.seconds / under.seconds)
+
+    def __str__(self) -> str:
+        return NOTHING if self.value is None else f"{self.bound} {self.value:.2f}".strip()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs of a results file. A line that was cut off, by a full disk say, is passed over."""
+    runs = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            run = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(run, dict) and "environment" in run:
+            runs.append(run)
+    return runs
+
+
+def rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per environment and system: medians over the seeds; None for seconds that the median run did not reach."""
+    table = []
+    for env, system in dict.fromkeys((run["environment"], run["system"]) for run in runs):
+        own = [run for run in runs if (run["environment"], run["system"]) == (env, system)]
+        times = {target: _time(own, target) for target in own[0]["seconds_to"]}
+        row = {
+            "environment": env,
+            "system": system,
+            "seeds": sorted(run["seed"] for run in own),
+            "seconds_to": {target: _finite(time.seconds) for target, time in times.items()},
+            "seconds_given": min(run["most_seconds"] for run in own),
+        }
+        for name in ("accuracy_at", "spread_at", "gigabytes_at", "gigabytes_to_end"):
+            known = [run[name] for run in own if run[name] is not None]
+            row[name] = statistics.median(known) if known else None
+        table.append(row)
+    return table
+
+
+def _time(runs: Sequence[Mapping[str, Any]], target: str) -> Time:
+    seconds = [math.inf if run["seconds_to"][target] is None else run["seconds_to"][target] for run in runs]
+    return Time(statistics.median(seconds), min(run["most_seconds"] for run in runs))
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isinf(value) else value
+
+
+def ratios(table: Sequence[Mapping[str, Any]], target: str) -> dict[str, dict[str, Ratio]]:
+    """By environment: the best rival, the ring and the free network against DLion."""
+    found = {}
+    for env in dict.fromkeys(row["environment"] for row in table):
+        times = {
+            row["system"]: Time(math.inf if (s := row["seconds_to"][target]) is None else s, row["seconds_given"])
+            for row in table
+            if row["environment"] == env
+        }
+        rivals = [time for system, time in times.items() if system.split()[0] in RIVALS]
+        # Of rivals that did not get there, any may have been the best: the one that was given least bounds it.
+        best = min(rivals, key=lambda time: (time.seconds, time.given_s), default=None)
+        ours = times.get(OURS)
+        found[env] = {
+            "best rival over dlion": Ratio.of(best, ours),
+            "allreduce over dlion": Ratio.of(times.get(RING), ours),
+            "dlion over free-network": Ratio.of(ours, times.get(IDEAL)),
+        }
+    return found
+
+
+def _grid(
+    table: Sequence[Mapping[str, Any]],
+    cell: Callable[[Mapping[str, Any]], str],
+    more: Mapping[str, Mapping[str, Ratio]],
+) -> list[str]:
+    """Lines of a Markdown table: environments down, systems across, then the ratios of ``more``."""
+    systems = list(dict.fromkeys(row["system"] for row in table))
+    names = list(next(iter(more.values()))) if more else []
+    lines = [_line(["", *systems, *names]), _line(["---"] * (1 + len(systems) + len(names)))]
+    cells = {(row["environment"], row["system"]): cell(row) for row in table}
+    for env in dict.fromkeys(row["environment"] for row in table):
+        own = [cells.get((env, system), "") for system in systems]
+        lines.append(_line([env, *own, *(str(more[env][name]) for name in names)]))
+    return lines
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _seconds(row: Mapping[str, Any], target: str) -> str:
+    seconds = row["seconds_to"][target]
+    return NOTHING if seconds is None else f"{seconds:.0f}"
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    known = row["accuracy_at"] is not None
+    return f"{100 * row['accuracy_at']:.1f}, {100 * row['spread_at']:.1f}" if known else NOTHING
+
+
+def _gigabytes(row: Mapping[str, Any]) -> str:
+    known = row["gigabytes_at"] is not None
+    return f"{row['gigabytes_at']:.2f}, {row['gigabytes_to_end']:.2f}" if known else NOTHING
+
+
+def _span(values: Iterable[float]) -> str:
+    """From the least to the largest, or the one that all are."""
+    ordered = sorted(values)
+    return " to ".join(f"{value:g}" for value in dict.fromkeys((ordered[0], ordered[-1])))
+
+
+def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The tables to print."""
+    if not runs:
+        return "No runs yet."
+    table = rows(runs)
+    seeds = _span(len(row["seeds"]) for row in table)
+    given = _span(row["seconds_given"] for row in table)
+    at = f"{runs[0]['at_seconds']:g}"
+    text = [f"Medians over {seeds} seed{'s' * (seeds != '1')}; `{NOTHING}`: not reached in {given} virtual seconds."]
+    for target in reversed(runs[0]["seconds_to"]):
+        text += ["", f"Virtual seconds to {target.replace('%', ' %')}:", ""]
+        text += _grid(table, lambda row, target=target: _seconds(row, target), ratios(table, target))  # type: ignore[misc]
+    text += ["", f"Test accuracy at {at} s in %, and its standard deviation between the workers in points:", ""]
+    text += _grid(table, _accuracy, {})
+    text += ["", f"GB sent by all workers, by {at} s and until the last target (or the end):", ""]
+    text += _grid(table, _gigabytes, {})
+    return "\n".join(text)
+
+
+def as_json(runs: Sequence[Mapping[str, Any]]) -> str:
+    """All there is: the table, the ratios, the runs."""
+    table = rows(runs)
+    targets = list(runs[0]["seconds_to"]) if runs else []
+    found = {target: ratios(table, target) for target in targets}
+    about = {
+        "benchmark": "systems",
+        "date": date.today().isoformat(),
+        "commits": sorted({run["commit"] for run in runs}),
+        "ratios": {
+            target: {env: {name: asdict(ratio) for name, ratio in own.items()} for env, own in by_env.items()}
+            for target, by_env in found.items()
+        },
+        "table": table,
+        "runs": list(runs),
+    }
+    return json.dumps(about)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tables of what systems.py has measured.")
+    parser.add_argument("results", type=Path, metavar="FILE")
+    parser.add_argument("--env", nargs="+", help="these only")
+    parser.add_argument("--system", nargs="+", help="these only, each with its options, quoted")
+    parser.add_argument("--markdown", action="store_true", help="tables to read in the place of JSON")
+    args = parser.parse_args()
+    runs = [
+        run
+        for run in read(args.results)
+        if (not args.env or run["environment"] in args.env) and (not args.system or run["system"] in args.system)
+    ]
+    print(markdown(runs) if args.markdown else as_json(runs))
+
+
+if __name__ == "__main__":
+    main()
