@@ -74,6 +74,7 @@ class Dlion:
         "value_type": "bfloat16",
         "exchange_share": 0.15,
         **TRANSFER,
+        "transfer": "auto",
     }
 
     def start(self, plan: Plan) -> DlionState:

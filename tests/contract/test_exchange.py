@@ -101,9 +101,7 @@ def test_an_entry_is_sent_whole_or_kept_whole(seed: int, offers: list[Any]) -> N
 
 @pytest.mark.parametrize("value_type", ["float16", "bfloat16"])
 @given(seed=st.integers(0, 1000), offers=OFFERS)
-def test_with_16_bit_values_the_rounding_error_is_kept(
-    value_type: ValueType, seed: int, offers: list[Any]
-) -> None:
+def test_with_16_bit_values_the_rounding_error_is_kept(value_type: ValueType, seed: int, offers: list[Any]) -> None:
     strategy, state = start_dlion(unsent="accumulate", value_type=value_type)
     total = np.zeros(SIZE, np.float64)
     sent = {peer: np.zeros(SIZE, np.float64) for peer in (1, 2)}
