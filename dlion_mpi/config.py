@@ -200,9 +200,9 @@ class Config:
     # direct knowledge transfer
     transfer: str | None = _option(
         None,
-        "who merges the best worker's weights",
+        "who merges the best worker's weights; auto: all with --unsent drop or another --transfer option, else none",
         table="transfer",
-        choices=("all", "worse-than-mean", "worst", "none"),
+        choices=("auto", "all", "worse-than-mean", "worst", "none"),
     )
     transfer_period: int | None = _option(None, "steps between transfers", table="transfer")
     transfer_merge: float | None = _option(None, "lambda of w <- w - lambda (w - w_best), in 0..1", table="transfer")

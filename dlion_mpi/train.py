@@ -62,10 +62,13 @@ def train(w: Worker) -> Loop:
 
 
 def profile(w: Worker) -> Loop:
-    """Time two batch sizes before the first step, so that the first step is already balanced."""
+    """Time two batch sizes before the first step, so that the first step is already balanced.
+
+    Small ones, since everyone waits for the slowest worker's timings.
+    """
     start_s = w.now_s()
-    for size in (max(1, w.config.lbs // 4), w.config.lbs):
-        for attempt in range(3):
+    for size in (max(1, w.config.lbs // 8), max(1, w.config.lbs // 2)):
+        for attempt in range(2):
             computed = yield Compute(*w.batches.take(size))
             assert computed is not None
             if attempt:  # the first of a size pays for allocation

@@ -8,6 +8,7 @@ no interface, no address, no route leads out, and deleting the namespaces delete
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -244,6 +245,16 @@ def destroy(name: str, workers: int) -> list[str]:
             if (NAMESPACES / namespace).exists():  # else somebody else was quicker
                 problems.append(str(error))
     return problems
+
+
+def sent_bytes(name: str, worker: int) -> dict[int, int]:
+    """What a shaped worker has sent to each peer, frames included, by the kernel's own counters."""
+    tc = which("tc") or "tc"
+    command = [tc, "-n", of_worker(name, worker), "-s", "class", "show", "dev", "eth0"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    rows = re.findall(r"^class htb 1:(\w+) .*\n *Sent (\d+) bytes", shown, re.MULTILINE)
+    found = {int(minor, 16) - _FIRST_PEER_CLASS: int(sent) for minor, sent in rows}
+    return {peer: sent for peer, sent in found.items() if peer >= 0}
 
 
 def _ip(namespace: str, *commands: str) -> None:

@@ -60,8 +60,15 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
             raise UserError(
                 f"{flag(name)} is not used by --strategy {strategy.name} --sync {sync}, which has {uses}: drop it"
             )
-    for master, off, rest in _SWITCHES:
-        if (values.get(master) or getattr(config, master)) == off:
+
+    def chosen(name: str) -> object:
+        return values.get(name) or getattr(config, name)
+
+    if chosen("transfer") == "auto":
+        asked = any(getattr(config, name) is not None for name in _SWITCHES["transfer"][1])
+        values["transfer"] = "none" if chosen("unsent") == "accumulate" and not asked else "all"
+    for master, (off, rest) in _SWITCHES.items():
+        if chosen(master) == off:
             values.update(dict.fromkeys(rest))
     if config.max_n is not None:
         values["n_min"] = None
@@ -71,12 +78,11 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
 _BOUNDED_ONLY = ("staleness", "backup", "hop_max_gap", "hop_skip")
 
 # A technique that is switched off leaves these options without a value.
-_SWITCHES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("batching", "fixed", ("rebalance_every",)),
-    (
-        "gbs_schedule",
+_SWITCHES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "batching": ("fixed", ("rebalance_every",)),
+    "gbs_schedule": (
         "fixed",
         ("gbs_interval", "gbs_warmup_step", "gbs_warmup_limit", "gbs_speedup_factor", "gbs_limit"),
     ),
-    ("transfer", "none", ("transfer_period", "transfer_merge", "transfer_losses")),
-)
+    "transfer": ("none", ("transfer_period", "transfer_merge", "transfer_losses")),
+}

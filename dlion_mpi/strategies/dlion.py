@@ -46,6 +46,7 @@ PAPER: Mapping[str, object] = {
     "batching": "proportional",
     "weighting": "paper",
     "unsent": "drop",
+    "value_type": "float32",
     "exchange_share": 0.0,
     "transfer": "all",
 }
@@ -70,9 +71,10 @@ class Dlion:
         "max_n": None,
         "n_min": 0.85,
         "unsent": "accumulate",
-        "value_type": "float32",
+        "value_type": "bfloat16",
         "exchange_share": 0.15,
         **TRANSFER,
+        "transfer": "auto",
     }
 
     def start(self, plan: Plan) -> DlionState:

@@ -16,7 +16,7 @@ from dlion_mpi.flat import Vector
 from dlion_mpi.strategies import STRATEGIES, resolve
 from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, Plan, SendsFirst
 from dlion_mpi.train import MOST_STEPS_APART
-from dlion_mpi.wire import Header, Kind, Message
+from dlion_mpi.wire import Header, Kind, Message, ValueType
 from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, every_message_mode, gradients, local, trained
 from tests.inmemory import Weather
 
@@ -55,8 +55,8 @@ def test_what_a_link_gets_when_it_takes_no_message(name: str, mode: str) -> None
         assert messages[1].kind is Kind.GRADIENT
 
 
-def start_dlion(**options: Any) -> tuple[Any, Any]:
-    strategy, resolved = resolve(Config(strategy="dlion", sync="async", **options))
+def start_dlion(value_type: ValueType = "float32", **options: Any) -> tuple[Any, Any]:
+    strategy, resolved = resolve(Config(strategy="dlion", sync="async", value_type=value_type, **options))
     return strategy, strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1, 2), layout=LAYOUT))
 
 
@@ -101,9 +101,7 @@ def test_an_entry_is_sent_whole_or_kept_whole(seed: int, offers: list[Any]) -> N
 
 @pytest.mark.parametrize("value_type", ["float16", "bfloat16"])
 @given(seed=st.integers(0, 1000), offers=OFFERS)
-def test_with_16_bit_values_the_rounding_error_is_kept(
-    value_type: wire.ValueType, seed: int, offers: list[Any]
-) -> None:
+def test_with_16_bit_values_the_rounding_error_is_kept(value_type: ValueType, seed: int, offers: list[Any]) -> None:
     strategy, state = start_dlion(unsent="accumulate", value_type=value_type)
     total = np.zeros(SIZE, np.float64)
     sent = {peer: np.zeros(SIZE, np.float64) for peer in (1, 2)}

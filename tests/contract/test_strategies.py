@@ -215,6 +215,7 @@ def test_dlion_with_nothing_left_out_is_sgd_on_the_joint_batch(workers: int) -> 
         batching="fixed",
         gbs_schedule="fixed",
         transfer="none",
+        value_type="float32",
     )
     expected = np.zeros(SIZE)
     for step in range(30):
@@ -256,7 +257,9 @@ def test_a_machine_that_slows_down_in_mid_run_gets_smaller_batches(mode: str) ->
 
     result = trained(config("dlion", mode, steps=90, lbs=40), seconds=seconds)
     assert result.records[0][5].lbs == 40
-    assert result.records[0][-1].lbs == round(120 * (1 / 4) / (1 / 4 + 2))
+    # 13 1/3, 53 1/3, 53 1/3: which of the three gets the sample that is left is not said
+    assert result.records[0][-1].lbs in (13, 14)
+    assert sum(records[-1].lbs for records in result.records) == 120
 
 
 @pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)
@@ -354,7 +357,8 @@ def test_who_has_left_is_neither_waited_for_nor_sent_anything(name: str, mode: s
 def test_in_sync_time_ends_for_everyone_after_the_same_step(name: str) -> None:
     """Who sees the end first has not taken the step that others are in, so that nobody can complete it."""
     for seed in range(5):
-        settings = config(name, "sync", steps=None, seconds=0.4, transfer="none")
+        exact = {"value_type": "float32"} if has_option(name, "value_type") else {}
+        settings = config(name, "sync", steps=None, seconds=0.4, transfer="none", **exact)
         result = trained(settings, weather=Weather(seed=seed, delay=40, slow=seed % 3, slowness=4))
         assert len({len(records) for records in result.records}) == 1
         if name != "hop":  # whose workers add their own gradients to the common mean

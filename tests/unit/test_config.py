@@ -359,10 +359,29 @@ def test_what_is_given_comes_before_the_default() -> None:
     assert (resolved.transfer_merge, resolved.exchange_share) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("options", "transfer"),
+    [
+        ({}, "none"),
+        ({"transfer": "auto"}, "none"),
+        ({"unsent": "drop"}, "all"),
+        ({"transfer_period": 20}, "all"),
+        ({"unsent": "drop", "transfer": "worst"}, "worst"),
+        ({"unsent": "drop", "transfer": "none"}, "none"),
+    ],
+)
+def test_knowledge_is_transferred_where_gradients_are_dropped_or_it_is_asked_for(
+    options: dict[str, Any], transfer: str
+) -> None:
+    resolved = resolve(Config(**options))[1]
+    assert resolved.transfer == transfer
+    assert (resolved.transfer_merge is None) == (transfer == "none")
+
+
 def test_the_paper_s_preset_stands_behind_what_is_given() -> None:
     paper = resolve(Config(preset="paper"))[1]
     assert (paper.batching, paper.weighting, paper.unsent, paper.transfer) == ("proportional", "paper", "drop", "all")
-    assert paper.transfer_merge == resolve(Config())[1].transfer_merge == 0.75
+    assert paper.transfer_merge == 0.75
     given = resolve(Config(preset="paper", unsent="accumulate", transfer="none"))[1]
     assert (given.unsent, given.transfer, given.transfer_merge) == ("accumulate", "none", None)
 

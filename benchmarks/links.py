@@ -1,0 +1,207 @@
+"""Full links without queues, and balanced workers: emulated runs of dlion, counted by the kernel. One JSON object.
+
+How much of every link's shaped rate is used, by the counters of the kernel's traffic shaper; how old gradients are
+when they are applied; how long a step takes over what it computes; how even the workers' iteration times are; and
+after a link's rate has changed, how soon use and age are good again. Needs root and the machine to itself: 8 minutes.
+
+    python benchmarks/links.py > benchmarks/results/links.json
+
+The limits are those of issue 4: use of at least 0.93, age (95th percentile) under 2.5 iterations, slowest worker at
+most 1.10 of the median after 20 iterations, steps at most 1.05 of their computing; after a change use of 0.90 and
+that age within 5 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from dlion_mpi import environments
+from dlion_mpi.emulation import netns, records
+from dlion_mpi.environments import Environment
+from dlion_mpi.outcome import commit, versions
+
+ENVIRONMENTS = ("hetero-net-a", "hetero-net-b", "hetero-sys-a", "homo-b")
+WARM_UP_S = 10.0
+SETTLED_STEP = 20
+NAME = "links"
+"""Of the emulation."""
+CHANGE_S = 30.0
+CHANGES = {"50 to 20": (50, 20), "20 to 50": (20, 50)}
+CHANGING = """
+workers = 6
+[[phases]]
+cores = 24
+uplink_mbit = {before}
+start_s = 0
+[[phases]]
+cores = 24
+uplink_mbit = {after}
+start_s = {change_s}
+"""
+
+
+@dataclass
+class Counters:
+    """What every worker's shaper has sent: (seconds since training began, bytes by worker and peer) now and then."""
+
+    workers: int
+    times_s: list[float] = field(default_factory=list)
+    sent_bytes: list[np.ndarray] = field(default_factory=list)
+
+    def read(self) -> None:
+        """Read the counters of all links, if training has begun."""
+        clock = next((e.clock for e in records.find_all() if e.name == NAME), None)
+        began = None if clock is None else environments.read_clock(clock)
+        if began is None:
+            return
+        sent = np.zeros((self.workers, self.workers))
+        for worker in range(self.workers):
+            for peer, count in netns.sent_bytes(NAME, worker).items():
+                sent[worker, peer] = count
+        if sent.any():
+            self.times_s.append(time.time() - began.started_s)
+            self.sent_bytes.append(sent)
+
+    def megabits_per_s(self, start_s: float, stop_s: float) -> np.ndarray:
+        """By worker and peer, between the readings nearest to two times."""
+        times = np.array(self.times_s)
+        first, last = int(np.abs(times - start_s).argmin()), int(np.abs(times - stop_s).argmin())
+        return (self.sent_bytes[last] - self.sent_bytes[first]) * 8e-6 / (times[last] - times[first])
+
+
+@dataclass(frozen=True)
+class Run:
+    """An emulated run: the environment, the kernel's counters, and per worker what its metrics file says."""
+
+    environment: Environment
+    counters: Counters
+    steps: list[dict[str, np.ndarray]]
+    ages: list[np.ndarray]
+    times_s: list[np.ndarray]
+    seconds: float
+
+    def use(self, start_s: float, stop_s: float) -> dict[str, float]:
+        """What each link, by name, carries over what it may, between two times of one phase."""
+        rates = self.counters.megabits_per_s(start_s, stop_s)
+        workers = range(self.environment.workers)
+        phase = self.environment.phase_at(start_s, self.seconds)
+        return {
+            f"{k}-{j}": float(rates[k, j] / self.environment.rate_mbit(k, j, phase))
+            for k in workers
+            for j in workers
+            if k != j
+        }
+
+    def age_steps(self, start_s: float, stop_s: float) -> np.ndarray:
+        """Ages, in the receiver's iterations, of the gradients that were applied between two times."""
+        rows = [a[(t >= start_s) & (t < stop_s)] for a, t in zip(self.ages, self.times_s, strict=True)]
+        ages = np.concatenate([row.ravel() for row in rows])
+        return ages[np.isfinite(ages)]
+
+
+def emulated(env: str, seconds: float, seed: int) -> Run:
+    """Train for some time in an emulation, reading the kernel's counters twice a second."""
+    environment = environments.load(env)
+    counters = Counters(environment.workers)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        dlion = [sys.executable, "-m", "dlion_mpi"]
+        command = [*dlion, "emulate", "run", "--env", env, "--name", NAME, "--", *dlion, "train", "--out", str(out)]
+        command += ["--seconds", str(seconds), "--seed", str(seed), "--progress-every", "0"]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
+            while running.poll() is None:
+                counters.read()
+                time.sleep(0.5)
+        if running.returncode:
+            sys.exit(f"the run in {env} failed with exit code {running.returncode}")
+        steps, ages, times = [], [], []
+        for path in sorted(out.glob("metrics-*.h5")):
+            with h5py.File(path) as file:
+                steps.append({name: file[f"steps/{name}"][:] for name in ("step_s", "compute_s", "wait_s")})
+                ages.append(file["links/age_steps"][:])
+                times.append(file["steps/time_s"][:])
+    return Run(environment, counters, steps, ages, times, seconds)
+
+
+def steady(env: str, seconds: float, seed: int) -> dict[str, Any]:
+    """Use, age, step times and balance once the run has settled."""
+    run = emulated(env, seconds, seed)
+    use = run.use(WARM_UP_S, seconds)
+    ages = run.age_steps(WARM_UP_S, seconds)
+    own = [s["step_s"] - s["wait_s"] for s in run.steps]
+    over = [float(np.median(s["step_s"] / s["compute_s"])) for s in run.steps]
+    iteration_s = [float(np.median(s[SETTLED_STEP:])) for s in own]
+    return {
+        "environment": env,
+        "use_least": round(min(use.values()), 3),
+        "use_median": round(statistics.median(use.values()), 3),
+        "use_by_link": {link: round(value, 3) for link, value in use.items()},
+        "age_steps_median": round(float(np.median(ages)), 2),
+        "age_steps_p95": round(float(np.percentile(ages, 95)), 2),
+        "slowest_over_median": round(max(iteration_s) / statistics.median(iteration_s), 3),
+        "step_over_compute": round(statistics.median(over), 3),
+        "waiting": round(statistics.mean(float(s["wait_s"].sum() / s["step_s"].sum()) for s in run.steps), 3),
+        "steps": [len(s["step_s"]) for s in run.steps],
+    }
+
+
+def changing(name: str, seconds: float, seed: int) -> dict[str, Any]:
+    """Use and age from 5 s after all uplinks have changed their rate, and second by second after the change."""
+    before, after = CHANGES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "change.toml"
+        path.write_text(CHANGING.format(before=before, after=after, change_s=CHANGE_S), encoding="utf-8")
+        run = emulated(str(path), seconds, seed)
+    later = CHANGE_S + 5
+    ages = run.age_steps(later, seconds)
+    by_second = [(float(s), run.use(s, s + 1), run.age_steps(s, s + 1)) for s in np.arange(CHANGE_S, CHANGE_S + 10)]
+    return {
+        "uplinks_mbit": name,
+        "use_median_after_5_s": round(statistics.median(run.use(later, seconds).values()), 3),
+        "use_least_after_5_s": round(min(run.use(later, seconds).values()), 3),
+        "age_steps_p95_after_5_s": round(float(np.percentile(ages, 95)), 2),
+        "use_by_second": [round(statistics.median(use.values()), 2) for _, use, _ in by_second],
+        "age_steps_p95_by_second": [round(float(np.percentile(a, 95)), 1) if len(a) else None for _, _, a in by_second],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Use of links, ages of gradients, balance.")
+    parser.add_argument("--env", nargs="*", default=list(ENVIRONMENTS))
+    parser.add_argument("--change", nargs="*", default=list(CHANGES), choices=list(CHANGES))
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    result = {
+        "benchmark": "links",
+        "date": date.today().isoformat(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "commit": commit(),
+        "seconds": args.seconds,
+        "steady": [steady(env, args.seconds, args.seed) for env in args.env],
+        "changing": [changing(name, args.seconds, args.seed) for name in args.change],
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
