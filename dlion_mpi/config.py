@@ -86,7 +86,14 @@ class Config:
     test_samples: int | None = _option(
         None, "test with this many of the test samples, evenly taken; all if not given", table="run"
     )
-    progress_every: float = _option(5.0, "seconds between progress lines; 0 for none", table="run")
+    progress: str = _option(
+        "auto",
+        "on stderr, a view of all ranks that is drawn again every second, or a line per rank now and then; auto: the "
+        "view where rank 0 or its mpirun writes to a terminal",
+        table="run",
+        choices=("auto", "live", "lines"),
+    )
+    progress_every: float = _option(5.0, "seconds between progress lines; 0 for none, nor a view", table="run")
     non_finite: str = _option(
         "stop",
         "a loss or gradient that is NaN or infinite: stop the run, or skip that gradient",
@@ -95,6 +102,9 @@ class Config:
     )
     seed: int = _option(0, "of initial weights, partition and batches", table="run")
     out: str | None = _option(None, "folder for metrics and configuration; must not exist yet", table="run")
+    tensorboard: str | None = _option(
+        None, "folder for TensorBoard, with a folder of scalars for every rank; must not exist yet", table="run"
+    )
     # model and data
     model: str = _option("cipher", "cipher, or PACKAGE.MODULE:FUNCTION that returns a Keras model", table="model")
     optimizer: str = _option("sgd", "what applies the weighted gradient", table="model", choices=("sgd", "adam"))

@@ -16,6 +16,26 @@ def say(message: str) -> None:
     sys.stderr.flush()
 
 
+def progress_line(
+    *,
+    rank: int,
+    time_s: float,
+    step: int,
+    batch: str,
+    loss: float,
+    samples_per_s: float,
+    accuracy: float | None,
+    links: Sequence[tuple[int, float, float]],
+) -> str:
+    """How a rank is getting on, in a line. ``links``: per peer its number, N and the bytes sent so far."""
+    tested = f"  test {accuracy:.1%}" if accuracy is not None else ""
+    sent = "".join(f"  ->{peer} N {quality:.1f} {count / 1e6:.1f} MB" for peer, quality, count in links)
+    return (
+        f"[{rank}] {time_s:6.1f} s  step {step}  batch {batch}  loss {loss:.3f}  {samples_per_s:.0f} samples/s"
+        f"{tested}{sent}"
+    )
+
+
 @dataclass(slots=True)
 class Progress:
     """Prints one line per rank every ``every_s`` seconds (0: never)."""
@@ -34,15 +54,17 @@ class Progress:
         elapsed_s = record.time_s - self._printed_s
         if not self.every_s or elapsed_s < self.every_s:
             return
-        links = "".join(
-            f"  ->{peer} N {self._quality.get(peer, 0):.1f} {sent / 1e6:.1f} MB"
-            for peer, sent in sorted(record.bytes_sent.items())
-        )
-        accuracy = self.accuracy()
-        tested = f"  test {accuracy:.1%}" if accuracy is not None else ""
         say(
-            f"[{self.rank}] {record.time_s:6.1f} s  step {record.step + 1}  batch {record.lbs}/{record.gbs}"
-            f"  loss {record.loss:.3f}  {self._samples / elapsed_s:.0f} samples/s{tested}{links}"
+            progress_line(
+                rank=self.rank,
+                time_s=record.time_s,
+                step=record.step + 1,
+                batch=f"{record.lbs}/{record.gbs}",
+                loss=record.loss,
+                samples_per_s=self._samples / elapsed_s,
+                accuracy=self.accuracy(),
+                links=[(peer, self._quality.get(peer, 0), sent) for peer, sent in sorted(record.bytes_sent.items())],
+            )
         )
         self._printed_s, self._samples = record.time_s, 0
 

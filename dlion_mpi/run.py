@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlion_mpi import startup
 from dlion_mpi.collectives import Collectives
 from dlion_mpi.config import Config
-from dlion_mpi.console import Progress, say, summary
+from dlion_mpi.console import say, summary
 from dlion_mpi.data import Batches, Shard, load, merge_facts
 from dlion_mpi.driver import drive
 from dlion_mpi.environments import PaceClock, start_clock
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.evaluate import BackgroundEvaluator, Evaluation, rows_to_test
 from dlion_mpi.links import Links
+from dlion_mpi.live import title_of, told
 from dlion_mpi.membership import Membership
 from dlion_mpi.model import Replica, build, optimizer, tensorflow
 from dlion_mpi.outcome import (
@@ -88,13 +90,14 @@ def run(
         training_samples=shard.train_samples_global,
         reduce=exchange.reduce if ranks.size > 1 else None,
     )
-    if report:
-        worker.on_step = Progress(ranks.rank, config.progress_every, worker.last_accuracy)
+    gather = functools.partial(startup.gather_numbers, ranks.communicator)
+    title = title_of(config, "rank", ranks.size)
+    telling = told(worker, ranks.size, exchange.links, gather, title) if report else nullcontext()
 
     def driven(loop: Loop) -> None:
         drive(loop, replica=replica, progress=exchange.progress, now_s=clock.now_s, pace_model=pace_clock)
 
-    with stopped_by_signals([worker]):
+    with stopped_by_signals([worker]), telling:
         clock.start()
         if ranks.rank == 0:
             start_clock(config.seconds)

@@ -118,7 +118,7 @@ def simulate(
     ideal = config.strategy in idealised.IDEALS
     config = idealised.resolve(config) if ideal else strategies.resolve(config)[1]
     run = prepare(config, environment, model=model, shards=shards, report=report)
-    with run:
+    with run, run.meter.shown():
         finishes = idealised.train_together(run) if ideal else drive(run)
         code = exit_code([finish.exit_code for finish in finishes])
         run.complete = code == 0

@@ -215,7 +215,7 @@ def _record(group: Together, shares: Sequence[int], compute_s: Sequence[float], 
             bytes_received=_link((rank - 1) % workers, group.bytes_sent),
         )
         run.recorders[rank].step(record)
-        run.meter.step(rank, group.step + 1, group.now_s, group.evaluations)
+        run.meter.step(rank, record, group.evaluations)
     group.step += 1
 
 
