@@ -140,7 +140,7 @@ def lines(glance: Glance) -> list[str]:
             progress_line(
                 rank=rank.rank,
                 time_s=rank.time_s,
-                step=int(rank.step),
+                step=int(np.nan_to_num(rank.step)),
                 batch=f"{number(rank.lbs)}/{number(rank.gbs)}",
                 loss=rank.loss,
                 samples_per_s=rank.samples_per_s,

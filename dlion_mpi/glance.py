@@ -6,9 +6,11 @@ of numbers. `dlion_mpi.watch` makes the same from metrics files. Ranks together 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -189,6 +191,20 @@ class Glance:
             left.append(max(0.0, self.goal.seconds - self.elapsed_s))
         known = [seconds for seconds in left if math.isfinite(seconds * self.real_s_per_s)]
         return min(known) * self.real_s_per_s if known else None
+
+    def to_json(self) -> dict[str, Any]:
+        """As what JSON can write; `from_json` reads it back."""
+        ranks = [[rank.rank, *rank.to_vector().tolist()] for rank in self.ranks]
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {
+            "ranks": ranks,
+            "goal": dataclasses.asdict(self.goal),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Glance:
+        """What `to_json` gave."""
+        ranks = [RankGlance.from_vector(int(rank), np.array(numbers)) for rank, *numbers in values["ranks"]]
+        return cls(**{**values, "ranks": ranks, "goal": Goal(**values["goal"])})
 
     def links(self) -> list[LinkGlance]:
         """Every link over which something went, by source and target."""

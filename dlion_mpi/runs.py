@@ -56,7 +56,8 @@ UNREADABLE = (OSError, RuntimeError, KeyError, ValueError)
 class Rank:
     """One rank's metrics: ``steps`` (T,), ``evaluations`` (E,) and ``transfers`` (K,) by column name.
 
-    Whole numbers are int64, seconds float64, NaN where nothing was or the file has no such column.
+    Whole numbers are int64, seconds float64, NaN where nothing was or the file has no such column. ``first``: of the
+    file's steps the first that was read. ``closed``: whether the file's writer has closed it, at the end or before.
     """
 
     rank: int
@@ -67,6 +68,8 @@ class Rank:
     evaluations: Columns
     transfers: Columns
     ended: bool
+    first: int = 0
+    closed: bool = False
 
     def links(self) -> Columns:
         """Per link, (T, workers) by column name, row by row with ``steps``: read when asked for, since it is most.
@@ -76,7 +79,8 @@ class Rank:
         shape = (len(self.steps["time_s"]), self.workers)
         try:
             with _open(self.path) as file:
-                found = {name: _dataset(file, f"links/{name}", 2) for name in COLUMNS["links"]}
+                rows = slice(self.first, self.first + shape[0])
+                found = {name: _dataset(file, f"links/{name}", 2, rows) for name in COLUMNS["links"]}
         except UNREADABLE:
             found = dict.fromkeys(COLUMNS["links"])
         return {name: _fitted(values, shape) for name, values in found.items()}
@@ -114,14 +118,14 @@ class Run:
         return ", ".join(dict.fromkeys(str(rank.attributes.get(name, "")) for rank in self.ranks if rank.attributes))
 
 
-def load(folder: str | os.PathLike[str]) -> Run:
-    """Read the run of a folder that ``--out`` made. Raises UserError if there is none."""
+def load(folder: str | os.PathLike[str], *, last: int | None = None) -> Run:
+    """Read the run of a folder that ``--out`` made, of each rank the ``last`` steps or all. Raises UserError."""
     path = Path(folder)
     files = _files(path)
     notes = _Notes()
     ranks = []
     for number, file in sorted(files.items()):
-        rank = _read(file, number, notes)
+        rank = _read(file, number, notes, last)
         if rank is not None:
             ranks.append(rank)
     if not ranks:
@@ -185,13 +189,15 @@ def _files(path: Path) -> dict[int, Path]:
     return found
 
 
-def _read(path: Path, number: int, notes: _Notes) -> Rank | None:
+def _read(path: Path, number: int, notes: _Notes, last: int | None = None) -> Rank | None:
     """One rank's file, or None with a note why not."""
     try:
+        closed = not _head(path)[11] & SWMR_WRITER
         with _open(path) as file:
             attributes = {name: _plain(value) for name, value in file.attrs.items()}
+            rows = {"steps": slice(None) if last is None else _last(file, "steps", last)}
             groups = {
-                group: {name: _dataset(file, f"{group}/{name}", 1) for name in names}
+                group: {name: _dataset(file, f"{group}/{name}", 1, rows.get(group, slice(None))) for name in names}
                 for group, names in COLUMNS.items()
                 if group != "links"
             }
@@ -217,6 +223,8 @@ def _read(path: Path, number: int, notes: _Notes) -> Rank | None:
         attributes=attributes,
         **{group: _aligned(columns) for group, columns in groups.items()},
         ended=ended is not None and bool(ended[()]),
+        first=rows["steps"].start or 0,
+        closed=closed,
     )
 
 
@@ -240,12 +248,19 @@ def _head(path: Path) -> bytes:
         return file.read(36).ljust(36, b"\0")
 
 
-def _dataset(file: h5py.File, name: str, dimensions: int) -> Array | None:
-    """A data set as int64 or floating point; None if it is not there or is something else."""
+def _last(file: h5py.File, group: str, count: int) -> slice:
+    """The last rows that all columns of a group have."""
+    columns = [file.get(f"{group}/{name}") for name in COLUMNS[group]]
+    length = min((len(column) for column in columns if isinstance(column, h5py.Dataset) and column.ndim), default=0)
+    return slice(max(0, length - count), length)
+
+
+def _dataset(file: h5py.File, name: str, dimensions: int, rows: slice = slice(None)) -> Array | None:
+    """Rows of a data set as int64 or floating point; None if it is not there or is something else."""
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset) or dataset.ndim != dimensions or dataset.dtype.kind not in "iuf":
         return None
-    values = dataset[()]
+    values = dataset[rows] if dimensions else dataset[()]
     if dataset.dtype.kind in "iu":
         return np.asarray(values).astype(np.int64)
     if name.endswith("/time_s") and not np.isfinite(values).all():
