@@ -202,16 +202,18 @@ def _table(
         table.add_column(column.head, justify="right", no_wrap=True, overflow="ellipsis")
     for index in range(len(shown)):
         table.add_row(*(cells[column.head][index] for column in fitting))
-    remark = f"... {count - len(shown)} more {what}"
-    left_out = [Text(remark, no_wrap=True, overflow="ellipsis")] if len(shown) < count else []
-    return [*([table] if shown else []), *left_out]
+    parts: list[RenderableType] = [table] if shown else []
+    if len(shown) < count:
+        parts.append(Text(f"... {count - len(shown)} more {what}", no_wrap=True, overflow="ellipsis"))
+    return parts
 
 
 def _fitting(columns: Sequence[Column[Row]], cells: dict[str, list[str]], width: int) -> Sequence[Column[Row]]:
     """The columns that fit: the least needed go first."""
     kept = list(columns)
-    while len(kept) > 1 and sum(max(map(len, [c.head, *cells[c.head]])) + GAP for c in kept) - GAP > width:
-        kept.remove(max(kept, key=lambda column: column.need))
+    widths = {head: max(len(text) for text in (head, *column)) + GAP for head, column in cells.items()}
+    while len(kept) > 1 and sum(widths[c.head] for c in kept) - GAP > width:
+        kept.remove(max(kept, key=lambda c: c.need))
     return kept
 
 

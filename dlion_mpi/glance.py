@@ -57,8 +57,9 @@ class RankGlance:
         """What `to_vector` of that rank gave. Raises ValueError if it has not that shape."""
         own, links = vector[: len(RANK_NUMBERS)], vector[len(RANK_NUMBERS) :]
         rows = links.reshape(len(LINK_NUMBERS), -1)
-        numbers = dict(zip(RANK_NUMBERS, own.tolist(), strict=True))
-        return cls(rank=rank, **numbers, **dict(zip(LINK_NUMBERS, rows, strict=True)))
+        numbers: dict[str, Any] = dict(zip(RANK_NUMBERS, own.tolist(), strict=True))
+        numbers |= dict(zip(LINK_NUMBERS, rows, strict=True))
+        return cls(rank=rank, **numbers)
 
 
 def vector_length(workers: int) -> int:
@@ -216,14 +217,15 @@ class Glance:
             for target in range(self.workers):
                 sender, receiver = by_rank.get(source), by_rank.get(target)
                 numbers = (
-                    _at(sender and sender.quality, target),
-                    _at(sender and sender.bytes_sent, target),
-                    _at(sender and sender.bytes_per_s, target),
-                    _at(receiver and receiver.age_s, source),
+                    _at(sender, "quality", target),
+                    _at(sender, "bytes_sent", target),
+                    _at(sender, "bytes_per_s", target),
+                    _at(receiver, "age_s", source),
                 )
                 if source != target and any(number > 0 for number in numbers):  # NaN is not
                     yield LinkGlance(source, target, *numbers)
 
 
-def _at(row: Numbers | None, peer: int) -> float:
-    return float(row[peer]) if row is not None and peer < len(row) else math.nan
+def _at(rank: RankGlance | None, name: str, peer: int) -> float:
+    row = getattr(rank, name, ())
+    return float(row[peer]) if peer < len(row) else math.nan

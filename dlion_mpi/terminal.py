@@ -158,8 +158,8 @@ class Painter:
     def below_messages(self) -> Iterator[None]:
         """What this process says on stderr meanwhile goes above the frame."""
         before = sys.stderr
-        own = _Above(before, self)
-        sys.stderr = own  # type: ignore[assignment]
+        own: Any = _Above(before, self)
+        sys.stderr = own
         try:
             yield
         finally:

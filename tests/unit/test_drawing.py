@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 
 from dlion_mpi.drawing import clock, lines, render, size, span
-from dlion_mpi.glance import Glance, Goal, RankGlance, Tally
+from dlion_mpi.glance import Glance, Goal, RankGlance, Tally, vector_length
 from tests import runfiles
 
 
@@ -34,10 +34,7 @@ def glance(workers: int = 3, **changes: object) -> Glance:
 
 def unknown(rank: int, workers: int) -> RankGlance:
     """A rank of which nothing is known."""
-    nothing = np.full(workers, np.nan)
-    links = dict.fromkeys(("quality", "bytes_sent", "bytes_per_s", "age_s"), nothing)
-    names = ("step", "lbs", "gbs", "loss", "step_s", "waiting", "samples_per_s", "accuracy")
-    return RankGlance(rank=rank, time_s=0.0, **dict.fromkeys(names, math.nan), **links)
+    return RankGlance.from_vector(rank, np.full(vector_length(workers), math.nan))
 
 
 def plain(made: Glance, width: int, height: int) -> list[str]:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dlion_mpi.config import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.evaluate import Evaluation
 from dlion_mpi.metrics import NoRecorder
+from dlion_mpi.outcome import new_folder
 from dlion_mpi.rounds import Transfer
 from dlion_mpi.tensorboard import TensorBoard, check_unused
 from tests import eventfiles, runfiles
@@ -40,7 +42,7 @@ def test_every_second_is_a_point_of_every_measure(tmp_path: Path) -> None:
     }
     records = [runfiles.record(RANK, WORKERS, step) for step in range(4)]
     steps = [1, 2, 3, 4]
-    for tag, values in {
+    expected: dict[str, Any] = {
         "training/loss": [r.loss for r in records],
         "batch/lbs": [r.lbs for r in records],
         "batch/gbs": [96] * 4,
@@ -51,7 +53,8 @@ def test_every_second_is_a_point_of_every_measure(tmp_path: Path) -> None:
         "link_bytes_per_s/to_0": [8000.0] * 4,
         "link_bytes_sent/to_2": [r.bytes_sent[2] for r in records],
         "link_age_s/from_0": [0.25] * 4,
-    }.items():
+    }
+    for tag, values in expected.items():
         assert [step for step, _, _ in found[tag]] == steps, tag
         assert [time_s for _, time_s, _ in found[tag]] == [BEGUN_S + r.time_s for r in records], tag
         np.testing.assert_allclose([value for _, _, value in found[tag]], values, rtol=1e-6, err_msg=tag)
@@ -67,8 +70,13 @@ def test_short_steps_share_a_point_and_the_last_are_not_lost(tmp_path: Path) -> 
     board.close(complete=True)
     found = eventfiles.scalars(tmp_path / "rank-0")
     assert [step for step, _, _ in found["training/loss"]] == [1, 3, 5, 7, 8]
-    means = [records[0].loss, *(np.mean([records[i].loss, records[i + 1].loss]) for i in (1, 3, 5)), records[7].loss]
-    np.testing.assert_allclose([value for _, _, value in found["training/loss"]], means, rtol=1e-6)
+    means: Any = [
+        records[0].loss,
+        *(np.mean([records[i].loss, records[i + 1].loss]) for i in (1, 3, 5)),
+        records[7].loss,
+    ]
+    losses: Any = [value for _, _, value in found["training/loss"]]
+    np.testing.assert_allclose(losses, means, rtol=1e-6)
     np.testing.assert_allclose([value for _, _, value in found["training/samples_per_s"]], 64.0)
 
 
@@ -131,6 +139,9 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     (tmp_path / "rank-0").mkdir()
     with pytest.raises(UserError, match="exists already"):
         check_unused(str(tmp_path))
+    with pytest.raises(UserError, match="--tensorboard"):
+        new_folder(Config(tensorboard=str(tmp_path), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()  # so that the same command works with another folder
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
