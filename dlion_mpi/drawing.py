@@ -211,10 +211,13 @@ def _table(
 def _fitting(columns: Sequence[Column[Row]], cells: dict[str, list[str]], width: int) -> Sequence[Column[Row]]:
     """The columns that fit: the least needed go first."""
     kept = list(columns)
-    widths = {head: max(len(text) for text in (head, *column)) + GAP for head, column in cells.items()}
-    while len(kept) > 1 and sum(widths[c.head] for c in kept) - GAP > width:
-        kept.remove(max(kept, key=lambda c: c.need))
+    while len(kept) > 1 and sum(_width(column.head, cells) for column in kept) + GAP * (len(kept) - 1) > width:
+        kept.remove(max(kept, key=lambda column: column.need))
     return kept
+
+
+def _width(head: str, cells: dict[str, list[str]]) -> int:
+    return max(len(text) for text in [head, *cells[head]])
 
 
 def _slowest_first(links: Sequence[LinkGlance]) -> list[LinkGlance]:
