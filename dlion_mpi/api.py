@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from dlion_mpi import startup
 from dlion_mpi.config import Config
 from dlion_mpi.data import shard_of_arrays
 from dlion_mpi.errors import RunError, UserError
@@ -18,10 +19,19 @@ def fit(model: Any, train: tuple[Any, Any], test: tuple[Any, Any], options: dict
     for name in options:
         if name not in known:
             raise UserError(f"fit() has no option {name}; it has {', '.join(sorted(known))}")
+    strategy = options.get("strategy")
+    if isinstance(strategy, type):
+        options = {**options, "strategy": f"{strategy.__module__}:{strategy.__qualname__}"}
     config = config_of({"model": model.name, "data": "arrays", **options})
-    outcome = run(
-        config, model=model, own_data=lambda: shard_of_arrays(*train, *test), report=config.progress_every > 0
-    )
+    try:
+        outcome = run(
+            config, model=model, own_data=lambda: shard_of_arrays(*train, *test), report=config.progress_every > 0
+        )
+    except UserError:  # on all ranks
+        raise
+    except Exception:
+        startup.end_if_shared(1)
+        raise
     if outcome.exit_code:
         raise RunError(str(outcome.result["stopped"]))
     return outcome.result

@@ -12,12 +12,14 @@ from typing import Any, NoReturn
 from dlion_mpi import __version__
 from dlion_mpi.config import convert
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.options import add_config_options, complain, config_of
+from dlion_mpi.options import add_config_options, complain
 
 EXAMPLES = """examples:
   mpirun -n 4 dlion train --data fashion-mnist --steps 500 --out runs/a
   mpirun -n 4 dlion train --strategy baseline --steps 500 --out runs/b
   dlion train --data digits --steps 200                      one rank, no mpirun
+  mpirun -n 4 dlion train --steps 5000 --out runs/c --checkpoint-every 10m
+  mpirun -n 4 dlion train --resume runs/c                    goes on from its newest checkpoint
   srun --mpi=pmix dlion train --model mypkg.nets:build --data 'shard-{rank}.h5' --seconds 600
 """
 
@@ -74,6 +76,7 @@ def _parser() -> _Parser:
     _add_data(commands)
     _add_simulate(commands)
     _add_report(commands)
+    _add_trace(commands)
     _add_watch(commands)
     emulate = commands.add_parser("emulate", help="run a command on an emulated micro-cloud (root)")
     _add_emulate(emulate)
@@ -93,19 +96,43 @@ def _add_train(commands: Any) -> None:
         epilog=EXAMPLES,
     )
     add_config_options(train)
+    _add_beginnings(train)
     train.set_defaults(action=_train)
 
 
+def _add_beginnings(train: argparse.ArgumentParser) -> None:
+    group = train.add_argument_group("going on with a run", "See docs/checkpoints.md.")
+    group.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on from the newest checkpoint in this folder, which --out of a run has made, with its options; an end "
+        "given here (--steps, --seconds) is the whole run's",
+    )
+    group.add_argument(
+        "--requeue",
+        action="store_true",
+        help="start in --out, or go on from the checkpoint there if there is one: for jobs that are started again",
+    )
+    group.add_argument(
+        "--resume-earlier", action="store_true", help="if the newest checkpoint is damaged, take the one before it"
+    )
+
+
 def _train(args: argparse.Namespace) -> int:
-    config = config_of(vars(args))
+    from dlion_mpi.checkpoint.preemption import EXIT_CODE
+    from dlion_mpi.checkpoint.start import plan
+    from dlion_mpi.console import say
     from dlion_mpi.strategies import resolve
 
+    config, start = plan(vars(args))
     resolve(config)  # refuse what is wrong before MPI and TensorFlow are started
     from dlion_mpi.run import run
 
-    outcome = run(config)
+    outcome = run(config, start=start)
     if outcome.rank == 0:
-        if outcome.exit_code:
+        if outcome.exit_code == EXIT_CODE:
+            say(f"dlion: {outcome.result['stopped']}")
+        elif outcome.exit_code:
             complain(str(outcome.result["stopped"]))
         print(json.dumps(outcome.result), flush=True)
     return outcome.exit_code
@@ -182,6 +209,19 @@ def _add_report(commands: Any) -> None:
     )
     report.add_arguments(parser)
     parser.set_defaults(action=report.main)
+
+
+def _add_trace(commands: Any) -> None:
+    from dlion_mpi import trace
+
+    parser = commands.add_parser(
+        "trace",
+        help="a timeline of one run, for Perfetto or chrome://tracing",
+        description="Write a timeline of a run in Chrome's trace format, for ui.perfetto.dev or chrome://tracing: what "
+        "every rank did when, and every message on its way. Also of a run that is still going, or was killed.",
+    )
+    trace.add_arguments(parser)
+    parser.set_defaults(action=trace.main)
 
 
 def _add_watch(commands: Any) -> None:

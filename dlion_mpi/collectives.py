@@ -6,6 +6,7 @@ completes them in order. All ranks must ask for the same sequence on a channel, 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class Collectives:
         communicator: MPI.Intracomm,
         channels: Sequence[str],
         wake: Callable[[], None],
-        carried: Callable[[int, int, int], None] = lambda peer, sent_bytes, received_bytes: None,
+        carried: Callable[[int, int, int, float], None] = lambda peer, sent_bytes, received_bytes, began_s: None,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rank, self._size = communicator.Get_rank(), communicator.Get_size()
         self._communicators = {name: communicator.Dup() for name in channels}
@@ -54,7 +56,8 @@ class Collectives:
         self._requests: dict[str, list[MPI.Request]] = {name: [] for name in channels}
         self._wake = wake
         self._carried = carried
-        """Is told what `reduce` has sent to and received from a peer."""
+        """Is told what `reduce` has sent to and received from a peer, and since when by ``now_s``."""
+        self._now_s = now_s
 
     def gather(self, channel: str, record: Sequence[float]) -> Ticket:
         """Everyone's ``record`` to everyone (`Iallgather`); all records have the same length."""
@@ -104,11 +107,12 @@ class Collectives:
             sent, received = chunks[(rank - turn) % size], chunks[(rank - turn - 1) % size]
             adding = turn < size - 1
             target = scratch[: len(received)] if adding else received
+            began_s = self._now_s()
             yield [communicator.Irecv(target, (rank - 1) % size), communicator.Isend(sent, (rank + 1) % size)]
             if adding:
                 received += target
-            self._carried((rank + 1) % size, sent.nbytes, 0)
-            self._carried((rank - 1) % size, 0, received.nbytes)
+            self._carried((rank + 1) % size, sent.nbytes, 0, began_s)
+            self._carried((rank - 1) % size, 0, received.nbytes, began_s)
         ticket.vector = share
 
     def _ask(self, channel: str, ticket: Ticket, pieces: Iterator[list[MPI.Request]]) -> Ticket:

@@ -30,16 +30,17 @@ class Every:
 
     @classmethod
     def parse(cls, text: str) -> Every:
-        """``"100"`` is 100 steps, ``"20s"`` is 20 seconds. Raises UserError for anything else."""
-        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?(?:e[+-]?\d+)?)s", text.strip())
+        """``"100"`` is 100 steps, ``"20s"``, ``"10m"`` and ``"2h"`` are times. Raises UserError for anything else."""
+        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([smh])", text.strip())
         if match is None or not 0 < float(match[1] or match[2]) < math.inf:
-            raise UserError(f"'{text}' is not a number of steps such as 100, nor of seconds such as 20s")
-        return cls(steps=int(match[1])) if match[1] else cls(seconds=float(match[2]))
+            raise UserError(f"'{text}' is not a number of steps such as 100, nor a time such as 20s, 10m or 2h")
+        return cls(steps=int(match[1])) if match[1] else cls(seconds=float(match[2]) * _SECONDS[match[3]])
 
     def __str__(self) -> str:
         return str(self.steps) if self.steps is not None else f"{self.seconds!r}s".replace(".0s", "s")
 
 
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
 _EVERY_20_S = Every(seconds=20.0)
 
 
@@ -59,13 +60,20 @@ class Config:
     # run
     strategy: str = _option(
         "dlion",
-        "how workers exchange what they learn: dlion, baseline, ako, gaia, hop, allreduce or horovod",
+        "how workers exchange what they learn: dlion, baseline, ako, gaia, hop, allreduce, horovod, or your own "
+        "as PACKAGE.MODULE:CLASS",
         table="run",
+    )
+    preset: str | None = _option(
+        None,
+        "paper: dlion's defaults as the paper has them, as far as it is known; an option given beside it wins",
+        table="run",
+        choices=("paper",),
     )
     sync: str | None = _option(
         None,
-        "when a worker may go on: with everyone's gradients of this step, at most --staleness steps ahead of "
-        "the slowest, or always",
+        "when a worker may go on to its next step: with everyone's message of this one (sync), at most --staleness "
+        "steps ahead of the slowest (bounded), or always (async)",
         table="run",
         choices=("sync", "bounded", "async"),
     )
@@ -100,7 +108,7 @@ class Config:
         table="run",
         choices=("stop", "skip"),
     )
-    seed: int = _option(0, "of initial weights, partition and batches", table="run")
+    seed: int = _option(0, "seed of initial weights, partition and batches", table="run")
     out: str | None = _option(None, "folder for metrics and configuration; must not exist yet", table="run")
     tensorboard: str | None = _option(
         None, "folder for TensorBoard, with a folder of scalars for every rank; must not exist yet", table="run"
@@ -108,8 +116,8 @@ class Config:
     # model and data
     model: str = _option("cipher", "cipher, or PACKAGE.MODULE:FUNCTION that returns a Keras model", table="model")
     optimizer: str = _option("sgd", "what applies the weighted gradient", table="model", choices=("sgd", "adam"))
-    learning_rate: float = _option(0.05, "of the optimizer", table="model")
-    momentum: float = _option(0.0, "of SGD", table="model")
+    learning_rate: float = _option(0.05, "learning rate of the optimizer", table="model")
+    momentum: float = _option(0.0, "momentum of SGD", table="model")
     threads: int = _option(0, "TensorFlow threads per rank; 0: this rank's share of the cores", table="model")
     data: str = _option(
         "fashion-mnist",
@@ -121,23 +129,25 @@ class Config:
     )
     dirichlet_alpha: float = _option(0.5, "dirichlet: smaller is more unequal in classes and sizes", table="data")
     # weighted dynamic batching
-    lbs: int = _option(32, "samples per worker and step at the start", table="batching")
+    lbs: int = _option(32, "samples per worker and step (LBS) at the start", table="batching")
     batching: str | None = _option(
         None,
-        "share the global batch so that all finish together, in proportion to samples per second, or equally",
+        "share out the global batch so that all finish together (auto), in proportion to samples per second, or "
+        "equally (fixed)",
         table="batching",
         choices=("auto", "proportional", "fixed"),
     )
     weighting: str | None = _option(
         None,
-        "weight of worker j's gradient at worker k: LBS_j/GBS, or LBS_j/(n LBS_k)",
+        "weight of worker j's gradient at worker k: LBS_j/GBS, or LBS_j/(n LBS_k); LBS: samples of a worker's step, "
+        "GBS: of all n workers'",
         table="batching",
         choices=("global", "paper"),
     )
     rebalance_every: int | None = _option(None, "steps between exchanges of measured throughput", table="batching")
     lbs_max: int | None = _option(None, "most samples per worker and step (memory limit)", table="batching")
     gbs_schedule: str | None = _option(
-        None, "grow the global batch, or leave it", table="batching", choices=("grow", "fixed")
+        None, "grow the global batch (GBS), or leave it", table="batching", choices=("grow", "fixed")
     )
     gbs_interval: int | None = _option(None, "grow: steps between adjustments", table="batching")
     gbs_warmup_step: int | None = _option(None, "grow: samples added by a warm-up adjustment", table="batching")
@@ -207,6 +217,28 @@ class Config:
     transfer_period: int | None = _option(None, "steps between transfers", table="transfer")
     transfer_merge: float | None = _option(None, "lambda of w <- w - lambda (w - w_best), in 0..1", table="transfer")
     transfer_losses: int | None = _option(None, "losses whose mean tells the best worker", table="transfer")
+    # checkpoints, and what is left in the end
+    checkpoint_every: Every | None = _option(
+        None,
+        "take a checkpoint in --out every so many steps (500) or so long (30s, 10m), off the critical path",
+        table="checkpoints",
+    )
+    keep_checkpoints: int | None = _option(None, "how many checkpoints stay (default: 2)", table="checkpoints")
+    time_limit: Every | None = _option(
+        None,
+        "take a checkpoint and end with code 75 before the run has taken so long (90s, 30m, 2h), start-up included; "
+        "the end of a Slurm job is known without",
+        table="checkpoints",
+    )
+    save_model: str | None = _option(
+        None, "write the trained model in the end, a FILE.keras that plain Keras loads", table="checkpoints"
+    )
+    save_model_of: str | None = _option(
+        None,
+        "whose model: that of the worker with the best test accuracy, or the mean of all",
+        table="checkpoints",
+        choices=("best", "mean"),
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -235,8 +267,22 @@ class Config:
                     raise UserError(f"{flag(name)} has no effect with --transfer none: drop one of them")
         if self.batching == "fixed" and self.rebalance_every is not None:
             raise UserError("--rebalance-every has no effect with --batching fixed: drop one of them")
+        self._check_checkpoints()
         if self.lbs_max is not None and self.lbs_max < self.lbs:
             raise UserError(f"--lbs-max {self.lbs_max} is below --lbs {self.lbs}: raise it or lower --lbs")
+
+    def _check_checkpoints(self) -> None:
+        if self.checkpoint_every is not None and self.out is None:
+            raise UserError("--checkpoint-every needs --out: the checkpoints go into that folder")
+        for name in ("keep_checkpoints", "time_limit"):
+            if self.checkpoint_every is None and getattr(self, name) is not None:
+                raise UserError(f"{flag(name)} belongs to --checkpoint-every: give that too")
+        if self.time_limit is not None and self.time_limit.seconds is None:
+            raise UserError(f"--time-limit {self.time_limit}: give a time such as 90s, 30m or 2h")
+        if self.save_model is not None and not self.save_model.endswith(".keras"):
+            raise UserError(f"--save-model {self.save_model}: must end in .keras")
+        if self.save_model_of is not None and self.save_model is None:
+            raise UserError("--save-model-of belongs to --save-model: give that too")
 
     @property
     def last_step(self) -> float:
@@ -265,6 +311,7 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "target_accuracy": (1e-9, 1, "in (0, 1], for example 0.8"),
     "test_samples": (1, math.inf, "at least 1"),
     "progress_every": (0, math.inf, "0 or more seconds"),
+    "keep_checkpoints": (1, math.inf, "at least 1"),
     "staleness": (0, math.inf, "0 or more steps"),
     "backup": (0, math.inf, "0 or more workers"),
     "seed": (0, 2**32 - 1, "in 0..4294967295"),

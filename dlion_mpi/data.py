@@ -188,11 +188,11 @@ def partition_rows(
 
 def _check_partition(method: str, alpha: float, seed: int) -> None:
     if method not in PARTITIONS:
-        raise UserError(f"unknown partition {method!r}: choose one of {', '.join(PARTITIONS)}")
+        raise UserError(f"--partition {method}: must be one of {', '.join(PARTITIONS)}")
     if not 0 < alpha <= LARGEST_ALPHA:
-        raise UserError(f"alpha {alpha} is out of range: give a number above 0, up to {LARGEST_ALPHA:g}")
+        raise UserError(f"--dirichlet-alpha {alpha:g}: must be above 0, up to {LARGEST_ALPHA:g}")
     if seed < 0:
-        raise UserError(f"seed {seed} is negative: give 0 or more")
+        raise UserError(f"--seed {seed}: must be 0 or more")
 
 
 class Batches:
@@ -208,9 +208,10 @@ class Batches:
         self._shard = shard
         self._seed = seed
         self._rank = rank
-        self._start_epoch(0)
+        self.start_epoch(0)
 
-    def _start_epoch(self, epoch: int) -> None:
+    def start_epoch(self, epoch: int) -> None:
+        """Go on with the first row of this epoch."""
         # A spawn key keeps this stream apart from the partition's, which the bare seed starts.
         sequence = np.random.SeedSequence(self._seed, spawn_key=(self._rank, epoch))
         self._order = np.random.default_rng(sequence).permutation(self._shard.samples)
@@ -227,7 +228,7 @@ class Batches:
         rows = self._next_rows(size)
         missing = size - len(rows)
         while missing:
-            self._start_epoch(self._epoch + 1)
+            self.start_epoch(self._epoch + 1)
             more = self._next_rows(missing)
             rows = np.concatenate([rows, more])
             missing -= len(more)
@@ -261,7 +262,7 @@ class Batches:
         for key in ("seed", "rank", "samples"):
             if (saved := state[key]) != here[key]:
                 raise UserError(f"{key} was {saved}, is now {here[key]}: resume with the same data, seed and ranks")
-        self._start_epoch(state["epoch"])
+        self.start_epoch(state["epoch"])
         self._position = state["position"]
 
 
@@ -446,7 +447,7 @@ def _open_digits() -> _Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("data 'digits' needs scikit-learn: pip install 'dlion-mpi[digits]'") from error
+        raise UserError("data 'digits' needs scikit-learn: pip install scikit-learn") from error
     pixels, y = load_digits(return_X_y=True)
     x = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     order = np.random.default_rng(0).permutation(len(x))  # not the run's seed: one test set for all runs

@@ -34,13 +34,13 @@ def split(
     if "{rank}" in spec:
         raise UserError(f"data {spec!r} is already split: name a data set or one HDF5 file")
     if "{rank}" not in out_pattern:
-        raise UserError(f"output {out_pattern!r} would be one file for all ranks: put {{rank}} in its name")
+        raise UserError(f"--out {out_pattern} would be one file for all ranks: put {{rank}} in its name")
     _check_ranks(ranks)
     pattern = os.path.expanduser(out_pattern)
     paths = [pattern.replace("{rank}", str(rank)) for rank in range(ranks)]
     for path in paths:
         if os.path.exists(path) and not overwrite:
-            raise UserError(f"{path} exists: choose another output name, or ask to overwrite it")
+            raise UserError(f"{path} exists already: give another --out, or replace it with --overwrite")
     shards = load_shards(spec, ranks=ranks, partition=partition, alpha=alpha, seed=seed)
     how: dict[str, str | float] = {"partition": partition, "alpha": alpha, "seed": seed, "ranks": ranks}
     for rank, (path, shard) in enumerate(zip(paths, shards, strict=True)):
@@ -108,7 +108,7 @@ def info(spec: str, *, ranks: int = 1, partition: str = "iid", alpha: float = 0.
 
 def _check_ranks(ranks: int) -> None:
     if ranks < 1:
-        raise UserError(f"{ranks} ranks is too few: give 1 or more")
+        raise UserError(f"--ranks {ranks}: must be at least 1")
 
 
 def _rank_table(shards: list[Shard]) -> list[str]:

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from dlion_mpi import __version__
+from dlion_mpi import __version__, jobenv
 from dlion_mpi.emulation import netns
 from dlion_mpi.errors import UserError
 
@@ -208,28 +208,23 @@ def _belong_together(library: str, launcher: str) -> bool:
 
 def check_job() -> list[Check]:
     """The Slurm job and the launcher that this process runs in, if any."""
-    environment, found = os.environ, []
-    if "SLURM_JOB_ID" in environment:
-        nodes = environment.get("SLURM_JOB_NUM_NODES", "?")
-        tasks = environment.get("SLURM_NTASKS", "?")
-        found.append(f"Slurm job {environment['SLURM_JOB_ID']}: {nodes} nodes, {tasks} tasks")
-    for rank, size in (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
-        if rank in environment and size in environment:
-            found.append(f"rank {environment[rank]} of {environment[size]}")
-            break
-    else:
-        if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
-            found.append(f"task {environment['SLURM_PROCID']} of srun's step {environment['SLURM_STEP_ID']}")
+    place = jobenv.place(os.environ)
+    found = [jobenv.slurm(os.environ)] if "SLURM_JOB_ID" in os.environ else []
+    found += [f"rank {place.rank} of {place.size} by {place.launcher}"] if place is not None else []
+    if place is not None and place.size > 1 and not place.speaks_mpi:
+        mend = "each rank would believe that it is alone: srun --mpi=pmix (MPICH: --mpi=pmi2), or mpirun"
+        return [Check("job", "warn", ", ".join(found), mend)]
     return [Check("job", "ok", ", ".join(found) or "none: outside mpirun and Slurm")]
 
 
 def check_machine() -> list[Check]:
     """Cores and memory that this process may use, limits of its control group, and GPUs."""
     all_cores = os.cpu_count() or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_cores
+    bound = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(all_cores))
+    cores = len(bound)
     free_bytes, all_bytes = memory_bytes()
     limit_bytes, limit_cores = cgroup_limits()
-    core_check = Check("cores", "ok", f"{cores} of {all_cores} for this process")
+    core_check = Check("cores", "ok", f"{cores} of {all_cores} for this process: {jobenv.ranges(bound)}")
     if cores == 1 < all_cores:
         mend = "give a rank more than one: mpirun --bind-to none, srun --cpus-per-task"
         core_check = replace(core_check, status="warn", mend=mend)
@@ -276,14 +271,18 @@ def cgroup_limits(root: Path = Path("/")) -> tuple[int | None, float | None]:
 
 
 def _gpus() -> Check:
+    given = jobenv.visible_gpus(os.environ)
     if shutil.which("nvidia-smi") is None:
+        if given:
+            mend = "ask whether the node has a driver, or submit without --gpus"
+            return Check("GPUs", "warn", f"the job was given {given}, but there is no nvidia-smi", mend)
         return Check("GPUs", "ok", "none; training runs on the CPU")
     answer = ask("nvidia-smi", "-L")
     names = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", answer.out, re.MULTILINE)
     if not names:
         mend = "check the driver with nvidia-smi"
         return Check("GPUs", "warn", f"nvidia-smi: {answer.problem or 'no GPU'}", mend)
-    found = f"{len(names)}: {', '.join(sorted(set(names)))}"
+    found = f"{len(names)}: {', '.join(sorted(set(names)))}" + (f", of which this process has {given}" if given else "")
     if version("tensorflow") is None:
         mend = "DLION_TF=gpu bash env/setup.sh, or pip install 'tensorflow[and-cuda]'"
         return Check("GPUs", "warn", f"{found}, which this TensorFlow cannot use", mend)

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,15 @@ SHARE = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Test accuracy, in 0..1, of the weights of ``step`` at ``time_s``, in seconds since training began."""
+    """Test accuracy, in 0..1, of the weights of ``step`` at ``time_s``, in seconds since training began.
+
+    ``seconds``: from then to the result; 0 in virtual time.
+    """
 
     step: int
     time_s: float
     accuracy: float
+    seconds: float = field(default=0.0, compare=False)
 
 
 def rows_to_test(x: npt.NDArray[Any], y: Any, most: int | None) -> tuple[npt.NDArray[Any], Any]:
@@ -45,10 +49,11 @@ class BackgroundEvaluator:
 
     def __init__(self, correct: Callable[[Vector, Any, Any], int], x_test: npt.NDArray[Any], y_test: Any) -> None:
         self._correct, self._x, self._y = correct, x_test, y_test
-        self._snapshots: queue.SimpleQueue[tuple[int, float, Vector] | None] = queue.SimpleQueue()
+        self._snapshots: queue.SimpleQueue[tuple[int, float, Vector, float] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Evaluation | BaseException] = queue.SimpleQueue()
         self._pending = 0
         self._awaited = False
+        self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
         self._thread.start()
 
@@ -59,7 +64,7 @@ class BackgroundEvaluator:
     def submit(self, step: int, time_s: float, knowledge: Vector) -> None:
         """Evaluate this snapshot; it must not be changed any more."""
         self._pending += 1
-        self._snapshots.put((step, time_s, knowledge))
+        self._snapshots.put((step, time_s, knowledge, time.monotonic()))
 
     def poll(self, *, wait: bool = False) -> list[Evaluation]:
         """What has been evaluated since the last call; with ``wait``, all that was submitted."""
@@ -73,16 +78,18 @@ class BackgroundEvaluator:
             results.append(result)
         return results
 
-    def close(self) -> None:
-        """End the thread after what was submitted."""
+    def close(self, *, abandon: bool = False) -> None:
+        """End the thread after what was submitted, or ``abandon`` it."""
+        self._abandoned = abandon
         self._snapshots.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         while (snapshot := self._snapshots.get()) is not None:
-            step, time_s, knowledge = snapshot
+            step, time_s, knowledge, submitted_s = snapshot
             try:
-                self._done.put(Evaluation(step, time_s, self.accuracy(knowledge)))
+                accuracy = self.accuracy(knowledge)
+                self._done.put(Evaluation(step, time_s, accuracy, time.monotonic() - submitted_s))
             except BaseException as failure:  # raised by `poll`, in the loop
                 self._done.put(failure)
 
@@ -90,6 +97,8 @@ class BackgroundEvaluator:
         """Share of the test rows that a model with this knowledge classifies correctly."""
         hits = 0
         for start in range(0, len(self._y), CHUNK):
+            if self._abandoned:
+                break
             rows = slice(start, start + CHUNK)
             started_s = time.monotonic()
             hits += self._correct(knowledge, self._x[rows], self._y[rows])

@@ -21,6 +21,7 @@ from dlion_mpi.bandwidth import LinkRate
 from dlion_mpi.errors import RunError
 from dlion_mpi.strategies.base import LinkView, Outgoing
 from dlion_mpi.testbed import LinkTotals, Stamp, link_views
+from dlion_mpi.timeline import MessageLog, Unlogged
 
 Buffer = npt.NDArray[np.uint8]
 
@@ -51,7 +52,10 @@ class _Link:
 
 
 class Links:
-    """All links of one worker. ``size``: entries of the gradient vector (P); ``now_s``: the run's common clock."""
+    """All links of one worker. ``size``: entries of the gradient vector (P); ``now_s``: the run's common clock.
+
+    ``log``: is told of every message, by the loop's side only.
+    """
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class Links:
         window: int,
         now_s: Callable[[], float],
         wake: Callable[[], None],
+        log: MessageLog | None = None,
     ) -> None:
         self.rank = communicator.Get_rank()
         self._communicator = communicator
@@ -68,13 +73,15 @@ class Links:
         self._window = window
         self._now_s = now_s
         self._wake = wake
+        self._log = log or Unlogged()
         self._lock = threading.Lock()
         self._capacity_bytes = wire.capacity_bytes(size)
         self._outbox: deque[tuple[_Link, Buffer, int]] = deque()
-        self._arrivals: deque[tuple[_Link, Buffer, int]] = deque()
+        self._arrivals: deque[tuple[_Link, Buffer, int, float]] = deque()
         self._requests: list[MPI.Request] = []
         self._statuses: list[MPI.Status] = []
         self._on_complete: list[Callable[[MPI.Status], None]] = []
+        self._pieces: deque[tuple[int, int, int, float, float]] = deque()
         self._quiet = False
         self._report_length = 0
         self._reports_out: deque[tuple[_Link, Buffer]] = deque()
@@ -114,9 +121,11 @@ class Links:
             else:
                 length = wire.encode(header, message.entries, buffer, message.value_type)
                 encoded[content] = buffer[:length]
+            posted_s = self._now_s()
             with self._lock:
                 link.bytes_sent += length
-                link.rate.posted(header.sequence, length, self._now_s())
+                link.rate.posted(header.sequence, length, posted_s)
+            self._log.sent(peer, header, length, posted_s)
             self._outbox.append((link, buffer, length))
             sizes[peer] = length
         self._wake()
@@ -129,8 +138,10 @@ class Links:
     def poll(self) -> list[wire.Message]:
         """The messages that have arrived, decoded. Raises RunError for one that is malformed, naming its sender."""
         messages = []
+        while self._pieces:
+            self._log.piece(*self._pieces.popleft())
         while self._arrivals:
-            link, buffer, length = self._arrivals.popleft()
+            link, buffer, length, arrived_s = self._arrivals.popleft()
             try:
                 message = wire.decode(buffer[:length], size=self._size)
             except wire.WireError as error:
@@ -141,6 +152,7 @@ class Links:
                 )
             with self._lock:
                 link.free_receive.append(buffer)
+            self._log.arrived(link.peer, message.header.sequence, arrived_s)
             messages.append(message)
         if messages:
             self._wake()
@@ -174,14 +186,16 @@ class Links:
                 for peer, link in self._links.items()
             }
 
-    def carried(self, peer: int, sent_bytes: int, received_bytes: int) -> None:
-        """Count what went over a link beside its messages."""
+    def carried(self, peer: int, sent_bytes: int, received_bytes: int, began_s: float | None = None) -> None:
+        """Count what went over a link beside its messages; ``began_s``: from when until now, if that is known."""
         if peer == self.rank:
             return
         link = self._links[peer]
         with self._lock:
             link.bytes_sent += sent_bytes
             link.bytes_received += received_bytes
+        if began_s is not None:
+            self._pieces.append((peer, sent_bytes, received_bytes, began_s, self._now_s()))
 
     def fall_silent(self) -> list[int]:
         """Send nothing more, acknowledgements included. Returns how many messages went to every rank."""
@@ -303,18 +317,19 @@ class Links:
                 link.received += 1
                 link.messages_received += 1
                 link.bytes_received += length
-            self._arrivals.append((link, buffer, length))
-            self._acknowledge(link)
+            arrived_s = self._now_s()
+            self._arrivals.append((link, buffer, length, arrived_s))
+            self._acknowledge(link, arrived_s)
 
         self._add(self._communicator.Irecv([buffer, MPI.BYTE], link.peer, DATA), complete)
 
-    def _acknowledge(self, link: _Link) -> None:
+    def _acknowledge(self, link: _Link, arrived_s: float) -> None:
         with self._lock:
             if self._quiet:
                 return
             link.messages_sent += 1
             link.bytes_sent += wire.HEADER_BYTES
-            header = self._header(link, wire.Kind.ACK, Stamp(0, 0, 0, 0, self._now_s()))
+            header = self._header(link, wire.Kind.ACK, Stamp(0, 0, 0, 0, arrived_s))
         buffer = np.empty(wire.HEADER_BYTES, np.uint8)
         self._send(link, ACK, buffer, wire.encode(header, None, buffer))
 

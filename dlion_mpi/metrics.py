@@ -7,6 +7,7 @@ second) is there. docs/metrics.md describes every data set.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ import numpy as np
 from dlion_mpi.errors import RunError
 from dlion_mpi.evaluate import Evaluation
 from dlion_mpi.rounds import Transfer
+from dlion_mpi.timeline import FIRST_PIECE, PIECE, RECORDS, Phase, Unlogged
+from dlion_mpi.wire import Header
 
 FORMAT = 1
 FLUSH_S = 1.0
@@ -85,15 +88,25 @@ class StepRecord:
     age_steps: Mapping[int, float] = field(default_factory=dict)
 
 
+FILE_NAME = re.compile(r"metrics-(\d{5,})(?:\.(\d+))?\.h5")
+"""A rank's metrics, and which part of a run that was resumed; none for the first."""
+
+
+def next_part(folder: Path) -> int:
+    """The number of the part that comes after those in the folder; 0 for the first. Raises OSError."""
+    matches = [FILE_NAME.fullmatch(path.name) for path in folder.iterdir()]
+    return max((int(match[2] or 0) + 1 for match in matches if match), default=0)
+
+
 class Recorder:
     """Writes one rank's metrics file.
 
     ``attributes``: configuration, versions, host, ...: text or numbers. Link data sets are (steps, n) with the
-    own column unused.
+    own column unused. ``part``: of a run that was resumed, how many times; every part has a file of its own.
     """
 
-    def __init__(self, folder: Path, rank: int, workers: int, attributes: Mapping[str, Any]) -> None:
-        self.path = folder / f"metrics-{rank:05d}.h5"
+    def __init__(self, folder: Path, rank: int, workers: int, attributes: Mapping[str, Any], part: int = 0) -> None:
+        self.path = folder / (f"metrics-{rank:05d}.{part}.h5" if part else f"metrics-{rank:05d}.h5")
         self._workers = workers
         self._file = h5py.File(self.path, "w", libver="latest")
         for name, value in {"format": FORMAT, "rank": rank, "workers": workers, **attributes}.items():
@@ -107,10 +120,14 @@ class Recorder:
             self._file.create_dataset(
                 f"links/{name}", (0, workers), dtype, maxshape=(None, workers), chunks=(rows, workers)
             )
+        for name, record in RECORDS.items():
+            self._file.create_dataset(f"timeline/{name}", (0,), record, maxshape=(None,), chunks=(1024,))
         # 0: running, or killed before it could say otherwise; 1: ended as it should.
         self._file.create_dataset("ended", data=np.uint8(0))
         self._file.swmr_mode = True
         self._links: dict[str, list[np.ndarray]] = {name: [] for name in _LINK}
+        self._timeline: dict[str, list[tuple[Any, ...]]] = {name: [] for name in RECORDS}
+        self._pieces = np.full((2, workers), FIRST_PIECE)
         self._flushed_s = time.monotonic()
         self._broken = False
 
@@ -128,6 +145,7 @@ class Recorder:
     def evaluation(self, evaluation: Evaluation) -> None:
         """Add an evaluation."""
         self._rows["evaluations"].append([evaluation.step, evaluation.time_s, evaluation.accuracy])
+        self.span(Phase.EVALUATE, evaluation.step, evaluation.time_s, evaluation.time_s + evaluation.seconds)
 
     def transfer(self, transfer: Transfer, time_s: float) -> None:
         """Add a finished knowledge transfer."""
@@ -141,6 +159,36 @@ class Recorder:
                 transfer.payload_bytes,
             ]
         )
+
+    def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
+        """Add what a span of time was spent on, unless it took no time."""
+        if end_s > start_s:
+            self._timeline["spans"].append((phase, step, start_s, end_s))
+
+    def sent(self, peer: int, header: Header, size_bytes: int, posted_s: float) -> None:
+        """Add a message to ``peer``."""
+        h = header
+        self._timeline["sent"].append(
+            (peer, h.kind, h.step, h.sequence, size_bytes, h.quality, h.computed_at, posted_s)
+        )
+
+    def arrived(self, peer: int, sequence: int, arrived_s: float) -> None:
+        """Add the arrival of a message from ``peer``."""
+        self._timeline["arrived"].append((peer, sequence, arrived_s))
+
+    def piece(self, peer: int, sent_bytes: int, received_bytes: int, began_s: float, ended_s: float) -> None:
+        """Add a piece of a sum to or from ``peer``."""
+        if sent_bytes:
+            sequence = int(self._pieces[0, peer])
+            self._timeline["sent"].append((peer, PIECE, 0, sequence, sent_bytes, np.nan, 0.0, began_s))
+            self._pieces[0, peer] += 1
+        if received_bytes:
+            self._timeline["arrived"].append((peer, int(self._pieces[1, peer]), ended_s))
+            self._pieces[1, peer] += 1
+
+    def applied(self, header: Header, step: int, applied_s: float) -> None:
+        """Add the use of a message in this rank's ``step``."""
+        self._timeline["applied"].append((header.sender, header.sequence, step, applied_s))
 
     def flush(self) -> None:
         """Write what was added so that readers, and whoever comes after a kill, find it. Raises RunError."""
@@ -160,6 +208,10 @@ class Recorder:
             if link_rows:
                 self._append(f"links/{name}", link_rows)
                 self._links[name] = []
+        for name, records in self._timeline.items():
+            if records:
+                self._append(f"timeline/{name}", np.array(records, RECORDS[name]))
+                self._timeline[name] = []
         self._file.flush()
         self._flushed_s = time.monotonic()
 
@@ -171,14 +223,14 @@ class Recorder:
         self._file["ended"][()] = np.uint8(complete)
         self._file.close()
 
-    def _append(self, name: str, rows: Sequence[Any]) -> None:
+    def _append(self, name: str, rows: Sequence[Any] | np.ndarray) -> None:
         dataset = self._file[name]
         start = dataset.shape[0]
         dataset.resize(start + len(rows), axis=0)
         dataset[start:] = np.asarray(rows)
 
 
-class NoRecorder:
+class NoRecorder(Unlogged):
     """For a run without ``--out``: keeps nothing."""
 
     def step(self, record: StepRecord) -> None:
@@ -188,6 +240,15 @@ class NoRecorder:
         """Nothing is kept."""
 
     def transfer(self, transfer: Transfer, time_s: float) -> None:
+        """Nothing is kept."""
+
+    def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
+        """Nothing is kept."""
+
+    def applied(self, header: Header, step: int, applied_s: float) -> None:
+        """Nothing is kept."""
+
+    def flush(self) -> None:
         """Nothing is kept."""
 
     def close(self, *, complete: bool) -> None:

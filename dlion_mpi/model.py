@@ -6,17 +6,18 @@ Besides `data.py`, the only module that imports TensorFlow, and it does so on fi
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dlion_mpi import plugins
+from dlion_mpi.arrays import Array, Arrays, array
 from dlion_mpi.errors import UserError
 from dlion_mpi.flat import Layout, Vector
 
@@ -49,7 +50,7 @@ def tensorflow(threads: int = 0, local_rank: int = 0) -> Any:
             import tensorflow as tf
     except ImportError:
         raise UserError(
-            "TensorFlow is not installed: pip install 'dlion-mpi[cpu]', or [gpu] where there are GPUs"
+            "TensorFlow is not installed: pip install tensorflow-cpu, or 'tensorflow[and-cuda]' where there are GPUs"
         ) from None
     # A caller that brings its own model has initialised TensorFlow already, as it wants it.
     with contextlib.suppress(RuntimeError):
@@ -110,20 +111,8 @@ def builder(spec: str) -> Callable[[Sequence[int], int], Any]:
     """The function ``(input_shape, classes) -> Keras model`` that ``--model`` names. Raises UserError."""
     if spec == "cipher":
         return cipher
-    module_name, _, function_name = spec.partition(":")
-    if not module_name or not function_name:
-        raise UserError(f"--model {spec}: unknown; give cipher, or PACKAGE.MODULE:FUNCTION")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file beside the user's data is found
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"--model {spec}: cannot import {module_name} ({error})") from None
-    finally:
-        sys.path.pop(0)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"--model {spec}: {module_name} has no function {function_name}")
-    return function
+    found: Callable[[Sequence[int], int], Any] = plugins.load("--model", spec, built_in="cipher", kind="function")
+    return found
 
 
 def build(spec: str, input_shape: Sequence[int], classes: int, seed: int) -> Any:
@@ -229,6 +218,40 @@ class Replica:
     def set_knowledge(self, knowledge: Vector) -> None:
         """Replace weights and statistics, (K,) float32. Optimizer slots stay as they are."""
         self._assign_all(self._tf.convert_to_tensor(knowledge))
+
+    def variables(self) -> str:
+        """The shapes of all that the model has: what tells one model from another."""
+        shapes = [list(v.shape) for v in (*self._trainable, *self._statistics, *self._others)]
+        return f"{shapes}, {type(self._optimizer).__name__}"
+
+    def to_arrays(self) -> Arrays:
+        """Weights, statistics, integer state such as dropout's generators, and the optimizer's variables, by name.
+
+        No copies, and yet nothing of it will change: TensorFlow copies what somebody still reads before it writes.
+        """
+        return {name: self._numbers(variable) for name, variable in self._kept().items()}
+
+    def from_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Take back what `to_arrays` gave, but for the learning rate. Raises StateError, and then changes nothing."""
+        kept = self._kept()
+        found = {name: array(arrays, name, self._numbers(v).dtype, *v.shape) for name, v in kept.items()}
+        for name, variable in kept.items():
+            if not variable.path.endswith("learning_rate"):
+                variable.assign(found[name].astype(variable.dtype))
+
+    def _kept(self) -> dict[str, Any]:
+        groups = {
+            "weights": self._trainable,
+            "statistics": self._statistics,
+            "others": self._others,
+            "optimizer": self._optimizer.variables,
+        }
+        return {f"{group}/{k}": v for group, variables in groups.items() for k, v in enumerate(variables)}
+
+    def _numbers(self, variable: Any) -> Array:
+        """A variable's value; truth values as bytes."""
+        value = np.asarray(self._tf.convert_to_tensor(variable.value))
+        return value.astype(np.uint8) if value.dtype == np.bool_ else value
 
     def correct(self, knowledge: Vector, x: Images, y: Labels) -> int:
         """How many of the rows a model with this knowledge classifies correctly; the replica is not touched."""

@@ -17,8 +17,23 @@ TABLES = {
     "exchange": "per-link prioritized exchange",
     "transfer": "direct knowledge transfer",
     "rivals": "of other strategies",
+    "checkpoints": "checkpoints, and the trained model",
 }
 """The groups of options in `--help`, by their TOML table."""
+VALUES = {
+    "data": "NAME|FILE",
+    "out": "FOLDER",
+    **dict.fromkeys(("staleness", "rebalance_every", "gbs_interval", "hop_max_gap", "hop_skip"), "STEPS"),
+    "transfer_period": "STEPS",
+    "progress_every": "SECONDS",
+    "evaluate_every": "STEPS|SECONDSs",
+    **dict.fromkeys(("lbs", "lbs_max", "gbs_warmup_step"), "SAMPLES"),
+    **dict.fromkeys(("gbs_warmup_limit", "gbs_limit", "transfer_merge", "gaia_threshold"), "SHARE"),
+    "backup": "WORKERS",
+    "window": "MESSAGES",
+    "n_min": "N",
+}
+"""What `--help` calls the value of an option, its unit if it has one, where the option's last word does not say it."""
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +51,7 @@ def _add_option(group: Any, f: dataclasses.Field[Any]) -> None:
     choices = f.metadata["choices"]
     group.add_argument(
         flag(f.name),
-        metavar="|".join(choices) or ("FILE" if f.name == "data" else f.name.rsplit("_", 1)[-1].upper()),
+        metavar="|".join(choices) or VALUES.get(f.name) or f.name.rsplit("_", 1)[-1].upper(),
         default=argparse.SUPPRESS,
         help=f.metadata["help"] + shown,
     )
@@ -52,10 +67,14 @@ def _strategy_defaults() -> dict[str, Any]:
 
 def config_of(options: dict[str, Any]) -> Config:
     """The Config of parsed options: the file's values, overruled by the command line's. Raises UserError."""
+    return Config(**values_of(options))
+
+
+def values_of(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a Config that parsed options give, by the file or the command line. Raises UserError."""
     names = {f.name for f in dataclasses.fields(Config)}
     values = from_toml(options["config"]) if options.get("config") else {}
-    values |= {name: convert(name, text) for name, text in options.items() if name in names}
-    return Config(**values)
+    return values | {name: convert(name, text) for name, text in options.items() if name in names}
 
 
 def complain(message: str) -> None:

@@ -41,7 +41,8 @@ PACKAGES = ("dlion-mpi", "mpi4py", "numpy", "h5py", "keras")
 class Outcome:
     """How a run ended; but for ``rank`` the same on every rank.
 
-    ``result``: its JSON object. ``exit_code``: 0, 1 if it failed on any rank, 128 + the signal that ended it.
+    ``result``: its JSON object. ``exit_code``: 0, 1 if it failed on any rank, 75 if it is to be started again and will
+    go on, 128 + the signal that ended it.
     """
 
     rank: int
@@ -116,17 +117,17 @@ def new_folder(config: Config) -> Path | None:
 
 
 def new_recorder(
-    config: Config, folder: Path | None, rank: int, workers: int, shard: Shard, about: Mapping[str, Any]
+    config: Config, folder: Path | None, rank: int, workers: int, shard: Shard, about: Mapping[str, Any], part: int = 0
 ) -> AnyRecorder:
     """The recorder of a rank's metrics. ``about``: attributes besides those of every run. Raises UserError."""
-    recorder = _metrics(config, folder, rank, workers, shard, about)
+    recorder = _metrics(config, folder, rank, workers, shard, about, part)
     if config.tensorboard is None:
         return recorder
     return TensorBoard(recorder, Path(config.tensorboard), rank, workers)
 
 
 def _metrics(
-    config: Config, folder: Path | None, rank: int, workers: int, shard: Shard, about: Mapping[str, Any]
+    config: Config, folder: Path | None, rank: int, workers: int, shard: Shard, about: Mapping[str, Any], part: int
 ) -> Recorder | NoRecorder:
     if folder is None:
         return NoRecorder()
@@ -142,7 +143,7 @@ def _metrics(
         **about,
     }
     try:
-        return Recorder(folder, rank, workers, attributes)
+        return Recorder(folder, rank, workers, attributes, part)
     except OSError as error:
         raise UserError(f"--out {folder}: rank {rank} cannot write its metrics there ({error})") from None
 
@@ -170,6 +171,9 @@ def commit() -> str:
         return ""
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
 class Stoppable(Protocol):
     """A worker, or something else that ends after the step at hand when it is given a reason."""
 
@@ -178,7 +182,7 @@ class Stoppable(Protocol):
 
 
 @contextlib.contextmanager
-def stopped_by_signals(workers: Sequence[Stoppable]) -> Iterator[None]:
+def stopped_by_signals(workers: Sequence[Stoppable], numbers: Sequence[signal.Signals] = STOPPING) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the workers' run after the step at hand; a second Ctrl-C ends it at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -189,7 +193,7 @@ def stopped_by_signals(workers: Sequence[Stoppable]) -> Iterator[None]:
             worker.stop_reason, worker.exit_code = name, 128 + number
 
     try:
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop) for number in numbers}
     except ValueError:  # not the main thread: signals are the caller's business
         before = {}
     try:

@@ -13,8 +13,9 @@ PAUSE_MIN_S, PAUSE_MAX_S = 50e-6, (1e-3, 5e-3)
 """Between two looks when nothing moves: doubled from the first until it is LOOKS a step's computing, within the second
 two. So an idle thread costs few per cent of a core, and a message waits for a small share of a step."""
 LOOKS = 1 / 50
-PAUSE_AWAITED_S = 100e-6
-"""The longest pause while the loop waits for something: there is no computing to disturb."""
+GROWTH, GROWTH_AWAITED = 2.0, 1.05
+"""While the loop waits for something there is no computing to disturb: a pause is then a twentieth of the time in which
+nothing has moved, so that a short wait is hardly lengthened and a long one costs few per cent of a core."""
 
 
 class ProgressThread:
@@ -85,9 +86,10 @@ class ProgressThread:
                     self._moved.set()
                     pause_s = PAUSE_MIN_S
                     continue
-                self._wake.wait(min(pause_s, PAUSE_AWAITED_S) if self._awaited else pause_s)
+                self._wake.wait(pause_s)
                 self._wake.clear()
-                pause_s = min(2 * pause_s, self._pause_max_s)
+                growth = GROWTH_AWAITED if self._awaited else GROWTH
+                pause_s = min(growth * pause_s, PAUSE_MAX_S[1] if self._awaited else self._pause_max_s)
         except BaseException as failure:  # handed to the loop, which must not wait for a thread that is gone
             self._failure = failure
             self._moved.set()

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from dlion_mpi import transfer
+from dlion_mpi.arrays import Array, Arrays, array, column, integer, integers, number, numbers
 from dlion_mpi.batching import GlobalBatchSchedule, ThroughputFit, equal_lbs, solve_lbs
 from dlion_mpi.config import Config
 from dlion_mpi.flat import Vector
@@ -42,6 +43,7 @@ class StatusRounds:
         self._awaited = config.sync == "sync"
         self._period = config.rebalance_every or (10 if config.target_accuracy else None)
         self._ticket: Ticket | None = None
+        self._record: list[float] = []
         self._asked_step = 0
         self._schedule = _schedule(config, workers, training_samples)
         self.fit = ThroughputFit()
@@ -80,6 +82,29 @@ class StatusRounds:
         if self._period and step % self._period <= skipped and self._ticket is None:
             self._ask(step)
 
+    def to_arrays(self) -> Arrays:
+        """The batch sizes, the timings, and in `sync` the round that everyone has begun."""
+        samples, seconds = zip(*self.fit.pairs, strict=True) if self.fit.pairs else ((), ())
+        begun = {"begun": column(self._record)} if self._awaited and self._ticket is not None else {}
+        return {
+            "samples": column(samples),
+            "seconds": column(seconds),
+            **integers(off=self.fit.off, lbs=self.lbs, gbs=self.gbs, asked_step=self._asked_step),
+            **numbers(accuracy=self.accuracy),
+            **begun,
+        }
+
+    def from_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Go on from what `to_arrays` gave. Raises StateError."""
+        samples = array(arrays, "samples", np.float64, None)
+        seconds = array(arrays, "seconds", np.float64, len(samples))
+        self.fit.pairs.extend((int(b), float(t)) for b, t in zip(samples, seconds, strict=True))
+        self.fit.off, self._asked_step = integer(arrays, "off"), integer(arrays, "asked_step")
+        self.lbs, self.gbs = integer(arrays, "lbs"), integer(arrays, "gbs")
+        self.accuracy = number(arrays, "accuracy")
+        if "begun" in arrays:
+            self._gather(array(arrays, "begun", np.float64, 4).tolist())
+
     def leave(self, rounds_everywhere: int) -> None:
         """Take part in the rounds that others have started and this worker has not."""
         while self.started < rounds_everywhere:
@@ -97,8 +122,12 @@ class StatusRounds:
         alpha, beta = self.fit.solve() if self.fit.pairs else (LEFT, LEFT)
         limit = self._config.lbs_max or NO_LIMIT
         self._asked_step = step
+        self._gather([alpha, beta, limit, self.accuracy])
+
+    def _gather(self, record: list[float]) -> None:
+        self._record = record
         self.started += 1
-        self._ticket = self._collectives.gather(self.channel, [alpha, beta, limit, self.accuracy])
+        self._ticket = self._collectives.gather(self.channel, record)
 
     def _take(self) -> None:
         assert self._ticket is not None
@@ -157,6 +186,7 @@ class KnowledgeRounds:
         self._gathering: Ticket | None = None
         self._bringing: Ticket | None = None
         self._started_step = 0
+        self._record: list[float] = []
         self._table: list[float] = []
         self._source = -1
         self.started = 0
@@ -164,6 +194,27 @@ class KnowledgeRounds:
     def observe(self, loss: float) -> None:
         """The loss of a step."""
         self._losses.append(loss)
+
+    def to_arrays(self) -> Arrays:
+        """The recent losses, and in `sync` how far a transfer is that everyone has begun."""
+        begun: Arrays = {}
+        if self._awaited and self._gathering is not None:
+            begun = {"gathering": column(self._record)}
+        elif self._awaited and self._bringing is not None:
+            begun = {"bringing": column(self._table), **integers(source=self._source)}
+        return {"losses": column(self._losses), **integers(started_step=self._started_step), **begun}
+
+    def from_arrays(self, arrays: Mapping[str, Array], read: Callable[[], Vector]) -> None:
+        """Go on from what `to_arrays` gave; ``read`` gives the knowledge of that moment. Raises StateError."""
+        self._losses.extend(array(arrays, "losses", np.float64, None).tolist())
+        self._started_step = integer(arrays, "started_step")
+        if "gathering" in arrays:
+            loss, left = array(arrays, "gathering", np.float64, 2)
+            self._gather(float(loss), left=bool(left))
+        elif "bringing" in arrays:
+            self._table = array(arrays, "bringing", np.float64, None).tolist()
+            self._source = integer(arrays, "source")
+            self._bringing = self._collectives.broadcast(self.channel, self._source, read())
 
     @property
     def in_flight(self) -> bool:
@@ -227,7 +278,8 @@ class KnowledgeRounds:
 
     def _gather(self, loss: float, *, left: bool) -> None:
         self.started += 1
-        self._gathering = self._collectives.gather(self.channel, [loss, float(left)])
+        self._record = [loss, float(left)]
+        self._gathering = self._collectives.gather(self.channel, self._record)
 
     def _is_gathered(self) -> bool:
         return self._gathering is not None and self._gathering.done

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import functools
+import signal
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlion_mpi import startup
+from dlion_mpi import export, startup
+from dlion_mpi.checkpoint.preemption import EXIT_CODE, Preemption
+from dlion_mpi.checkpoint.resume import Loaded, prepare_folder
+from dlion_mpi.checkpoint.resume import about as about_parts
+from dlion_mpi.checkpoint.resume import load as load_checkpoint
+from dlion_mpi.checkpoint.rounds import CHANNELS as CHECKPOINT_CHANNELS
+from dlion_mpi.checkpoint.session import Session, preemptible
+from dlion_mpi.checkpoint.session import check as check_resumable
+from dlion_mpi.checkpoint.start import NEW, Start
 from dlion_mpi.collectives import Collectives
 from dlion_mpi.config import Config
 from dlion_mpi.console import say, summary
@@ -22,6 +32,8 @@ from dlion_mpi.live import title_of, told
 from dlion_mpi.membership import Membership
 from dlion_mpi.model import Replica, build, optimizer, tensorflow
 from dlion_mpi.outcome import (
+    STOPPING,
+    AnyRecorder,
     Outcome,
     exit_code,
     new_folder,
@@ -34,7 +46,10 @@ from dlion_mpi.outcome import (
 from dlion_mpi.progress import ProgressThread
 from dlion_mpi.startup import Ranks, together
 from dlion_mpi.strategies import resolve
+from dlion_mpi.strategies.allreduce import AllReduce
+from dlion_mpi.strategies.base import Strategy
 from dlion_mpi.testbed import Loop, Reduce
+from dlion_mpi.timeline import MessageLog
 from dlion_mpi.train import CHANNELS, SUM, leave, train
 from dlion_mpi.worker import Worker
 
@@ -43,16 +58,38 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: Config, *, model: Any = None, own_data: Callable[[], Shard] | None = None, report: bool = True
+    config: Config,
+    *,
+    model: Any = None,
+    own_data: Callable[[], Shard] | None = None,
+    report: bool = True,
+    start: Start = NEW,
 ) -> Outcome:
     """Train on all ranks of MPI's world. Every rank calls this with an equal Config.
 
     ``model``, ``own_data``: a Keras model, and what gives this rank's data, in place of what the Config names.
-    ``report``: say how it goes on stderr. Raises UserError on every rank if any has one.
+    ``report``: say how it goes on stderr. ``start``: whether it goes on with a run. Raises UserError on every rank if
+    any has one.
     """
+    with preemptible(config) as preemption:
+        return _run(config, model, own_data, report, start, preemption)
+
+
+def _run(
+    config: Config,
+    model: Any,
+    own_data: Callable[[], Shard] | None,
+    report: bool,
+    start: Start,
+    preemption: Preemption | None,
+) -> Outcome:
     ranks = startup.begin()
-    startup.agree(ranks, "\n".join(f"{k} = {v}" for k, v in versions().items()) + "\n" + config.to_toml())
+    startup.agree(ranks, "\n".join(f"{k} = {v}" for k, v in versions().items()) + f"\n{start}\n" + config.to_toml())
     strategy, config = resolve(config)
+    together(ranks, lambda: export.check(config, ranks))
+    if preemption is not None:
+        check_resumable(strategy)
+    loaded = load_checkpoint(ranks, start, report=report)
     if config.strategy == "horovod":
         from dlion_mpi import horovod_baseline
 
@@ -61,19 +98,11 @@ def run(
     shard = _merge(ranks, together(ranks, own_data or (lambda: _load(config, ranks))))
     replica = together(ranks, lambda: _replica(config, ranks, shard, model))
     replica.set_knowledge(startup.share_from_root(ranks, replica.knowledge()))
-    folder = together(ranks, lambda: _shared_folder(config, ranks))
-    recorder = together(
-        ranks, lambda: new_recorder(config, folder, ranks.rank, ranks.size, shard, {"mpi": startup.library()})
-    )
+    recorder = _recorder(config, ranks, start, loaded, shard)
     if report and ranks.rank == 0:
-        say(
-            f"dlion: {config.strategy}, {config.sync}, {ranks.size} rank{'s' * (ranks.size > 1)}; {config.model}, "
-            f"{replica.layout.size:,} parameters; {shard.name} from {shard.source}, "
-            f"{shard.train_samples_global:,} training samples"
-        )
-
+        _say_what(config, ranks, replica, shard)
     clock = startup.CommonClock(ranks)
-    exchange = _Exchange(ranks, config, replica, clock)
+    exchange = _Exchange(ranks, config, strategy, replica, clock, recorder)
     evaluator = BackgroundEvaluator(replica.correct, *rows_to_test(shard.x_test, shard.y_test, config.test_samples))
     worker = Worker(
         config=config,
@@ -81,15 +110,21 @@ def run(
         members=Membership(tuple(range(ranks.size))),
         strategy=strategy,
         replica=replica,
-        batches=Batches(shard, seed=config.seed, rank=ranks.rank),
+        batches=(batches := Batches(shard, seed=config.seed, rank=ranks.rank)),
         links=exchange.links,
         collectives=exchange.collectives,
         evaluator=evaluator,
         recorder=recorder,
         now_s=clock.now_s,
         training_samples=shard.train_samples_global,
+        cpu_s=time.thread_time,
         reduce=exchange.reduce if ranks.size > 1 else None,
     )
+    session = None
+    if preemption is not None:
+        session = Session(config, worker, replica, exchange.collectives, preemption, loaded, report=report)
+    if loaded is not None:
+        together(ranks, lambda: loaded.restore(worker, replica, batches, exchange.links))
     gather = functools.partial(startup.gather_numbers, ranks.communicator)
     title = title_of(config, "rank", ranks.size)
     telling = told(worker, ranks.size, exchange.links, gather, title) if report else nullcontext()
@@ -97,15 +132,18 @@ def run(
     def driven(loop: Loop) -> None:
         drive(loop, replica=replica, progress=exchange.progress, now_s=clock.now_s, pace_model=pace_clock)
 
-    with stopped_by_signals([worker]), telling:
-        clock.start()
+    with stopped_by_signals([worker], (signal.SIGINT,) if session is not None else STOPPING), telling:
+        clock.start(loaded.checkpoint.time_s if loaded is not None else 0.0)
         if ranks.rank == 0:
             start_clock(config.seconds)
         exchange.start()
         _train(worker, driven)
         seconds = clock.now_s()
         exchange.stop()
+        if session is not None:
+            session.close()
         _evaluate_last(worker, evaluator, replica, seconds)
+        _save_model(worker, ranks, replica, report)
     recorder.close(complete=worker.exit_code == 0)
     outcome, rows = _sum_up(worker, ranks, seconds)
     ranks.communicator.Free()
@@ -117,7 +155,15 @@ def run(
 class _Exchange:
     """Everything that talks MPI while training runs: the links, the collectives and the thread that drives them."""
 
-    def __init__(self, ranks: Ranks, config: Config, replica: Replica, clock: startup.CommonClock) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        config: Config,
+        strategy: Strategy,
+        replica: Replica,
+        clock: startup.CommonClock,
+        log: MessageLog,
+    ) -> None:
         self.progress = ProgressThread()
         self._communicator = ranks.communicator.Dup()
         self.links = Links(
@@ -126,19 +172,23 @@ class _Exchange:
             window=config.window,
             now_s=clock.now_s,
             wake=self.progress.wake,
+            log=log,
         )
-        self.collectives = Collectives(ranks.communicator, CHANNELS, self.progress.wake, self.links.carried)
+        channels = CHANNELS if config.checkpoint_every is None else (*CHANNELS, *CHECKPOINT_CHANNELS)
+        self.collectives = Collectives(
+            ranks.communicator, channels, self.progress.wake, self.links.carried, clock.now_s
+        )
         self.reduce: Reduce | None = None
         """What sums gradients, if the strategy does."""
         self._horovod: HorovodReducer | None = None
-        if config.strategy == "allreduce":
-            self.reduce = functools.partial(self.collectives.reduce, SUM)
-        elif config.strategy == "horovod":
+        if config.strategy == "horovod":
             from dlion_mpi import horovod_baseline
 
             hvd = together(ranks, horovod_baseline.load)
             self._horovod = horovod_baseline.HorovodReducer(hvd, ranks, replica.layout.size, self.links.carried)
             self.reduce = self._horovod.reduce
+        elif isinstance(strategy, AllReduce):
+            self.reduce = functools.partial(self.collectives.reduce, SUM)
 
     def start(self) -> None:
         """From here on MPI belongs to the thread."""
@@ -200,20 +250,47 @@ def _replica(config: Config, ranks: Ranks, shard: Shard, model: Any) -> Replica:
     )
 
 
-def _shared_folder(config: Config, ranks: Ranks) -> Path | None:
-    """The folder of ``--out``, which rank 0 makes."""
-    if ranks.rank == 0:
-        return new_folder(config)
-    return Path(config.out) if config.out is not None else None
+def _recorder(config: Config, ranks: Ranks, start: Start, loaded: Loaded | None, shard: Shard) -> AnyRecorder:
+    """This rank's metrics in the folder of ``--out``, which rank 0 makes unless the run goes on there."""
+    about, part = {"mpi": startup.library()}, 0
+    if start.run is not None:
+        part = together(ranks, lambda: prepare_folder(config, start, ranks))
+        part = int(startup.gather_numbers(ranks.communicator, part)[0, 0])
+        about["resumed"] = about_parts(loaded)
+    else:
+        together(ranks, lambda: new_folder(config) if ranks.rank == 0 else None)
+    folder = Path(config.out) if config.out is not None else None
+    return together(ranks, lambda: new_recorder(config, folder, ranks.rank, ranks.size, shard, about, part))
+
+
+def _say_what(config: Config, ranks: Ranks, replica: Replica, shard: Shard) -> None:
+    say(
+        f"dlion: {config.strategy}, {config.sync}, {ranks.size} rank{'s' * (ranks.size > 1)}; {config.model}, "
+        f"{replica.layout.size:,} parameters; {shard.name} from {shard.source}, "
+        f"{shard.train_samples_global:,} training samples"
+    )
 
 
 def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, replica: Replica, seconds: float) -> None:
-    """Test the final weights, and take in what was still being tested."""
+    """Test the final weights, and take in what was still being tested; not where the time is over, but for a first."""
+    if worker.exit_code == EXIT_CODE and worker.evaluations:
+        evaluator.close(abandon=True)
+        return
     evaluator.submit(worker.step, seconds, replica.knowledge())
     for evaluation in evaluator.poll(wait=True):
         worker.evaluations.append(evaluation)
         worker.recorder.evaluation(evaluation)
     evaluator.close()
+
+
+def _save_model(worker: Worker, ranks: Ranks, replica: Replica, report: bool) -> None:
+    """``--save-model``, if the run has ended as it should on all ranks."""
+    if worker.config.save_model is None or startup.gather_numbers(ranks.communicator, worker.exit_code).any():
+        return
+    try:
+        export.save(worker.config, ranks, replica, worker.evaluations[-1].accuracy, report=report)
+    except RunError as error:
+        worker.stop_reason, worker.exit_code = str(error), 1
 
 
 def _sum_up(worker: Worker, ranks: Ranks, seconds: float) -> tuple[Outcome, list[list[float]]]:

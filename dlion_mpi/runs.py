@@ -6,9 +6,9 @@ what cannot be shown is said in its ``notes``. docs/metrics.md describes the fil
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dlion_mpi.errors import UserError
-from dlion_mpi.metrics import FORMAT
+from dlion_mpi.metrics import FILE_NAME, FORMAT
+from dlion_mpi.timeline import checked
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,7 +42,6 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "transfers": ("step", "time_s", "started_step", "source", "merged", "payload_bytes"),
 }
 """What a metrics file holds, by group."""
-FILE_NAME = re.compile(r"metrics-(\d{5,})\.h5")
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 SWMR_WRITER = 4
 """The bit of a file's superblock that says that a writer has it, or had it when it was killed."""
@@ -56,8 +56,10 @@ UNREADABLE = (OSError, RuntimeError, KeyError, ValueError)
 class Rank:
     """One rank's metrics: ``steps`` (T,), ``evaluations`` (E,) and ``transfers`` (K,) by column name.
 
-    Whole numbers are int64, seconds float64, NaN where nothing was or the file has no such column. ``first``: of the
-    file's steps the first that was read. ``closed``: whether the file's writer has closed it, at the end or before.
+    Whole numbers are int64, seconds float64, NaN where nothing was or the file has no such column.
+    ``before``: the part of a run that was resumed which came before, as far as it counts; its rows are the first.
+    ``first``: of the file's steps the first that was read. ``closed``: whether the file's writer has closed it, at
+    the end or before.
     """
 
     rank: int
@@ -70,20 +72,40 @@ class Rank:
     ended: bool
     first: int = 0
     closed: bool = False
+    before: Rank | None = None
 
     def links(self) -> Columns:
         """Per link, (T, workers) by column name, row by row with ``steps``: read when asked for, since it is most.
 
         Of a file that has become unreadable all is NaN.
         """
-        shape = (len(self.steps["time_s"]), self.workers)
+        rows = len(self.steps["time_s"])
+        if self.before is None:
+            return self._own_links(rows)
+        before = self.before.links()
+        own = self._own_links(rows - len(self.before.steps["time_s"]))
+        return {name: np.concatenate([_widened(part[name], self.workers) for part in (before, own)]) for name in own}
+
+    def _own_links(self, rows: int) -> Columns:
+        shape = (rows, self.workers)
         try:
             with _open(self.path) as file:
-                rows = slice(self.first, self.first + shape[0])
-                found = {name: _dataset(file, f"links/{name}", 2, rows) for name in COLUMNS["links"]}
+                read = slice(self.first, self.first + rows)
+                found = {name: _dataset(file, f"links/{name}", 2, read) for name in COLUMNS["links"]}
         except UNREADABLE:
             found = dict.fromkeys(COLUMNS["links"])
         return {name: _fitted(values, shape) for name, values in found.items()}
+
+    def timeline(self, name: str) -> Array | None:
+        """The records of a data set of `timeline.RECORDS`, in the order in which they happened; None if it has none."""
+        try:
+            with _open(self.path) as file:
+                dataset = file.get(f"timeline/{name}")
+                if not isinstance(dataset, h5py.Dataset) or dataset.ndim != 1:
+                    return None
+                return checked(name, dataset[()])
+        except UNREADABLE:
+            return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,27 +145,27 @@ def load(folder: str | os.PathLike[str], *, last: int | None = None) -> Run:
     path = Path(folder)
     files = _files(path)
     notes = _Notes()
-    ranks = []
-    for number, file in sorted(files.items()):
-        rank = _read(file, number, notes, last)
-        if rank is not None:
-            ranks.append(rank)
+    newest = max(part for parts in files.values() for part in parts)
+    ranks = _ranks_of(files, newest, notes, last)
     if not ranks:
         raise UserError(f"{path}: its metrics cannot be read: {'; '.join(notes.lines())}")
     workers = max(rank.workers for rank in ranks)
     missing = sorted(set(range(workers)) - set(files))
     if missing:
         notes.add("no metrics file, so nothing is shown of what happened there", *missing)
-    ended = not missing and len(ranks) == len(files) and all(rank.ended for rank in ranks)
-    going = [rank.rank for rank in ranks if not rank.ended]
+    gone = [rank for rank in files if newest not in files[rank]]
+    if gone:
+        notes.add("took part only until the run was resumed without them", *gone)
+    ended = not missing and len(ranks) == len(files) and all(rank.ended for rank in ranks if rank.rank not in gone)
+    going = [rank.rank for rank in ranks if not rank.ended and rank.rank not in gone]
     if going:
-        ago_s = max(0.0, time.time() - max(files[rank].stat().st_mtime for rank in going))
+        ago_s = max(0.0, time.time() - max(max(files[rank].items())[1].stat().st_mtime for rank in going))
         notes.add(
             f"not ended: still going (last written {_duration(ago_s)} ago), or stopped, failed or killed; "
             "shown as far as it was written",
             *going,
         )
-    first = ranks[0].attributes
+    first = next((rank for rank in ranks if rank.rank not in gone), ranks[0]).attributes
     return Run(
         path=path,
         workers=workers,
@@ -171,8 +193,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return [str(run.path) for run in runs]
 
 
-def _files(path: Path) -> dict[int, Path]:
-    """The metrics files of a folder by rank. Raises UserError."""
+def _files(path: Path) -> dict[int, dict[int, Path]]:
+    """The metrics files of a folder by rank and part. Raises UserError."""
     if not path.exists():
         raise UserError(f"{path}: there is no such folder; give the folder that --out of a run has made")
     if not path.is_dir():
@@ -181,7 +203,10 @@ def _files(path: Path) -> dict[int, Path]:
         matches = {file: FILE_NAME.fullmatch(file.name) for file in path.iterdir()}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    found = {int(match[1]): file for file, match in matches.items() if match}
+    found: dict[int, dict[int, Path]] = {}
+    for file, match in matches.items():
+        if match:
+            found.setdefault(int(match[1]), {})[int(match[2] or 0)] = file
     if not found:
         inside = sorted(file.parent.name for file in path.glob("*/metrics-*.h5"))
         hint = f"but there is one in {path / inside[0]}" if inside else "give the folder that --out of a run has made"
@@ -189,7 +214,75 @@ def _files(path: Path) -> dict[int, Path]:
     return found
 
 
-def _read(path: Path, number: int, notes: _Notes, last: int | None = None) -> Rank | None:
+def _ranks_of(files: Mapping[int, Mapping[int, Path]], newest: int, notes: _Notes, last: int | None) -> list[Rank]:
+    """Every rank that can be read, its parts joined."""
+    parts = {
+        number: {part: _read(file, number, notes, last) for part, file in own.items()} for number, own in files.items()
+    }
+    resumed: dict[int, Mapping[str, Any]] = {}
+    for own in parts.values():
+        for part, rank in own.items():
+            if rank is not None and part not in resumed:
+                resumed[part] = _table(rank.attributes, "resumed") or {}
+    ranks = []
+    for _, own in sorted(parts.items()):
+        joined: Rank | None = None
+        for part in range(newest + 1):
+            if joined is not None and part in resumed:
+                joined = _until(joined, resumed[part])
+            following = own.get(part)
+            if following is not None:
+                joined = following if joined is None else _joined(joined, following)
+        if joined is not None:
+            ranks.append(joined)
+    return ranks
+
+
+def _until(rank: Rank, resumed: Mapping[str, Any]) -> Rank:
+    """What counts of a rank after the run was resumed: what came before the checkpoint that it went on from."""
+    steps, time_s = resumed.get("steps"), resumed.get("time_s")
+    if not isinstance(steps, list) or not isinstance(time_s, int | float):
+        return rank
+    last = steps[rank.rank] if rank.rank < len(steps) and isinstance(steps[rank.rank], int) else 0
+    return dataclasses.replace(
+        rank,
+        before=None if rank.before is None else _until(rank.before, resumed),
+        steps=_where(rank.steps, rank.steps["step"] < last),
+        evaluations=_where(rank.evaluations, rank.evaluations["time_s"] <= time_s),
+        transfers=_where(rank.transfers, rank.transfers["step"] <= last),
+    )
+
+
+def _where(columns: Columns, kept: Array) -> Columns:
+    return {name: values[kept] for name, values in columns.items()}
+
+
+def _joined(before: Rank, after: Rank) -> Rank:
+    """Two parts of a rank as one."""
+    return dataclasses.replace(
+        after,
+        before=before,
+        workers=max(before.workers, after.workers),
+        steps=_after(before.steps, after.steps),
+        evaluations=_after(before.evaluations, after.evaluations),
+        transfers=_after(before.transfers, after.transfers),
+    )
+
+
+def _after(before: Columns, after: Columns) -> Columns:
+    return {name: np.concatenate([before[name], values]) for name, values in after.items()}
+
+
+def _widened(values: Array, workers: int) -> Array:
+    """Columns of a part with fewer workers, with none for the others."""
+    if values.shape[1] == workers:
+        return values
+    wide = np.full((len(values), workers), np.nan)
+    wide[:, : values.shape[1]] = values
+    return wide
+
+
+def _read(path: Path, number: int, notes: _Notes, last: int | None) -> Rank | None:
     """One rank's file, or None with a note why not."""
     try:
         closed = not _head(path)[11] & SWMR_WRITER
@@ -221,7 +314,9 @@ def _read(path: Path, number: int, notes: _Notes, last: int | None = None) -> Ra
         workers=workers if isinstance(workers, int) and number < workers <= MOST_WORKERS else number + 1,
         path=path,
         attributes=attributes,
-        **{group: _aligned(columns) for group, columns in groups.items()},
+        steps=_aligned(groups["steps"]),
+        evaluations=_aligned(groups["evaluations"]),
+        transfers=_aligned(groups["transfers"]),
         ended=ended is not None and bool(ended[()]),
         first=rows["steps"].start or 0,
         closed=closed,

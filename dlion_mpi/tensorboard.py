@@ -18,6 +18,8 @@ from dlion_mpi.evaluate import Evaluation
 from dlion_mpi.glance import RankGlance, Tally
 from dlion_mpi.metrics import NoRecorder, Recorder, StepRecord
 from dlion_mpi.rounds import Transfer
+from dlion_mpi.timeline import Phase
+from dlion_mpi.wire import Header
 
 EVERY_S = 1.0
 """Between two points, by the run's clock: virtual in a simulation."""
@@ -111,6 +113,30 @@ class TensorBoard:
         self._recorder.transfer(transfer, time_s)
         values = {"transfer/source": float(transfer.source), "transfer/merged": float(transfer.merged)}
         self._write(transfer.step, time_s, values)
+
+    def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
+        """No scalar."""
+        self._recorder.span(phase, step, start_s, end_s)
+
+    def applied(self, header: Header, step: int, applied_s: float) -> None:
+        """No scalar."""
+        self._recorder.applied(header, step, applied_s)
+
+    def sent(self, peer: int, header: Header, size_bytes: int, posted_s: float) -> None:
+        """No scalar."""
+        self._recorder.sent(peer, header, size_bytes, posted_s)
+
+    def arrived(self, peer: int, sequence: int, arrived_s: float) -> None:
+        """No scalar."""
+        self._recorder.arrived(peer, sequence, arrived_s)
+
+    def piece(self, peer: int, sent_bytes: int, received_bytes: int, began_s: float, ended_s: float) -> None:
+        """No scalar."""
+        self._recorder.piece(peer, sent_bytes, received_bytes, began_s, ended_s)
+
+    def flush(self) -> None:
+        """What the metrics file is still to be told; the events are flushed by their own thread."""
+        self._recorder.flush()
 
     def close(self, *, complete: bool) -> None:
         """The last steps, and the end of the file."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from dlion_mpi.arrays import Array, Arrays
 from dlion_mpi.bandwidth import LinkRate, rooms_bytes
 from dlion_mpi.flat import Layout, Vector
 from dlion_mpi.strategies.base import LinkView, Outgoing
@@ -143,11 +144,33 @@ class Replica(Protocol):
         """Replace weights and statistics."""
 
 
+@runtime_checkable
+class ResumableReplica(Replica, Protocol):
+    """A replica that can be kept in a checkpoint."""
+
+    def to_arrays(self) -> Arrays:
+        """All that it learns and draws from, by name, in arrays that do not change any more."""
+
+    def from_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Take back what `to_arrays` gave. Raises StateError."""
+
+
 class Batches(Protocol):
     """The worker's training data; see `data.Batches`."""
 
     def take(self, size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
         """The next ``size`` rows."""
+
+
+@runtime_checkable
+class ResumableBatches(Batches, Protocol):
+    """Training data whose position can be kept in a checkpoint."""
+
+    def state(self) -> dict[str, int]:
+        """Where it is."""
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on where ``state`` was taken. Raises UserError for data that it does not fit."""
 
 
 def link_views(rates: Mapping[int, LinkRate], window: int, step_s: float, now_s: float) -> dict[int, LinkView]:

@@ -7,7 +7,7 @@ what drives it waits in real time (`driver.py`) or advances a virtual clock. Eve
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -17,8 +17,9 @@ from dlion_mpi.metrics import StepRecord
 from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
 from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, SendsFirst
 from dlion_mpi.testbed import Compute, Computed, Loop, Until
+from dlion_mpi.timeline import Phase
 from dlion_mpi.wire import Kind
-from dlion_mpi.worker import Timings, Worker
+from dlion_mpi.worker import Timings, Worker, not_ready
 
 CLOSING, SUM = "closing", "sum"
 CHANNELS = (StatusRounds.channel, KnowledgeRounds.channel, CLOSING, SUM)
@@ -35,10 +36,11 @@ def train(w: Worker) -> Loop:
     The exchange of a step overlaps the computing of the next wherever the synchronisation mode lets a worker
     go on. Raises RunError for a loss or gradient that is not finite, before it could reach a peer.
     """
-    if w.status.adapts:
+    if w.status.adapts and not w.status.fit.pairs:  # a resumed worker knows its machine
         yield from profile(w)
     w.moved_cpu_s = w.links.cpu_s()  # what was moved so far is nobody's exchange
     while not w.ended():
+        w.midway = True
         timings = Timings(w.now_s(), w.status.lbs, w.status.gbs)
         sent = send_first(w, timings)
         computed = yield from compute(w, timings)
@@ -54,11 +56,14 @@ def train(w: Worker) -> Loop:
             ages = {}
         yield from converse(w, computed, timings)
         finish_step(w, computed, timings, sent, ages)
+        if w.checkpoints is not None:
+            yield from w.checkpoints.advance(w)
     yield from leave(w)
 
 
 def profile(w: Worker) -> Loop:
     """Time two batch sizes before the first step, so that the first step is already balanced."""
+    start_s = w.now_s()
     for size in (max(1, w.config.lbs // 4), w.config.lbs):
         for attempt in range(3):
             computed = yield Compute(*w.batches.take(size))
@@ -66,16 +71,22 @@ def profile(w: Worker) -> Loop:
             if attempt:  # the first of a size pays for allocation
                 w.status.fit.add(size, computed.seconds)
     yield from w.status.first()
+    w.recorder.span(Phase.PROFILE, w.step, start_s, w.now_s())
 
 
-def send_first(w: Worker, timings: Timings) -> dict[int, float]:
-    """What a strategy that exchanges weights or updates sends before its gradient is there. Returns as `post`."""
+def send_first(w: Worker, timings: Timings, *, waiting: bool = False) -> dict[int, float]:
+    """What a strategy that exchanges weights or updates sends before its gradient is there. Returns as `post`.
+
+    ``waiting``: it has been asked in this step before; if it has nothing more, that was part of the waiting.
+    """
     if w.alone or not isinstance(w.strategy, SendsFirst):
         return {}
-    start_s = w.now_s()
-    links = w.links.view(w.peers, w.step_s)
+    start_s, start_cpu_s = w.now_s(), w.cpu_s()
+    links = w.link_views(w.step_s)
     w.state, outgoing = w.strategy.opening(w.state, w.step, w.replica.weights, links)
-    return _send(w, outgoing, start_s, timings)
+    if waiting and not outgoing:
+        return {}
+    return _send(w, outgoing, start_s, start_cpu_s, timings)
 
 
 def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, Computed]:
@@ -83,6 +94,8 @@ def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, 
     computed = yield Compute(*w.batches.take(w.status.lbs), w.alone)
     assert computed is not None
     timings.compute_s, timings.paced_s = computed.seconds, computed.paced_s
+    now_s = w.now_s()
+    w.recorder.span(Phase.COMPUTE, w.step, now_s - computed.seconds, now_s)
     if computed.finite:
         return computed
     if w.config.non_finite == "stop":
@@ -96,15 +109,17 @@ def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, 
 
 def post(w: Worker, computed: Computed, timings: Timings) -> dict[int, float]:
     """Hand every link the message that the strategy has for it. Returns the N of each that carries entries."""
-    start_s = w.now_s()
+    start_s, start_cpu_s = w.now_s(), w.cpu_s()
     assert computed.gradient is not None
     local = LocalGradient(vector=computed.gradient, step=w.step, lbs=w.status.lbs, gbs=w.status.gbs)
-    links = _affordable(w, w.links.view(w.peers, w.step_s or computed.seconds))
+    links = _affordable(w, w.link_views(w.step_s or computed.seconds))
     w.state, outgoing = w.strategy.outgoing(w.state, local, links)
-    return _send(w, outgoing, start_s, timings)
+    return _send(w, outgoing, start_s, start_cpu_s, timings)
 
 
-def _send(w: Worker, outgoing: dict[int, Outgoing], start_s: float, timings: Timings) -> dict[int, float]:
+def _send(
+    w: Worker, outgoing: dict[int, Outgoing], start_s: float, start_cpu_s: float, timings: Timings
+) -> dict[int, float]:
     """Queue messages that were made since ``start_s``, what is announced after its announcement."""
     announced = {
         peer: Outgoing(entries=message.entries, kind=Kind.INDICES)
@@ -112,11 +127,12 @@ def _send(w: Worker, outgoing: dict[int, Outgoing], start_s: float, timings: Tim
         if message.announced
     }
     if announced:
-        w.links.post(announced, w.stamp(start_s))
-    w.links.post(outgoing, w.stamp(start_s))
-    seconds = w.now_s() - start_s
-    timings.select_encode_s += seconds
-    timings.exchange_s += seconds
+        w.post(announced, start_s)
+    w.post(outgoing, start_s)
+    now_s = w.now_s()
+    w.recorder.span(Phase.SELECT, w.step, start_s, now_s)
+    timings.select_encode_s += now_s - start_s
+    timings.exchange_cpu_s += w.cpu_s() - start_cpu_s
     return {peer: message.quality for peer, message in outgoing.items() if message.entries is not None}
 
 
@@ -132,7 +148,7 @@ def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
     if not w.config.exchange_share or w.config.sync == "sync" or w.exchange_credit_s >= 0 or overdue:
         w.exchanged_step = w.step
         return links
-    return {peer: LinkView(False, link.budget_bytes) for peer, link in links.items()}
+    return not_ready(links)
 
 
 def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until, None, None]:
@@ -142,12 +158,14 @@ def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until
     def ready() -> bool:
         if w.may_complete():
             return True
-        sent.update(send_first(w, timings))  # a link that was busy when the step began may be free now
+        sent.update(send_first(w, timings, waiting=True))  # a link that was busy when the step began may be free now
         return False
 
     if not ready():
         yield Until(ready)
-    timings.wait_s = w.now_s() - start_s - (timings.select_encode_s - sending_s)
+    now_s = w.now_s()
+    w.recorder.span(Phase.WAIT, w.step, start_s, now_s)
+    timings.wait_s = now_s - start_s - (timings.select_encode_s - sending_s)
     w.moved_cpu_s += w.links.cpu_s() - cpu_s  # while the loop waits, moving messages disturbs no computing
 
 
@@ -156,10 +174,10 @@ def complete(w: Worker, timings: Timings) -> Generator[Until, None, dict[int, li
 
     None if it takes a sum over all workers, and one of them has ended.
     """
-    start_s, waited_s = w.now_s(), timings.wait_s
+    start_s, start_cpu_s, waited_s = w.now_s(), w.cpu_s(), timings.wait_s
     messages = w.inbox.take(w.step if w.config.sync == "sync" else math.inf)
     w.state, effect = w.strategy.incoming(w.state, w.replica.weights, messages)
-    timings.exchange_s += w.now_s() - start_s
+    timings.exchange_cpu_s += w.cpu_s() - start_cpu_s
     gradient = effect.gradient
     if effect.share is not None:
         gradient = yield from total(w, effect.share, timings)
@@ -172,9 +190,12 @@ def complete(w: Worker, timings: Timings) -> Generator[Until, None, dict[int, li
     ages: dict[int, list[tuple[float, int]]] = {}
     for header in (message.header for message in messages):
         ages.setdefault(header.sender, []).append((start_s - header.computed_at, w.step - header.step))
+        w.recorder.applied(header, w.step, start_s)
+    now_s = w.now_s()
+    w.recorder.span(Phase.APPLY, w.step, start_s, now_s)
+    timings.apply_s = now_s - start_s - (timings.wait_s - waited_s)
     w.skipped = effect.skipped
     w.step += effect.skipped
-    timings.apply_s = w.now_s() - start_s - (timings.wait_s - waited_s)
     return ages
 
 
@@ -186,7 +207,9 @@ def total(w: Worker, share: Vector | None, timings: Timings) -> Generator[Until,
     ticket = w.reduce(share)
     if not ticket.done:
         yield Until(lambda: ticket.done)
-    timings.wait_s += w.now_s() - start_s
+    now_s = w.now_s()
+    w.recorder.span(Phase.WAIT, w.step, start_s, now_s)
+    timings.wait_s += now_s - start_s
     if len(ticket.vector):
         return ticket.vector
     w.end_step = min(w.end_step, w.step)
@@ -206,14 +229,27 @@ def converse(w: Worker, computed: Computed, timings: Timings) -> Generator[Until
     w.recent_losses.append(computed.loss)
     w.status.observe(timings.lbs, computed.seconds)
     w.knowledge.observe(computed.loss)
-    yield from w.status.advance(step, w.skipped)
+    yield from _agree(w, w.status.advance(step, w.skipped))
     if w.status.target_reached:
-        w.stop_reason = w.stop_reason or "target accuracy reached"
+        w.end("target accuracy reached")
+    asked = w.knowledge.started
     for event in w.knowledge.advance(step, w.replica.knowledge, w.replica.set_knowledge):
         if isinstance(event, Transfer):
-            w.recorder.transfer(event, w.now_s())
+            now_s = w.now_s()
+            w.recorder.transfer(event, now_s)
+            w.recorder.span(Phase.TRANSFER, event.started_step, w.transfer_asked_s, now_s)
         else:
-            yield event
+            yield from _agree(w, [event])
+    if w.knowledge.started > asked:
+        w.transfer_asked_s = w.now_s()
+
+
+def _agree(w: Worker, waits: Iterable[Until]) -> Generator[Until, None, None]:
+    """Wait for what everyone's word is needed for."""
+    for until in waits:
+        start_s = w.now_s()
+        yield until
+        w.recorder.span(Phase.AGREE, w.step, start_s, w.now_s())
 
 
 def _evaluation_due(w: Worker, step: int) -> bool:
@@ -261,13 +297,14 @@ def finish_step(
     w.step_s = _running_mean(w.step_s, step_s - timings.wait_s)
     _account(w, timings)
     w.step += 1
+    w.midway = False
 
 
 def _account(w: Worker, timings: Timings) -> None:
     """Grant the exchange its share of this step's computing, and charge what it has cost, MPI's thread included."""
     cpu_s = w.links.cpu_s()
     granted_s = (w.config.exchange_share or 0.0) * timings.compute_s
-    cost_s = timings.exchange_s + cpu_s - w.moved_cpu_s
+    cost_s = timings.exchange_cpu_s + cpu_s - w.moved_cpu_s
     w.moved_cpu_s = cpu_s
     # Unused credit lapses after a step: a lull must not be followed by a burst.
     w.exchange_credit_s = min(w.exchange_credit_s + granted_s - cost_s, granted_s)
@@ -285,9 +322,13 @@ def leave(w: Worker) -> Loop:
     and waited for. After that no rank has anything left to do for another. Where gradients are summed, the others
     learn from the sum that this worker is not in it.
     """
+    start_s = w.now_s()
     if w.reduce is not None and w.reductions < w.end_step:
         yield from total(w, None, Timings(w.now_s(), 0, 0))
     w.links.announce(Kind.STOP if w.stop_reason else Kind.CLOSE, w.stamp())
+    if w.checkpoints is not None:
+        checkpoints = w.checkpoints
+        yield Until(lambda: _keep_moving(w) and checkpoints.over)
     ended = w.collectives.gather(CLOSING, [w.status.started, w.knowledge.started])
     yield Until(lambda: _keep_moving(w) and ended.done)
     status_rounds, knowledge_rounds = ended.table.max(axis=0)
@@ -302,11 +343,15 @@ def leave(w: Worker) -> Loop:
     yield Until(lambda: _keep_moving(w) and w.links.received_counts() == expected)
     drained = w.collectives.gather(CLOSING, [0.0])
     yield Until(lambda: drained.done)
+    w.recorder.span(Phase.LEAVE, w.step, start_s, w.now_s())
 
 
 def _keep_moving(w: Worker) -> bool:
     """Go on serving those who have not ended: empty the inbox, move a knowledge transfer on."""
     w.collect()
-    w.inbox.held.clear()
+    if w.checkpoints is None or w.checkpoints.over:
+        w.inbox.held.clear()
+    else:  # what has come belongs to the last checkpoint
+        w.checkpoints.serve(w)
     w.knowledge.settled(w.replica.knowledge)
     return True

@@ -14,11 +14,12 @@ Source: memory of the unsent as in Deep Gradient Compression (Lin et al. 2018); 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from dlion_mpi.arrays import Array, Arrays, number, numbers, under, vector, vectors_by_rank
 from dlion_mpi.flat import Entries, Layout, Vector
 from dlion_mpi.select import Ranking, Selection, Selector
 from dlion_mpi.wire import ValueType, bytes_for_count, encoded_bytes, rounded
@@ -65,6 +66,17 @@ class Unsent:
     def of(self, peer: int) -> Vector:
         """All that ``peer`` has not been sent, (P,) float32, a copy."""
         return self.common + self.owed[peer] if peer in self.owed else self.common.copy()
+
+    def to_arrays(self) -> Arrays:
+        """What is remembered, by name: its own arrays, not copies."""
+        owed = under("owed", {str(peer): owed for peer, owed in self.owed.items()})
+        return {"common": self.common, **owed, **numbers(clustering=self._clustering)}
+
+    def from_arrays(self, arrays: Mapping[str, Array], peers: Iterable[int]) -> None:
+        """Take back what `to_arrays` gave. Raises StateError."""
+        self.common[:] = vector(arrays, "common", self.layout.size)
+        self.owed = vectors_by_rank(arrays, "owed", peers, self.layout.size)
+        self._clustering = number(arrays, "clustering")
 
     def add(self, gradient: Vector) -> None:
         """Remember a gradient, (P,) float32."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,9 +13,10 @@ from dlion_mpi.flat import Vector
 from dlion_mpi.membership import Membership
 from dlion_mpi.metrics import StepRecord
 from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
-from dlion_mpi.strategies.base import Inbox, Plan, Strategy
-from dlion_mpi.testbed import Batches, Collectives, Links, Reduce, Replica, Stamp
-from dlion_mpi.wire import Kind
+from dlion_mpi.strategies.base import Inbox, LinkView, Outgoing, Plan, Strategy
+from dlion_mpi.testbed import Batches, Collectives, Links, Reduce, Replica, Stamp, Until
+from dlion_mpi.timeline import Phase
+from dlion_mpi.wire import Header, Kind, Message
 
 
 class Evaluator(Protocol):
@@ -43,6 +44,33 @@ class Recorder(Protocol):
     def transfer(self, transfer: Transfer, time_s: float) -> None:
         """A knowledge transfer."""
 
+    def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
+        """What a span of time was spent on."""
+
+    def applied(self, header: Header, step: int, applied_s: float) -> None:
+        """A message was used in this worker's step."""
+
+
+class Checkpoints(Protocol):
+    """Takes checkpoints between steps; see `checkpoint.rounds.CheckpointRounds`."""
+
+    holding: bool
+    """Whether no entries may be sent for the moment."""
+    over: bool
+    """Whether no checkpoint will be taken any more, and none is under way."""
+
+    def advance(self, w: Worker) -> Iterator[Until]:
+        """Between two steps: move a checkpoint on, or take one that is due."""
+
+    def serve(self, w: Worker) -> None:
+        """After the last step: go on taking part in the others' checkpoints."""
+
+    def arrived(self, w: Worker, message: Message) -> None:
+        """A message has come."""
+
+    def end(self, reason: str) -> None:
+        """The run has come to its end: all workers are to end together, after a last checkpoint."""
+
 
 @dataclass(slots=True)
 class Timings:
@@ -56,8 +84,8 @@ class Timings:
     select_encode_s: float = 0.0
     wait_s: float = 0.0
     apply_s: float = 0.0
-    exchange_s: float = 0.0
-    """What the exchange has cost: of select_encode_s and apply_s all but the optimizer, and decoding."""
+    exchange_cpu_s: float = 0.0
+    """Processor time that the exchange has cost: of select_encode_s and apply_s all but the optimizer, and decoding."""
 
 
 @dataclass(slots=True)
@@ -95,18 +123,23 @@ class Worker:
     recorder: Recorder
     now_s: Callable[[], float]
     training_samples: int
+    cpu_s: Callable[[], float] = lambda: 0.0
+    """Processor time that the loop's own thread has used: what the exchange costs, however many share the cores."""
     reduce: Reduce | None = None
     """For a strategy that shares its gradients by a sum; see `Effect.share`."""
     on_step: Callable[[StepRecord], None] = lambda record: None
     stop_reason: str | None = None
     """Why the run must end before its time: a signal, a failure, a reached target; "" if another rank knows."""
     exit_code: int = 0
+    checkpoints: Checkpoints | None = None
 
     alone: bool = field(init=False)
     """Whether there has never been a peer."""
     end_step: float = field(init=False)
     """Steps after which the run ends, for this worker or for one that it cannot go on without."""
     step: int = 0
+    midway: bool = False
+    """Whether the step at hand has been begun; where the run ends in it, it will never be completed."""
     skipped: int = 0
     """Steps that were left out before the one at hand ended; see `Effect.skipped`."""
     reductions: int = 0
@@ -117,7 +150,13 @@ class Worker:
     exchange_credit_s: float = 0.0
     """Processor time that the exchange may still take: what `--exchange-share` grants, less what it has taken."""
     moved_cpu_s: float = 0.0
+    posted: Counter[int] = field(default_factory=Counter)
+    """Messages that every peer was sent by `post`."""
+    collected: Counter[int] = field(default_factory=Counter)
+    """Messages that have come from every peer."""
     evaluated_s: float = 0.0
+    transfer_asked_s: float = 0.0
+    """When the newest knowledge transfer was asked for."""
     evaluations: list[Evaluation] = field(default_factory=list)
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=10))
     spent: Spent = field(default_factory=Spent)
@@ -144,8 +183,20 @@ class Worker:
 
     def ended(self) -> bool:
         """Whether there is no next step."""
-        timed_out = self.config.seconds is not None and self.now_s() >= self.config.seconds
-        return self.cut_short() or timed_out
+        if self.checkpoints is not None:
+            return self.cut_short()
+        return self.cut_short() or self.timed_out()
+
+    def timed_out(self) -> bool:
+        """Whether `--seconds` are over."""
+        return self.config.seconds is not None and self.now_s() >= self.config.seconds
+
+    def end(self, reason: str) -> None:
+        """End the run; where checkpoints are taken, all together after a last one."""
+        if self.checkpoints is not None:
+            self.checkpoints.end(reason)
+        else:
+            self.stop_reason = self.stop_reason or reason
 
     def cut_short(self) -> bool:
         """Whether the step at hand will never be completed."""
@@ -159,10 +210,25 @@ class Worker:
         """For the headers of this step."""
         return Stamp(self.members.epoch, self.step, self.status.lbs, self.status.gbs, computed_at)
 
+    def link_views(self, step_s: float) -> dict[int, LinkView]:
+        """The links as the strategy may use them."""
+        links = self.links.view(self.peers, step_s)
+        if self.checkpoints is not None and self.checkpoints.holding:
+            return not_ready(links)
+        return links
+
+    def post(self, messages: dict[int, Outgoing], computed_at: float) -> None:
+        """Hand the links messages of this step."""
+        self.links.post(messages, self.stamp(computed_at))
+        self.posted.update(messages.keys())
+
     def collect(self) -> None:
         """Take in what has arrived: gradients wait in the inbox, departures change the membership."""
         for message in self.links.poll():
             sender = message.header.sender
+            self.collected[sender] += 1
+            if self.checkpoints is not None:
+                self.checkpoints.arrived(self, message)
             self.inbox.put(message)
             if message.header.kind is Kind.STOP:
                 self.stop_reason = self.stop_reason or ""
@@ -176,3 +242,8 @@ class Worker:
         """Whether this step can be completed, or will never be."""
         self.collect()
         return self.cut_short() or self.strategy.may_advance(self.state, self.step, self.inbox)
+
+
+def not_ready(links: Mapping[int, LinkView]) -> dict[int, LinkView]:
+    """The links as if none took a message now."""
+    return {peer: LinkView(False, link.budget_bytes) for peer, link in links.items()}

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Run the tests, all or by part; ends with a line per part and the total.
 #
-#   bash env/test.sh [unit|contract|mpi|mpich|system ...] [-- PYTEST OPTIONS]
+#   bash env/test.sh [unit|contract|mpi|mpich|system|slurm ...] [-- PYTEST OPTIONS]
 #
-# unit, contract and system run pytest as it is; mpi runs tests/mpi on 1, 2, 3 and 4 ranks; mpich does so on 2 and 3
-# ranks of MPICH, in an environment of its own.
+# unit, contract, system and slurm run pytest as it is, slurm on a cluster that env/slurm/up.sh makes (root); mpi runs
+# tests/mpi on 1, 2 and 4 ranks; mpich does so on 3 ranks of MPICH, in an environment of its own.
+# DLION_TEST_RANKS="1 2 4"   on how many ranks mpi and mpich run, in the place of these
 # DLION_TEST_MPICH=0         leave mpich out
 # DLION_TEST_TIMEOUT_S=900   end a part that takes longer
 
@@ -14,9 +15,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 parts=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case "$1" in
-        unit | contract | mpi | mpich | system) parts+=("$1") ;;
+        unit | contract | mpi | mpich | system | slurm) parts+=("$1") ;;
         *)
-            echo "env/test.sh: no part '$1': choose unit, contract, mpi, mpich or system; pytest's options go after --" >&2
+            echo "env/test.sh: no part '$1': choose unit, contract, mpi, mpich, system or slurm; pytest's options go after --" >&2
             exit 2
             ;;
     esac
@@ -24,8 +25,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 if [ ${#parts[@]} -eq 0 ]; then
-    parts=(unit contract mpi system)
-    [ "${DLION_TEST_MPICH:-1}" = 0 ] || parts=(unit contract mpi mpich system)
+    parts=(unit contract mpi system slurm)
+    [ "${DLION_TEST_MPICH:-1}" = 0 ] || parts=(unit contract mpi mpich system slurm)
 fi
 
 # shellcheck source=env/setup.sh
@@ -99,14 +100,15 @@ run_part() {
         return
     fi
     case "$part" in
-        mpi) for ranks in 1 2 3 4; do run_mpi mpi "$ranks" "$@"; done ;;
+        mpi) for ranks in ${DLION_TEST_RANKS:-1 2 4}; do run_mpi mpi "$ranks" "$@"; done ;;
         mpich)
             (
                 # shellcheck source=env/setup.sh
                 DLION_MPI=mpich source env/setup.sh || exit
-                for ranks in 2 3; do run_mpi mpich "$ranks" "$@"; done
+                for ranks in ${DLION_TEST_RANKS:-3}; do run_mpi mpich "$ranks" "$@"; done
             ) || echo "mpich 1 0" >>"$results/parts"
             ;;
+        unit | contract) run_pytest "$part" --numprocesses auto "$@" ;;
         *)
             [ "$part" != system ] || get_browser
             run_pytest "$part" "$@"

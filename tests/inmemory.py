@@ -27,6 +27,7 @@ from dlion_mpi.strategies import resolve
 from dlion_mpi.strategies.allreduce import AllReduce
 from dlion_mpi.strategies.base import LinkView, Outgoing
 from dlion_mpi.testbed import Compute, Computed, LinkTotals, Loop, Stamp, Until
+from dlion_mpi.timeline import Phase
 from dlion_mpi.train import leave, train
 from dlion_mpi.worker import Worker
 
@@ -287,6 +288,10 @@ class Nothing:
     def transfer(self, transfer: Transfer, time_s: float) -> None:
         self.transfers.append(transfer)
 
+    def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None: ...
+
+    def applied(self, header: wire.Header, step: int, applied_s: float) -> None: ...
+
 
 @dataclass(slots=True)
 class Run:
@@ -313,11 +318,12 @@ def run(
     seconds: Callable[[int, int], float] = lambda rank, samples: 0.001 * samples,
     on_step: Callable[[Worker, Network], None] = lambda worker, network: None,
     message_cpu_s: float = 0.0,
+    prepare: Callable[[Worker], None] = lambda worker: None,
 ) -> Run:
     """Train to the end.
 
     ``seconds``: (rank, samples) -> what computing a gradient takes, as it is told to the loop. ``message_cpu_s``:
-    processor seconds to send a message with entries, as the links say.
+    processor seconds to send a message with entries, as the links say. ``prepare``: has every worker before it begins.
     """
     weather = weather or Weather()
     network = Network(len(replicas), weather)
@@ -345,6 +351,8 @@ def run(
         run.workers.append(worker)
         run.sent.append(links.history)
         worker.on_step = _watched(worker, network, run.records[rank], on_step)
+    for worker in run.workers:
+        prepare(worker)
     _drive(run.workers, network, seconds)
     assert not any(network.on_the_way.values()), "a worker has left before all that was sent to it was there"
     return run

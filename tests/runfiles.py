@@ -10,6 +10,8 @@ from dlion_mpi.config import Config
 from dlion_mpi.evaluate import Evaluation
 from dlion_mpi.metrics import Recorder, StepRecord
 from dlion_mpi.rounds import Transfer
+from dlion_mpi.timeline import Phase
+from dlion_mpi.wire import Header, Kind
 
 STEP_S = 0.5
 """A step of worker 0; worker k takes k + 1 times as long."""
@@ -56,8 +58,57 @@ def write(folder: Path, rank: int, workers: int, steps: int, **attributes: Any) 
     return recorder
 
 
-def make_run(folder: Path, *, workers: int = 3, steps: int = 40, ended: bool = True, **attributes: Any) -> Path:
+def make_run(
+    folder: Path, *, workers: int = 3, steps: int = 40, ended: bool = True, timeline: bool = False, **attributes: Any
+) -> Path:
     """A whole run in a folder; ``attributes`` in place of those that it would have."""
     for rank in range(workers):
-        write(folder, rank, workers, steps, **attributes).close(complete=ended)
+        recorder = write(folder, rank, workers, steps, **attributes)
+        if timeline:
+            write_timeline(recorder, rank, workers, steps)
+        recorder.close(complete=ended)
     return folder
+
+
+TRANSIT_S = 0.3
+
+
+def posted_s(rank: int, step: int) -> float:
+    """When a rank has handed its messages of a step to its links."""
+    return STEP_S * (rank + 1) * (step + 0.6)
+
+
+def write_timeline(recorder: Recorder, rank: int, workers: int, steps: int) -> None:
+    """When what `record` says was done; a message of 1000 bytes to every peer in each step, used where it arrives."""
+    step_s = STEP_S * (rank + 1)
+    for step in range(steps):
+        parts = [
+            (Phase.COMPUTE, 0.0, 0.5),
+            (Phase.SELECT, 0.5, 0.6),
+            (Phase.WAIT, 0.6, 0.85),
+            (Phase.APPLY, 0.85, 0.95),
+        ]
+        for phase, start, end in parts:
+            recorder.span(phase, step, step_s * (step + start), step_s * (step + end))
+        if step % 10 == 9:
+            recorder.span(Phase.TRANSFER, step - 1, step_s * step, step_s * (step + 1))
+        for peer in set(range(workers)) - {rank}:
+            header = Header(
+                kind=Kind.GRADIENT,
+                sender=rank,
+                epoch=0,
+                step=step,
+                sequence=step + 1,
+                acknowledged=0,
+                quality=10.0 + peer,
+                computed_at=step_s * (step + 0.5),
+            )
+            recorder.sent(peer, header, 1000, posted_s(rank, step))
+    end_s = step_s * steps
+    for peer in set(range(workers)) - {rank}:
+        for step in range(steps):
+            arrived_s = posted_s(peer, step) + TRANSIT_S
+            if arrived_s < end_s:
+                recorder.arrived(peer, step + 1, arrived_s)
+                header = Header(kind=Kind.GRADIENT, sender=peer, epoch=0, step=step, sequence=step + 1, acknowledged=0)
+                recorder.applied(header, int(arrived_s / step_s), arrived_s)

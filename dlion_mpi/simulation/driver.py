@@ -14,7 +14,7 @@ from dlion_mpi.outcome import stopped_by_signals, summary_row
 from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.simulation.run import Finish, VirtualRun
 from dlion_mpi.simulation.testbed import Operations, VirtualCollectives, VirtualLinks
-from dlion_mpi.strategies import STRATEGIES
+from dlion_mpi.strategies import find
 from dlion_mpi.testbed import Compute, Computed, Loop
 from dlion_mpi.train import leave, train
 from dlion_mpi.worker import Worker
@@ -98,14 +98,17 @@ def drive(run: VirtualRun) -> list[Finish]:
     operations = Operations(run.workers, network, lambda rank: processes[rank].wake())
     running = set(range(run.workers))
     size, window = run.shared.layout.size, run.config.window
-    links = [VirtualLinks(k, run.workers, network, events, size=size, window=window) for k in range(run.workers)]
+    links = [
+        VirtualLinks(rank, run.workers, network, events, size=size, window=window, log=recorder)
+        for rank, recorder in enumerate(run.recorders)
+    ]
     for rank, own_links in enumerate(links):
         own_links.connect(links)
         worker = Worker(
             config=run.config,
             rank=rank,
             members=Membership(tuple(range(run.workers))),
-            strategy=STRATEGIES[run.config.strategy](),
+            strategy=find(run.config.strategy)(),
             replica=run.seats[rank],
             batches=run.batches[rank],
             links=own_links,

@@ -28,6 +28,7 @@ from dlion_mpi.simulation.network import payload_bytes_per_s
 from dlion_mpi.simulation.run import Finish, VirtualRun
 from dlion_mpi.strategies import STRATEGIES
 from dlion_mpi.strategies.dlion import Dlion
+from dlion_mpi.timeline import Phase
 
 BATCH_OPTIONS = ("lbs_max", *(name for name in Dlion.defaults if name.startswith("gbs_")))
 
@@ -95,7 +96,7 @@ def resolve(config: Config) -> Config:
     ideal = IDEALS[config.strategy]
     if config.sync not in (None, "sync"):
         raise UserError(f"--strategy {ideal.name} does not support --sync {config.sync}: it supports sync")
-    for name in sorted({name for strategy in STRATEGIES.values() for name in strategy.defaults}):
+    for name in sorted({"preset", *(name for strategy in STRATEGIES.values() for name in strategy.defaults)}):
         if getattr(config, name) is not None and name not in BATCH_OPTIONS:
             raise UserError(f"{flag(name)} is not used by --strategy {ideal.name}: drop it")
     values: dict[str, Any] = {"sync": "sync", "gbs_schedule": config.gbs_schedule or "fixed"}
@@ -193,6 +194,7 @@ def _record(group: Together, shares: Sequence[int], compute_s: Sequence[float], 
         run.environment, group.now_s + max(compute_s), run.config.seconds, run.shared.layout.size
     )
     step_s = max(compute_s) + exchange_s
+    start_s = group.now_s
     group.now_s += step_s
     group.bytes_sent += sent_bytes
     for rank, (lbs, own_s, loss) in enumerate(zip(shares, compute_s, losses, strict=True)):
@@ -214,6 +216,8 @@ def _record(group: Together, shares: Sequence[int], compute_s: Sequence[float], 
             bytes_sent=_link((rank + 1) % workers, group.bytes_sent),
             bytes_received=_link((rank - 1) % workers, group.bytes_sent),
         )
+        run.recorders[rank].span(Phase.COMPUTE, group.step, start_s, start_s + own_s)
+        run.recorders[rank].span(Phase.WAIT, group.step, start_s + own_s, group.now_s)
         run.recorders[rank].step(record)
         run.meter.step(rank, record, group.evaluations)
     group.step += 1

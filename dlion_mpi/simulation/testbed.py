@@ -18,15 +18,17 @@ from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.simulation.network import Events, Network, Stream
 from dlion_mpi.strategies.base import LinkView, Outgoing
 from dlion_mpi.testbed import LinkTotals, Stamp, link_views
+from dlion_mpi.timeline import MessageLog, Unlogged
 from dlion_mpi.wire import HEADER_BYTES, Header, Kind, Message
 
 RECEIVE_BUFFERS = 3
 """Messages per peer that are received before the loop takes them in; see `links.RECEIVE_BUFFERS`."""
 CHUNK = 1 << 16
 """Entries of a broadcast in flight at a time; see `collectives.CHUNK`."""
-SELECT_S, SEND_S, RECEIVE_S, DENSE_S = 1.3e-9, 30e-9, 10e-9, 1e-9
+SELECT_S, SEND_S, RECEIVE_S, DENSE_S = 2e-9, 40e-9, 10e-9, 1e-9
 """Processor seconds of an exchange: per entry of the gradient that something is selected from, per selected entry and
-link that it goes to or comes from, and per entry of a message that carries all. See `benchmarks/exchange.py`."""
+link that it goes to or comes from, and per entry of a message that carries all. See `benchmarks/exchange.py`; in ranks
+that train, whose caches hold other things between two exchanges, sending took twice what it takes there."""
 LINEAR = 4
 """Up to so many workers a broadcast goes from the root to everyone, beyond it along a binomial tree: as Open MPI's
 non-blocking broadcast does."""
@@ -71,6 +73,7 @@ class _Link:
         self.received += 1
         self.messages_received += 1
         self.bytes_received += parcel.size_bytes
+        self.owner.log.arrived(self.peer, parcel.message.header.sequence, self.owner.now_s())
         if not self.owner.quiet:
             self.messages_sent += 1
             self.bytes_sent += HEADER_BYTES
@@ -95,8 +98,10 @@ class VirtualLinks:
         *,
         size: int,
         window: int,
+        log: MessageLog | None = None,
     ) -> None:
         self.rank = rank
+        self.log = log or Unlogged()
         self.quiet = False
         self.wake: Callable[[], None] = lambda: None
         """Called when something has come that the loop may be waiting for."""
@@ -145,6 +150,7 @@ class VirtualLinks:
                 computed_at=stamp.computed_at,
             )
             link.rate.posted(link.sequence, size_bytes, now_s)
+            self.log.sent(peer, header, size_bytes, now_s)
             link.stream.send(size_bytes, link.far.arrive, _Parcel(Message(header, entries), size_bytes))
             sizes[peer] = size_bytes
             self._exchange_s += _handling_s(entries, SEND_S)

@@ -6,15 +6,30 @@ import dataclasses
 
 from dlion_mpi.config import Config, flag
 from dlion_mpi.errors import UserError
+from dlion_mpi.strategies import own
 from dlion_mpi.strategies.ako import Ako
 from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.base import Strategy
 from dlion_mpi.strategies.baseline import Baseline
-from dlion_mpi.strategies.dlion import Dlion
+from dlion_mpi.strategies.dlion import PAPER, Dlion
 from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.hop import Hop
 
 STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Dlion, Baseline, Ako, Gaia, Hop, AllReduce, Horovod)}
+
+
+def find(name: str) -> type[Strategy]:
+    """The strategy of this name, or a user's own, PACKAGE.MODULE:CLASS. Raises UserError if there is none."""
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    if ":" not in name:
+        raise UserError(f"--strategy {name}: unknown; known are {', '.join(STRATEGIES)}, or PACKAGE.MODULE:CLASS")
+    return own.load(name, built_in=", ".join(STRATEGIES), options=options())
+
+
+def options() -> set[str]:
+    """The options that belong to strategies: which of them one uses, its ``defaults`` say."""
+    return {name for strategy in STRATEGIES.values() for name in strategy.defaults}
 
 
 def resolve(config: Config) -> tuple[Strategy, Config]:
@@ -23,20 +38,20 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     Raises UserError for an unknown strategy, a synchronisation mode it does not support, and an option it
     does not use.
     """
-    if config.strategy not in STRATEGIES:
-        raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(STRATEGIES)}")
-    strategy = STRATEGIES[config.strategy]()
+    strategy = find(config.strategy)()
     sync = config.sync or strategy.sync_modes[0]
     if sync not in strategy.sync_modes:
         raise UserError(
             f"--strategy {strategy.name} does not support --sync {sync}: it supports " + ", ".join(strategy.sync_modes)
         )
-    defaults = dict(strategy.defaults)
+    if config.preset is not None and strategy.name != Dlion.name:
+        raise UserError(f"--preset {config.preset} is dlion's, not of --strategy {strategy.name}: drop it")
+    defaults = {**strategy.defaults, **(PAPER if config.preset == "paper" else {})}
     if sync != "bounded":
         for name in _BOUNDED_ONLY:
             defaults.pop(name, None)
     values: dict[str, object] = {"sync": sync}
-    for name in sorted({n for s in STRATEGIES.values() for n in s.defaults}):
+    for name in sorted(options()):
         given = getattr(config, name)
         if given is None:
             values[name] = defaults.get(name)

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.arrays import Array, Arrays, StateError, integer, integers, under, vector
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.strategies.base import (
     Effect,
@@ -49,6 +50,7 @@ class Ako:
     """
 
     name: ClassVar[str] = "ako"
+    restates: ClassVar[bool] = False
     sync_modes: ClassVar[tuple[str, ...]] = ("async", "bounded")
     defaults: ClassVar[Mapping[str, object]] = {"staleness": 5, "ako_partitions": 0}
 
@@ -91,6 +93,23 @@ class Ako:
     def may_advance(self, state: AkoState, step: int, inbox: Inbox) -> bool:
         """By the synchronisation mode."""
         return may_advance(state.plan.config, step, inbox)
+
+    def to_arrays(self, state: AkoState) -> Arrays:
+        """What has not been sent, and where the next partition begins."""
+        return {
+            "accumulated": state.accumulated,
+            **under("missed", state.missed.to_arrays()),
+            **integers(start=state.start),
+        }
+
+    def from_arrays(self, state: AkoState, arrays: Mapping[str, Array]) -> AkoState:
+        """See `Resumable.from_arrays`."""
+        state.accumulated[:] = vector(arrays, "accumulated", len(state.accumulated))
+        state.missed.from_arrays(arrays, "missed", state.plan.ranks)
+        state.start = integer(arrays, "start")
+        if not 0 <= state.start < len(state.accumulated):
+            raise StateError(f"start is {state.start}, expected an entry of the gradient")
+        return state
 
 
 def partitions(wanted: int | None, size: int, links: Mapping[int, LinkView]) -> int:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.arrays import Array, Arrays
 from dlion_mpi.flat import Vector
 from dlion_mpi.strategies.base import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan
 from dlion_mpi.wire import Message
@@ -28,6 +29,7 @@ class AllReduce:
     """
 
     name: ClassVar[str] = "allreduce"
+    restates: ClassVar[bool] = False
     sync_modes: ClassVar[tuple[str, ...]] = ("sync",)
     defaults: ClassVar[Mapping[str, object]] = {}
 
@@ -51,6 +53,14 @@ class AllReduce:
     def may_advance(self, state: AllReduceState, step: int, inbox: Inbox) -> bool:
         """At once: it is the sum that is waited for."""
         return True
+
+    def to_arrays(self, state: AllReduceState) -> Arrays:
+        """Nothing: between steps there are only buffers."""
+        return {}
+
+    def from_arrays(self, state: AllReduceState, arrays: Mapping[str, Array]) -> AllReduceState:
+        """See `Resumable.from_arrays`."""
+        return state
 
 
 class Horovod(AllReduce):

@@ -14,9 +14,30 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
+from dlion_mpi.arrays import Array, Arrays, vectors_by_rank
 from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Layout, Vector
 from dlion_mpi.wire import Kind, Message, ValueType
+
+BATCHING: Mapping[str, object] = {
+    "batching": "auto",
+    "rebalance_every": 10,
+    "lbs_max": 1024,
+    "gbs_schedule": "grow",
+    "gbs_interval": 500,
+    "gbs_warmup_step": 32,
+    "gbs_warmup_limit": 0.01,
+    "gbs_speedup_factor": 1.5,
+    "gbs_limit": 0.10,
+}
+"""What a strategy has in its ``defaults`` if batch sizes are to follow the workers' speed; the loop does the rest."""
+TRANSFER: Mapping[str, object] = {
+    "transfer": "worse-than-mean",
+    "transfer_period": 100,
+    "transfer_merge": 0.75,
+    "transfer_losses": 10,
+}
+"""What it has there if the best worker's weights are to be merged by others; the loop does the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +169,14 @@ class Missed:
         waiting[places] = 0
         return Entries(self.size, values, entries.indices)
 
+    def to_arrays(self) -> Arrays:
+        """The vectors by peer."""
+        return {str(peer): waiting for peer, waiting in self.vectors.items()}
+
+    def from_arrays(self, arrays: Mapping[str, Array], prefix: str, peers: Sequence[int]) -> None:
+        """Take back what `to_arrays` gave, found under ``prefix``. Raises StateError."""
+        self.vectors = vectors_by_rank(arrays, prefix, peers, self.size)
+
 
 class Strategy(Protocol):
     """How workers exchange what they learn."""
@@ -184,6 +213,21 @@ class SendsFirst(Protocol):
 
         Asked again while the worker waits in that step, whenever something has come: other links may be free then.
         """
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A strategy whose state can be kept in a checkpoint: all of it between two steps that a new `start` lacks."""
+
+    restates: ClassVar[bool]
+    """Whether its messages say how things are, such as weights, and not what has changed, such as gradients: then one
+    that is sent again after a run was resumed does no harm."""
+
+    def to_arrays(self, state: Any) -> Arrays:
+        """The state by name. The arrays may be the state's own: the caller copies them at once."""
+
+    def from_arrays(self, state: Any, arrays: Mapping[str, Array]) -> Any:
+        """A new state of `start` with what `to_arrays` gave. Raises StateError for arrays that do not fit."""
 
 
 def may_advance(config: Config, step: int, inbox: Inbox) -> bool:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.arrays import Array, Arrays
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.strategies.base import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, may_advance
 from dlion_mpi.wire import Message
@@ -29,6 +30,7 @@ class Baseline:
     """
 
     name: ClassVar[str] = "baseline"
+    restates: ClassVar[bool] = False
     sync_modes: ClassVar[tuple[str, ...]] = ("sync",)
     defaults: ClassVar[Mapping[str, object]] = {}
 
@@ -58,3 +60,11 @@ class Baseline:
     def may_advance(self, state: BaselineState, step: int, inbox: Inbox) -> bool:
         """Only with everyone's gradient of this step."""
         return may_advance(state.plan.config, step, inbox)
+
+    def to_arrays(self, state: BaselineState) -> Arrays:
+        """Nothing: between steps there are only buffers."""
+        return {}
+
+    def from_arrays(self, state: BaselineState, arrays: Mapping[str, Array]) -> BaselineState:
+        """See `Resumable.from_arrays`."""
+        return state

@@ -8,10 +8,21 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.arrays import Array, Arrays, part, under
 from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.select import Selection, Selector
-from dlion_mpi.strategies.base import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, may_advance
+from dlion_mpi.strategies.base import (
+    BATCHING,
+    TRANSFER,
+    Effect,
+    Inbox,
+    LinkView,
+    LocalGradient,
+    Outgoing,
+    Plan,
+    may_advance,
+)
 from dlion_mpi.unsent import Choice, Rules, Unsent
 from dlion_mpi.update import coefficient
 from dlion_mpi.wire import Message, ValueType
@@ -31,6 +42,16 @@ class DlionState:
     local: LocalGradient | None = None
 
 
+PAPER: Mapping[str, object] = {
+    "batching": "proportional",
+    "weighting": "paper",
+    "unsent": "drop",
+    "exchange_share": 0.0,
+    "transfer": "all",
+}
+"""What ``--preset paper`` has in the place of the defaults. Source: DLion (HPDC 2021), as far as it is known."""
+
+
 class Dlion:
     """``w_k <- w_k - eta sum_j c_j g_j``: own gradient whole, peers' the largest entries that their link carries.
 
@@ -39,29 +60,19 @@ class Dlion:
     """
 
     name: ClassVar[str] = "dlion"
+    restates: ClassVar[bool] = False
     sync_modes: ClassVar[tuple[str, ...]] = ("bounded", "sync", "async")
     defaults: ClassVar[Mapping[str, object]] = {
         "staleness": 5,
         "backup": 0,
-        "batching": "auto",
+        **BATCHING,
         "weighting": "global",
-        "rebalance_every": 10,
-        "lbs_max": 1024,
-        "gbs_schedule": "grow",
-        "gbs_interval": 500,
-        "gbs_warmup_step": 32,
-        "gbs_warmup_limit": 0.01,
-        "gbs_speedup_factor": 1.5,
-        "gbs_limit": 0.10,
         "max_n": None,
         "n_min": 0.85,
         "unsent": "accumulate",
         "value_type": "float32",
         "exchange_share": 0.15,
-        "transfer": "worse-than-mean",
-        "transfer_period": 100,
-        "transfer_merge": 0.75,
-        "transfer_losses": 10,
+        **TRANSFER,
     }
 
     def start(self, plan: Plan) -> DlionState:
@@ -107,6 +118,16 @@ class Dlion:
     def may_advance(self, state: DlionState, step: int, inbox: Inbox) -> bool:
         """By the synchronisation mode."""
         return may_advance(state.plan.config, step, inbox)
+
+    def to_arrays(self, state: DlionState) -> Arrays:
+        """What has not been sent."""
+        return under("unsent", state.unsent.to_arrays()) if state.unsent is not None else {}
+
+    def from_arrays(self, state: DlionState, arrays: Mapping[str, Array]) -> DlionState:
+        """See `Resumable.from_arrays`."""
+        if state.unsent is not None:
+            state.unsent.from_arrays(part(arrays, "unsent"), state.plan.ranks)
+        return state
 
 
 def _rules(config: Config) -> Rules:

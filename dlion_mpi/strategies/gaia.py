@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.arrays import Array, Arrays, integer, integers, under, vector
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.strategies.base import Effect, Inbox, LinkView, LocalGradient, Missed, Outgoing, Plan, may_advance
 from dlion_mpi.wire import Message, capacity_bytes, encoded_bytes
@@ -43,6 +44,7 @@ class Gaia:
     """
 
     name: ClassVar[str] = "gaia"
+    restates: ClassVar[bool] = False
     sync_modes: ClassVar[tuple[str, ...]] = ("bounded", "async")
     defaults: ClassVar[Mapping[str, object]] = {"staleness": 5, "gaia_threshold": 0.01, "gaia_barrier": "selective"}
 
@@ -97,6 +99,21 @@ class Gaia:
     def may_advance(self, state: GaiaState, step: int, inbox: Inbox) -> bool:
         """By the mirror clock, and with all values that have been announced."""
         return not inbox.announced and may_advance(state.plan.config, step, inbox)
+
+    def to_arrays(self, state: GaiaState) -> Arrays:
+        """Updates that have not been sent, and the weights before the last of them."""
+        before = {} if state.before is None else {"before": state.before}
+        missed = under("missed", state.missed.to_arrays())
+        return {"accumulated": state.accumulated, **missed, **before, **integers(told=state.told)}
+
+    def from_arrays(self, state: GaiaState, arrays: Mapping[str, Array]) -> GaiaState:
+        """See `Resumable.from_arrays`."""
+        size = len(state.accumulated)
+        state.accumulated[:] = vector(arrays, "accumulated", size)
+        state.missed.from_arrays(arrays, "missed", state.plan.ranks)
+        state.before = vector(arrays, "before", size) if "before" in arrays else None
+        state.told = integer(arrays, "told")
+        return state
 
 
 def threshold(first: float, step: int) -> float:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.arrays import Array, Arrays, integer, integers, integers_by_rank, under
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.strategies.base import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan
 from dlion_mpi.wire import Kind, Message
@@ -45,6 +46,7 @@ class Hop:
     """
 
     name: ClassVar[str] = "hop"
+    restates: ClassVar[bool] = True
     sync_modes: ClassVar[tuple[str, ...]] = ("bounded", "sync")
     defaults: ClassVar[Mapping[str, object]] = {
         "staleness": 5,
@@ -111,6 +113,19 @@ class Hop:
         iterations = state.newest | {message.header.sender: message.header.step for message in inbox.held}
         recent = [j for j in live if iterations.get(j, -1) >= step - (config.staleness or 0)]
         return len(recent) >= len(live) - (config.backup or 0)
+
+    def to_arrays(self, state: HopState) -> Arrays:
+        """Of every neighbour the newest iteration that has come from it, and that it was sent."""
+        newest = under("newest", integers(**{str(j): step for j, step in state.newest.items()}))
+        sent = under("sent", integers(**{str(j): step for j, step in state.sent.items()}))
+        return {**newest, **sent, **integers(told=state.told)}
+
+    def from_arrays(self, state: HopState, arrays: Mapping[str, Array]) -> HopState:
+        """See `Resumable.from_arrays`."""
+        state.newest = integers_by_rank(arrays, "newest", state.plan.ranks)
+        state.sent = integers_by_rank(arrays, "sent", state.plan.ranks)
+        state.told = integer(arrays, "told")
+        return state
 
 
 def neighbours(plan: Plan) -> frozenset[int]:

@@ -33,7 +33,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """In place of runs: the Configs that would have been run."""
     configs: list[Config] = []
 
-    def run(config: Config) -> Any:
+    def run(config: Config, **options: Any) -> Any:
         configs.append(config)
         raise UserError("stands in for the run", quiet=True)
 
@@ -171,11 +171,17 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_the_default(
 @pytest.mark.parametrize("name", [f.name for f in fields(Config)])
 def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
     examples = {"evaluate_every": "7s", "out": "runs/a", "model": "nets:build", "data": "digits", "strategy": "dlion"}
+    examples["save_model"] = "a.keras"
     choices = {f.name: f.metadata["choices"] for f in fields(Config)}[name]
     text = choices[-1] if choices else examples.get(name, "1")
-    text = {"lbs_max": "64", "sync": "bounded", "momentum": "0.5"}.get(name, text)
+    text = {"lbs_max": "64", "sync": "bounded", "momentum": "0.5", "time_limit": "9s"}.get(name, text)
     owner = next((s.name for s in STRATEGIES.values() if name in s.defaults), "dlion")
     chosen = {} if name == "strategy" else {"strategy": owner}
+    if name in ("checkpoint_every", "keep_checkpoints", "time_limit"):
+        chosen |= {"out": "runs/a", "checkpoint_every": "9"}
+    if name == "save_model_of":
+        chosen["save_model"] = "a.keras"
+    chosen.pop(name, None)
     main(["train", flag(name), text, *(word for option, value in chosen.items() for word in (flag(option), value))])
     assert runs == [config_of({name: text, **chosen})]
     assert str(getattr(runs[0], name)).removesuffix(".0") == text
@@ -189,7 +195,7 @@ def test_without_options_it_is_the_default(runs: list[Config]) -> None:
 def test_an_exception_is_a_failure_with_its_traceback(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = ModuleType("dlion_mpi.run")
 
-    def run(config: Config) -> Any:
+    def run(config: Config, **options: Any) -> Any:
         raise Started
 
     stand_in.run = run  # type: ignore[attr-defined]
@@ -251,7 +257,8 @@ def test_the_module_is_the_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dlion_mpi", "train", "--strategy", "hope"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"dlion: error: --strategy hope: unknown; known are {', '.join(STRATEGIES)}\n"
+    known = f"{', '.join(STRATEGIES)}, or PACKAGE.MODULE:CLASS"
+    assert done.stderr == f"dlion: error: --strategy hope: unknown; known are {known}\n"
     assert done.stdout == ""
 
 

@@ -20,8 +20,18 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]))  # all of Unicode but 
 AWKWARD = ["", '"', "\\", "'''", '\\"', "a\nb\r\tc", "\x00\x1b\x7f\x85\u2028", "é ü 语 😀", "{rank} %s # [x] = 1"]
 
 
+CHECKPOINTS = {"out": "runs/a", "checkpoint_every": Every(steps=9)}
+BELONGS: dict[str, dict[str, Any]] = {
+    "checkpoint_every": {"out": "runs/a"},
+    "keep_checkpoints": CHECKPOINTS,
+    "time_limit": CHECKPOINTS,
+    "save_model_of": {"save_model": "a.keras"},
+}
+"""What some fields do not make sense without."""
+
+
 def config_of(name: str, value: Any) -> Config:
-    options: dict[str, Any] = {name: value}
+    options: dict[str, Any] = {**BELONGS.get(name, {}), name: value}
     return Config(**options)
 
 
@@ -43,6 +53,7 @@ WHOLE: dict[str, tuple[int, int]] = {
     "staleness": (0, 10**6),
     "backup": (0, 100),
     "steps": (1, 10**12),
+    "keep_checkpoints": (1, 10**6),
     "seed": (0, 2**32 - 1),
     "threads": (0, 4096),
     "lbs": (1, 10**6),
@@ -77,6 +88,9 @@ REAL: dict[str, tuple[float, float]] = {
 EVERY = st.one_of(st.builds(Every, steps=st.integers(1, 10**15)), st.builds(Every, seconds=st.floats(1e-300, 1e300)))
 
 
+EVERYS = ("evaluate_every", "checkpoint_every", "time_limit")
+
+
 def values_of(name: str) -> st.SearchStrategy[Any]:
     if FIELDS[name].metadata["choices"]:
         return st.sampled_from(FIELDS[name].metadata["choices"])
@@ -84,7 +98,11 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         return st.integers(*WHOLE[name])
     if name in REAL:
         return st.floats(*REAL[name])
-    return EVERY if name == "evaluate_every" else TEXTS
+    if name == "time_limit":
+        return st.builds(Every, seconds=st.floats(1e-300, 1e300))
+    if name == "save_model":
+        return TEXTS.map(lambda text: f"{text}.keras")
+    return EVERY if name in EVERYS else TEXTS
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -116,11 +134,14 @@ def test_a_field_that_is_not_set_is_not_written() -> None:
     assert 'evaluate_every = "20s"' in text
 
 
+TABLES = ("run", "model", "data", "batching", "exchange", "transfer", "rivals", "checkpoints")
+
+
 def test_every_field_is_documented_bounded_and_in_a_table() -> None:
     for name, f in FIELDS.items():
         assert f.metadata["help"], name
-        assert f.metadata["table"] in ("run", "model", "data", "batching", "exchange", "transfer", "rivals"), name
-        if not f.metadata["choices"] and name != "evaluate_every":
+        assert f.metadata["table"] in TABLES, name
+        if not f.metadata["choices"] and name not in EVERYS:
             number = not str(f.type).startswith("str")
             assert number == (name in WHOLE or name in REAL), name
 
@@ -225,7 +246,7 @@ def test_how_often_survives_as_text(every: Every) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "0s", "-5", "1.5", "s", "20 s", "20m", "1e3", "nan", "infs", "9" * 400, "1e999s"]
+    "text", ["", "0", "0s", "-5", "1.5", "s", "20 s", "20d", "1e3", "nan", "infs", "9" * 400, "1e999s"]
 )
 def test_nonsense_is_no_interval(text: str) -> None:
     with pytest.raises(UserError, match="number of steps such as 100"):
@@ -338,6 +359,14 @@ def test_what_is_given_comes_before_the_default() -> None:
     assert (resolved.transfer_merge, resolved.exchange_share) == (0.0, 0.0)
 
 
+def test_the_paper_s_preset_stands_behind_what_is_given() -> None:
+    paper = resolve(Config(preset="paper"))[1]
+    assert (paper.batching, paper.weighting, paper.unsent, paper.transfer) == ("proportional", "paper", "drop", "all")
+    assert paper.transfer_merge == resolve(Config())[1].transfer_merge == 0.75
+    given = resolve(Config(preset="paper", unsent="accumulate", transfer="none"))[1]
+    assert (given.unsent, given.transfer, given.transfer_merge) == ("accumulate", "none", None)
+
+
 def test_a_technique_that_is_off_has_no_options() -> None:
     resolved = resolve(Config(batching="fixed", gbs_schedule="fixed", transfer="none", max_n=10.0))[1]
     assert resolved.rebalance_every is None
@@ -362,6 +391,7 @@ def test_staleness_is_for_bounded_alone(mode: str) -> None:
         ({"strategy": "baseline", "max_n": 10.0}, "--max-n is not used by --strategy baseline"),
         ({"strategy": "baseline", "transfer": "all"}, "--transfer is not used by --strategy baseline"),
         ({"strategy": "baseline", "lbs_max": 64}, "--lbs-max is not used by --strategy baseline"),
+        ({"strategy": "baseline", "preset": "paper"}, "--preset paper is dlion's, not of --strategy baseline"),
         ({"strategy": "baseline", "staleness": 1}, "--staleness is not used by --strategy baseline"),
     ],
 )

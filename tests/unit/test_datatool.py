@@ -70,12 +70,12 @@ def test_alpha_sets_how_unequal_the_classes_are() -> None:
     ("arguments", "message"),
     [
         ({"ranks": 4}, "has 3 training samples for 4 ranks: use at most 3 ranks or more data"),
-        ({"method": "fair"}, "unknown partition 'fair': choose one of iid, dirichlet"),
-        ({"alpha": 0.0}, "alpha 0.0 is out of range: give a number above 0"),
-        ({"alpha": -1.0}, "alpha -1.0 is out of range"),
-        ({"alpha": float("nan")}, "alpha nan is out of range"),
-        ({"alpha": float("inf")}, "alpha inf is out of range"),
-        ({"seed": -1}, "seed -1 is negative"),
+        ({"method": "fair"}, "--partition fair: must be one of iid, dirichlet"),
+        ({"alpha": 0.0}, "--dirichlet-alpha 0: must be above 0"),
+        ({"alpha": -1.0}, "--dirichlet-alpha -1: must be above 0"),
+        ({"alpha": float("nan")}, "--dirichlet-alpha nan: must be above 0"),
+        ({"alpha": float("inf")}, "--dirichlet-alpha inf: must be above 0"),
+        ({"seed": -1}, "--seed -1: must be 0 or more"),
     ],
 )
 def test_bad_partitions_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -157,7 +157,7 @@ def test_split_overwrites_only_when_asked(whole: str, tmp_path: Path) -> None:
     pattern = str(tmp_path / "out" / "s{rank}.h5")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "s1.h5").write_text("precious")
-    with pytest.raises(UserError, match=r"s1\.h5 exists: .*overwrite"):
+    with pytest.raises(UserError, match=r"s1\.h5 exists already: .*--overwrite"):
         datatool.split(whole, pattern, ranks=2)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["s1.h5"]
     assert (tmp_path / "out" / "s1.h5").read_text() == "precious"
@@ -193,11 +193,17 @@ def test_split_below_a_file_is_a_user_error(whole: str) -> None:
     [
         (lambda data, out: datatool.split(data, out + "s.h5", ranks=2), r"put \{rank\} in its name"),
         (lambda data, out: datatool.split(out + "{rank}.h5", out + "b{rank}.h5", ranks=2), "already split"),
-        (lambda data, out: datatool.split(data, out + "s{rank}.h5", ranks=0), "give 1 or more"),
+        (lambda data, out: datatool.split(data, out + "s{rank}.h5", ranks=0), "--ranks 0: must be at least 1"),
         (lambda data, out: datatool.split(data, out + "s{rank}.h5", ranks=31), "30 training samples for 31"),
-        (lambda data, out: datatool.split(data, out + "s{rank}.h5", ranks=2, alpha=0), "alpha 0 is out of"),
-        (lambda data, out: datatool.info(data, ranks=0), "give 1 or more"),
-        (lambda data, out: datatool.info(data, ranks=2, partition="fair"), "choose one of iid, dirichlet"),
+        (
+            lambda data, out: datatool.split(data, out + "s{rank}.h5", ranks=2, alpha=0),
+            "--dirichlet-alpha 0: must be above 0",
+        ),
+        (lambda data, out: datatool.info(data, ranks=0), "--ranks 0: must be at least 1"),
+        (
+            lambda data, out: datatool.info(data, ranks=2, partition="fair"),
+            "--partition fair: must be one of iid, dirichlet",
+        ),
         (lambda data, out: datatool.info("no-such"), "unknown data 'no-such'"),
     ],
 )

@@ -159,15 +159,15 @@ def test_an_mpirun_beside_python_but_not_on_path_says_activate(monkeypatch: pyte
     ("environment", "found"),
     [
         ({}, "none: outside mpirun and Slurm"),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, "rank 1 of 4"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "rank 0 of 2"),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, "rank 1 of 4 by mpirun (Open MPI)"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "rank 0 of 2 by mpirun (MPICH)"),
         (
             {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_NTASKS": "6"},
             "Slurm job 7: 3 nodes, 6 tasks",
         ),
         (
-            {"SLURM_JOB_ID": "7", "SLURM_PROCID": "5", "SLURM_STEP_ID": "0"},
-            "Slurm job 7: ? nodes, ? tasks, task 5 of srun's step 0",
+            {"SLURM_JOB_ID": "7", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "PMIX_NAMESPACE": "slurm.pmix.7.0"},
+            "Slurm job 7: ? nodes, ? tasks, rank 5 of 6 by srun --mpi=pmix",
         ),
     ],
 )
@@ -176,6 +176,21 @@ def test_the_job_is_told_from_the_environment(
 ) -> None:
     monkeypatch.setattr(doctor.os, "environ", environment)
     assert [check.found for check in doctor.check_job()] == [found]
+
+
+def test_srun_without_mpi_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.os, "environ", {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"})
+    (check,) = doctor.check_job()
+    assert check.status == "warn"
+    assert "srun --mpi=pmix" in check.mend
+
+
+def test_a_job_that_was_given_gpus_on_a_node_without_a_driver_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    check = doctor._gpus()
+    assert check.status == "warn"
+    assert "CUDA_VISIBLE_DEVICES=1" in check.found
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

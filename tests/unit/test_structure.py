@@ -31,19 +31,22 @@ LAZY_ONLY = {"doctor"}
 # below. What is not named here is the upper part, which `ABOVE` keeps out of these.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
+    "plugins": {"errors"},
     "flat": set(),
     "batching": set(),
     "bandwidth": set(),
     "membership": set(),
     "update": set(),
+    "arrays": {"flat"},
     "transfer": {"flat"},
     "evaluate": {"flat"},
     "wire": {"flat"},
     "select": {"flat", "wire"},
-    "unsent": {"flat", "select", "wire"},
+    "unsent": {"arrays", "flat", "select", "wire"},
     "config": {"errors", "wire"},
 }
-STRATEGIES_MAY = {"config", "errors", "flat", "wire", "select", "unsent", "update", "batching", "transfer"}
+STRATEGIES_MAY = {"arrays", "config", "errors", "plugins", "flat", "wire", "select", "unsent", "update"}
+STRATEGIES_MAY |= {"batching", "transfer"}
 TRAIN_MAY_NOT = {"links", "collectives", "startup", "progress", "run", "driver", "model", "data", "cli"}
 TRAIN_MAY_NOT |= {"horovod_baseline"}
 """The loop knows its surroundings only as `testbed` describes them, so that they can be simulated."""

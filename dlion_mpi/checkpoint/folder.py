@@ -1,0 +1,187 @@
+"""The checkpoints of a run: ``RUN/checkpoints/step-00000500/rank-00000.h5`` and so on, and a manifest beside them.
+
+A checkpoint counts from the moment its ``manifest.json`` is there: rank 0 writes it when every rank has its file on the
+disk, with the sizes and digests that they have reported. What has no manifest was never finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlion_mpi.arrays import Arrays
+from dlion_mpi.checkpoint import file
+from dlion_mpi.checkpoint.file import Damaged, Written
+from dlion_mpi.errors import UserError
+
+FORMAT = 1
+FOLDER, MANIFEST = "checkpoints", "manifest.json"
+NAME = re.compile(r"step-(\d{8,})")
+MOST_RANKS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A rank's part: its file, the step with which it goes on, when it was taken (seconds since the run began), and the
+    mean of its recent losses, NaN if unknown."""
+
+    file: Written
+    step: int
+    time_s: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint. ``step``: steps that every worker has done at least. ``parts``: by rank."""
+
+    folder: Path
+    step: int
+    parts: tuple[Part, ...]
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks have written it."""
+        return len(self.parts)
+
+    @property
+    def time_s(self) -> float:
+        """When it was taken, in seconds since the run began."""
+        return max(part.time_s for part in self.parts)
+
+    @property
+    def best(self) -> int:
+        """The rank with the lowest recent loss."""
+        losses = [part.loss if math.isfinite(part.loss) else math.inf for part in self.parts]
+        return losses.index(min(losses))
+
+    def path(self, rank: int) -> Path:
+        """A rank's file."""
+        return rank_path(self.folder, rank)
+
+    def read(self, rank: int) -> tuple[Arrays, dict[str, str]]:
+        """A rank's arrays and texts. Raises UserError for a file that is damaged or gone."""
+        try:
+            return file.read(self.path(rank), self.parts[rank].file)
+        except Damaged as damage:
+            raise UserError(
+                f"{self.path(rank)} is damaged ({damage}): --resume-earlier goes on from the checkpoint before it"
+            ) from None
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of that step goes."""
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def rank_path(folder: Path, rank: int) -> Path:
+    """A rank's file in a checkpoint's folder."""
+    return folder / f"rank-{rank:05d}.h5"
+
+
+def write_manifest(folder: Path, step: int, parts: Sequence[Part]) -> None:
+    """Make a checkpoint count. Raises OSError."""
+    entries = [
+        {
+            "file": rank_path(folder, rank).name,
+            "bytes": part.file.size_bytes,
+            "xxh3": f"{part.file.digest:016x}",
+            "step": part.step,
+            "time_s": part.time_s,
+            "loss": part.loss if math.isfinite(part.loss) else None,
+        }
+        for rank, part in enumerate(parts)
+    ]
+    content = {"format": FORMAT, "step": step, "ranks": entries}
+    file.write_text(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+    file.sync_folder(folder.parent)
+
+
+def complete(run: Path) -> list[Path]:
+    """The folders of the complete checkpoints, the newest last."""
+    return [folder for folder in _folders(run) if (folder / MANIFEST).exists()]
+
+
+def incomplete(run: Path) -> list[Path]:
+    """The folders of checkpoints that were never finished."""
+    return [folder for folder in _folders(run) if not (folder / MANIFEST).exists()]
+
+
+def read_manifest(folder: Path) -> Checkpoint:
+    """What a complete checkpoint consists of. Raises UserError for a manifest that is damaged."""
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format"]
+        if version != FORMAT:
+            raise UserError(f"{path} has format {version}, this program reads {FORMAT}: resume with the other version")
+        entries = content["ranks"]
+        if not 0 < len(entries) <= MOST_RANKS or content["step"] != _step(folder):
+            raise ValueError
+        return Checkpoint(folder, int(content["step"]), tuple(_part(entry) for entry in entries))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is damaged: --resume-earlier goes on from the checkpoint before it, or remove {folder}"
+        ) from None
+
+
+def _part(entry: Mapping[str, Any]) -> Part:
+    loss = math.nan if entry["loss"] is None else float(entry["loss"])
+    written = Written(int(entry["bytes"]), int(entry["xxh3"], 16))
+    return Part(written, int(entry["step"]), float(entry["time_s"]), loss)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` complete checkpoints, and what was never finished before them."""
+    kept = complete(run)[-keep:]
+    for folder in _folders(run):
+        if folder not in kept and (not kept or folder < kept[-1]):
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, its manifest first: at no moment does half of it look like a whole one."""
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):
+            path.unlink()
+        folder.rmdir()
+
+
+def set_aside(run: Path, after: int) -> list[Path]:
+    """Take complete checkpoints of later steps than ``after`` out of the count, and remove what was never finished.
+
+    For a run that goes on from an earlier one: its steps have still to come. Returns where they are now.
+    """
+    for folder in incomplete(run):
+        remove(folder)
+    moved = []
+    for folder in complete(run):
+        if _step(folder) > after:
+            target, number = folder.with_name(f"aside-{folder.name}"), 1
+            while target.exists():
+                number += 1
+                target = folder.with_name(f"aside-{number}-{folder.name}")
+            with contextlib.suppress(OSError):
+                os.replace(folder, target)
+                moved.append(target)
+    return moved
+
+
+def _folders(run: Path) -> list[Path]:
+    try:
+        found = [path for path in (run / FOLDER).iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    except OSError:
+        return []
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    match = NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1

@@ -1,0 +1,200 @@
+"""A worker between two steps as named arrays, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from dlion_mpi.arrays import (
+    Array,
+    Arrays,
+    StateError,
+    array,
+    column,
+    integer,
+    integers,
+    number,
+    numbers,
+    part,
+    under,
+)
+from dlion_mpi.evaluate import Evaluation
+from dlion_mpi.flat import Entries
+from dlion_mpi.strategies.base import Resumable
+from dlion_mpi.testbed import LinkTotals, ResumableBatches, ResumableReplica
+from dlion_mpi.wire import Header, Kind, Message
+from dlion_mpi.worker import Spent, Worker
+
+SPENT = ("compute_s", "select_encode_s", "wait_s", "apply_s")
+HEADER = ("sender", "step", "lbs", "gbs")
+COLUMNS = 1 + len(HEADER) + 2
+"""Of a saved message: its kind, those, how many entries it has, and whether these are all."""
+
+
+def take(w: Worker, spare: Arrays) -> Arrays:
+    """All that the worker needs to go on with step ``w.step``, in arrays that do not change; `restore` reads it.
+
+    ``spare``: arrays of an earlier snapshot, which are written over where they fit: new memory costs more than copying.
+    """
+    assert isinstance(w.replica, ResumableReplica)
+    assert isinstance(w.batches, ResumableBatches)
+    assert isinstance(w.strategy, Resumable)
+    strategy = under("strategy", w.strategy.to_arrays(w.state))
+    return {
+        **{name: _copy(value, spare.get(name)) for name, value in strategy.items()},
+        **under("worker", _progress(w)),
+        **under("model", w.replica.to_arrays()),
+        **under("data", integers(**w.batches.state())),
+        **under("status", w.status.to_arrays()),
+        **under("transfer", w.knowledge.to_arrays()),
+    }
+
+
+def _copy(value: Array, place: Array | None) -> Array:
+    if place is None or place.shape != value.shape or place.dtype != value.dtype:
+        return np.array(value, order="C")
+    np.copyto(place, value)
+    return place
+
+
+def _progress(w: Worker) -> Arrays:
+    spent = w.spent
+    return {
+        **integers(step=w.step, exchanged_step=w.exchanged_step, samples=spent.samples),
+        **numbers(
+            time_s=w.now_s(),
+            step_s=w.step_s,
+            exchange_credit_s=w.exchange_credit_s,
+            evaluated_s=w.evaluated_s,
+            **{name: getattr(spent, name) for name in SPENT},
+        ),
+        "recent_losses": column(w.recent_losses),
+        "evaluations": np.array([[e.step, e.time_s, e.accuracy] for e in w.evaluations], np.float64).reshape(-1, 3),
+        **under("links", {str(peer): _totals(total) for peer, total in w.links.totals().items()}),
+    }
+
+
+def _totals(total: LinkTotals) -> Array:
+    return np.array([total.bytes_sent, total.bytes_received], np.int64)
+
+
+def mail(messages: Sequence[Message]) -> Arrays:
+    """Messages that have come and are not used yet, one after the other."""
+    headers = [
+        [int(m.header.kind), *(getattr(m.header, name) for name in HEADER), len(m.entries), m.entries.indices is None]
+        for m in messages
+    ]
+    numbers = [[m.header.quality, m.header.computed_at] for m in messages]
+    sparse = [m.entries.indices for m in messages if m.entries.indices is not None]
+    return under(
+        "inbox",
+        {
+            "headers": np.array(headers, np.int64).reshape(-1, COLUMNS),
+            "numbers": np.array(numbers, np.float64).reshape(-1, 2),
+            "values": np.concatenate([np.empty(0, np.float32), *(m.entries.values for m in messages)]),
+            "indices": np.concatenate([np.empty(0, np.uint32), *sparse]),
+        },
+    )
+
+
+def messages_of(arrays: Mapping[str, Array], size: int, ranks: int) -> list[Message]:
+    """The inverse of `mail`: messages for a vector of ``size`` entries. Raises StateError."""
+    headers = array(arrays, "inbox/headers", np.int64, None, COLUMNS)
+    numbers = array(arrays, "inbox/numbers", np.float64, len(headers), 2)
+    kinds, senders, counts, dense = headers[:, 0], headers[:, 1], headers[:, -2], headers[:, -1].astype(bool)
+    known = np.isin(kinds, [Kind.GRADIENT, Kind.WEIGHTS]) & (senders >= 0) & (senders < ranks)
+    if not (known & (counts >= 0) & (counts <= size) & (~dense | (counts == size))).all():
+        raise StateError("inbox/headers has what is no message of this run")
+    values = array(arrays, "inbox/values", np.float32, int(counts.sum()))
+    indices = array(arrays, "inbox/indices", np.uint32, int(counts[~dense].sum()))
+    found, value_at, index_at = [], 0, 0
+    for header, (quality, computed_at), count, whole in zip(headers, numbers, counts, dense, strict=True):
+        places = None if whole else indices[index_at : index_at + count]
+        if places is not None and count and (int(places[-1]) >= size or (places[1:] <= places[:-1]).any()):
+            raise StateError("inbox/indices are not ascending entries of the gradient")
+        fields = dict(zip(HEADER, header[1:-2].tolist(), strict=True))
+        kind = Kind(int(header[0]))
+        made = Header(
+            kind=kind,
+            epoch=0,
+            sequence=0,
+            acknowledged=0,
+            quality=float(quality),
+            computed_at=float(computed_at),
+            **fields,
+        )
+        found.append(Message(made, Entries(size, values[value_at : value_at + count], places)))
+        value_at += count
+        index_at += 0 if whole else count
+    return found
+
+
+def step_of(arrays: Mapping[str, Array]) -> int:
+    """The step with which a worker goes on."""
+    return integer(arrays, "worker/step")
+
+
+def time_of(arrays: Mapping[str, Array]) -> float:
+    """When its snapshot was taken, in seconds since the run began."""
+    return number(arrays, "worker/time_s")
+
+
+def restore(w: Worker, arrays: Mapping[str, Array], steps: Mapping[int, int]) -> None:
+    """Put a worker that has just been made back where its snapshot was taken.
+
+    ``steps``: of every rank, where it goes on. Raises StateError, or UserError for data that is another.
+    """
+    assert isinstance(w.replica, ResumableReplica)
+    assert isinstance(w.batches, ResumableBatches)
+    assert isinstance(w.strategy, Resumable)
+    size, ranks = w.replica.layout.size, len(w.members)
+    data = part(arrays, "data")
+    w.batches.restore({name: integer(data, name) for name in data})
+    w.replica.from_arrays(part(arrays, "model"))
+    w.state = w.strategy.from_arrays(w.state, part(arrays, "strategy"))
+    _restore_progress(w, part(arrays, "worker"))
+    w.reductions = w.step  # a sum per step
+    w.inbox.newest = {peer: steps[peer] - 1 for peer in w.peers}
+    w.inbox.held = messages_of(arrays, size, ranks)
+    w.status.from_arrays(part(arrays, "status"))
+    w.knowledge.from_arrays(part(arrays, "transfer"), w.replica.knowledge)
+
+
+def _restore_progress(w: Worker, saved: Mapping[str, Array]) -> None:
+    w.step, w.exchanged_step = integer(saved, "step"), integer(saved, "exchanged_step")
+    w.step_s, w.exchange_credit_s = number(saved, "step_s"), number(saved, "exchange_credit_s")
+    w.evaluated_s = number(saved, "evaluated_s")
+    w.spent = Spent(integer(saved, "samples"), *(number(saved, name) for name in SPENT))
+    w.recent_losses.extend(array(saved, "recent_losses", np.float64, None).tolist())
+    w.evaluations.extend(evaluations_of(saved))
+
+
+def restore_elsewhere(w: Worker, arrays: Mapping[str, Array]) -> None:
+    """Go on from another worker's snapshot: its model, optimizer and step, with this worker's own data and links.
+
+    What is known of timings, of the unsent and of messages belongs to the old ranks, and is left behind.
+    """
+    assert isinstance(w.replica, ResumableReplica)
+    model = part(arrays, "model")
+    own = w.replica.to_arrays()
+    generators = {name: np.array(value) for name, value in own.items() if name.startswith("others/")}
+    w.replica.from_arrays({**model, **generators})  # else all would drop the same units
+    w.step = integer(arrays, "worker/step")
+    w.exchanged_step = w.reductions = w.step
+    w.evaluated_s = number(arrays, "worker/evaluated_s")
+    w.inbox.newest = dict.fromkeys(w.peers, w.step - 1)
+    w.evaluations.extend(evaluations_of(part(arrays, "worker")))
+
+
+def evaluations_of(saved: Mapping[str, Array]) -> Iterable[Evaluation]:
+    """The evaluations so far. Raises StateError."""
+    rows = array(saved, "evaluations", np.float64, None, 3)
+    return [Evaluation(int(step), float(time_s), float(accuracy)) for step, time_s, accuracy in rows]
+
+
+def links_of(arrays: Mapping[str, Array]) -> dict[int, tuple[int, int]]:
+    """By peer the bytes that were sent and received. Raises StateError."""
+    found = part(arrays, "worker/links")
+    totals = {int(peer): array(found, peer, np.int64, 2) for peer in found}
+    return {peer: (int(sent), int(received)) for peer, (sent, received) in totals.items()}

@@ -1,0 +1,184 @@
+"""What a rank did: the track of its loop, its evaluations and knowledge transfers beside it, and its counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dlion_mpi.quantities import Grid
+from dlion_mpi.runs import Array, Rank
+from dlion_mpi.timeline import Phase
+from dlion_mpi.trace.events import Events, Lanes, Micros, Window, fitted, micros, number
+
+NAMES = {
+    Phase.COMPUTE: "compute",
+    Phase.SELECT: "select, encode",
+    Phase.WAIT: "wait",
+    Phase.APPLY: "apply",
+    Phase.AGREE: "wait for a collective",
+    Phase.PROFILE: "time batch sizes",
+    Phase.LEAVE: "leave together",
+}
+"""The loop's phases, as the trace calls them."""
+BESIDE = (Phase.EVALUATE, Phase.TRANSFER)
+SLEEP = "sleep (paced)"
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """Slices of one track, (K,) each: ``label`` into ``names``; ``step``: row of the steps, -1 for none."""
+
+    start: Micros
+    end: Micros
+    label: npt.NDArray[np.int64]
+    step: npt.NDArray[np.int64]
+
+
+STEP_LABEL, SLEEP_LABEL = 0, -1
+
+
+def loop(events: Events, rank: Rank, spans: Array | None, window: Window) -> None:
+    """The track of the loop: its steps, and what it spent them on."""
+    slices = _slices(rank, spans)
+    shown = window.shows(slices.start, slices.end)
+    start, end, label, row = (a[shown].tolist() for a in (slices.start, slices.end, slices.label, slices.step))
+    if not start:
+        return
+    pid = rank.rank + 1
+    tid = events.thread(pid, "loop", 0)
+    steps = rank.steps
+    number_of, loss, lbs, gbs = (steps[name].tolist() for name in ("step", "loss", "lbs", "gbs"))
+    names = {int(phase): name for phase, name in NAMES.items()} | {SLEEP_LABEL: SLEEP}
+    for (begin, finish), what, at in zip(fitted(start, end), label, row, strict=True):
+        if what == STEP_LABEL:
+            args = f'"loss":{number(loss[at])},"lbs":{number(lbs[at])},"gbs":{number(gbs[at])}'
+            events.slice(pid, tid, begin, finish, f"step {number_of[at]:.0f}", args)
+        else:
+            events.slice(pid, tid, begin, finish, names[what])
+
+
+def _slices(rank: Rank, spans: Array | None) -> Slices:
+    """Steps and spans, in order of their start and outer ones first."""
+    start, end = step_times(rank)
+    parts = [Slices(start, end, np.full(len(start), STEP_LABEL), np.arange(len(start)))]
+    if spans is not None:
+        inner = spans[np.isin(spans["phase"], [int(phase) for phase in NAMES])]
+        inner_start, inner_end = micros(inner["start_s"]), micros(inner["end_s"])
+        row = _row((inner_start + inner_end) // 2, start, end)
+        # A span and its step are timed one after the other: to the microsecond they may differ.
+        within = row >= 0
+        if len(start):
+            inner_start = np.where(within, np.maximum(inner_start, start[row]), inner_start)
+            inner_end = np.where(within, np.minimum(inner_end, end[row]), inner_end)
+        parts.append(Slices(inner_start, inner_end, inner["phase"].astype(np.int64), row))
+        parts.append(_sleeps(rank, parts[-1]))
+    joined = Slices(*(np.concatenate([getattr(part, f) for part in parts]) for f in ("start", "end", "label", "step")))
+    kept = joined.end > joined.start
+    # Ties: a step is around a span, and a span around the sleep in it.
+    depth = np.where(joined.label == STEP_LABEL, 0, np.where(joined.label == SLEEP_LABEL, 2, 1))
+    order = np.lexsort((depth, -joined.end, joined.start))
+    order = order[kept[order]]
+    return Slices(joined.start[order], joined.end[order], joined.label[order], joined.step[order])
+
+
+def step_times(rank: Rank) -> tuple[Micros, Micros]:
+    """When every step began and ended, (T,) each; no step begins before the one before it has ended."""
+    time_s, step_s = rank.steps["time_s"], rank.steps["step_s"]
+    end = micros(time_s)
+    if len(end):
+        end = np.maximum.accumulate(end)
+    length = np.where(np.isfinite(step_s), step_s, 0.0)
+    start = np.minimum(micros(time_s - length), end)
+    start[1:] = np.maximum(start[1:], end[:-1])
+    return start, end
+
+
+def _row(time: Micros, start: Micros, end: Micros) -> npt.NDArray[np.int64]:
+    """The step in which each time lies, -1 for none."""
+    if not len(end):
+        return np.full(len(time), -1)
+    row = np.minimum(np.searchsorted(end, time, side="left"), len(end) - 1)
+    return np.where((time >= start[row]) & (time <= end[row]), row, -1)
+
+
+def _sleeps(rank: Rank, spans: Slices) -> Slices:
+    """The sleep at the end of computing, where a slower machine is played. In virtual time nobody sleeps."""
+    paced_s = rank.steps["paced_s"]
+    computing = (spans.label == int(Phase.COMPUTE)) & (spans.step >= 0)
+    if "environment" in rank.attributes or not len(paced_s) or not computing.any():
+        computing[:] = False
+    end, row = spans.end[computing], spans.step[computing]
+    slept = micros(np.where(np.isfinite(paced_s), paced_s, 0.0))[row] if len(row) else row
+    start = np.maximum(end - slept, spans.start[computing])
+    return Slices(start, end, np.full(len(row), SLEEP_LABEL), row)
+
+
+def beside(events: Events, rank: Rank, spans: Array | None, window: Window) -> None:
+    """The tracks of what goes on beside the loop. Without spans only when it ended is known, or was asked for."""
+    pid = rank.rank + 1
+    tests, moves = rank.evaluations, rank.transfers
+    start, end = _extents(tests["time_s"], spans, Phase.EVALUATE, by="start_s")
+    lanes = Lanes(events, pid, "evaluations", 1)
+    for row in np.flatnonzero(window.shows(start, end)).tolist():
+        a, b = int(start[row]), int(end[row])
+        args = f'"step":{number(tests["step"][row])},"accuracy":{number(tests["accuracy"][row])}'
+        events.slice(pid, lanes.take(a, b), a, b, "evaluate", args)
+    start, end = _extents(moves["time_s"], spans, Phase.TRANSFER, by="end_s")
+    lanes = Lanes(events, pid, "knowledge transfers", 2)
+    for row in np.flatnonzero(window.shows(start, end)).tolist():
+        a, b = int(start[row]), int(end[row])
+        names = ("started_step", "step", "source", "merged", "payload_bytes")
+        args = ",".join(f'"{name}":{number(moves[name][row])}' for name in names)
+        events.slice(pid, lanes.take(a, b), a, b, "knowledge transfer", args)
+
+
+def _extents(time_s: Array, spans: Array | None, phase: Phase, *, by: str) -> tuple[Micros, Micros]:
+    """When the things that are known by one time began and ended; without a span, then."""
+    start_s, end_s = time_s.astype(np.float64), time_s.astype(np.float64)
+    if spans is not None and len(time_s):
+        own = np.sort(spans[spans["phase"] == int(phase)], order=by)
+        if len(own):
+            at = np.minimum(np.searchsorted(own[by], time_s), len(own) - 1)
+            same = own[by][at] == time_s
+            start_s = np.where(same, own["start_s"][at], start_s)
+            end_s = np.where(same, own["end_s"][at], end_s)
+    return micros(start_s), micros(end_s)
+
+
+def counters(events: Events, rank: Rank, on: Grid, window: Window) -> None:
+    """The batch size, and per link the bytes per second: sent, and what the link was measured to carry."""
+    pid = rank.rank + 1
+    time_s, lbs = rank.steps["time_s"], rank.steps["lbs"]
+    if not len(time_s):
+        return
+    start, end = step_times(rank)
+    changed = np.flatnonzero(np.diff(lbs, prepend=np.nan) != 0)
+    until = np.append(start[changed[1:]], end[-1])
+    for row in changed[window.shows(start[changed], until)].tolist():
+        events.counter(pid, int(start[row]), "batch size", f'"lbs":{number(lbs[row])}')
+    columns = rank.links()
+    for peer in range(rank.workers):
+        if peer != rank.rank:
+            sent, measured = columns["bytes_sent"][:, peer], columns["bytes_per_s"][:, peer]
+            _link_counter(events, pid, peer, on, window, time_s, sent, measured)
+
+
+def _link_counter(
+    events: Events, pid: int, peer: int, on: Grid, window: Window, time_s: Array, sent: Array, measured: Array
+) -> None:
+    """One link's, on a grid; 0 after the last step."""
+    starts = micros(on.width_s * np.arange(on.count))
+    rates = np.nan_to_num(on.rates(time_s, sent)) / 1e6
+    bandwidth = on.means(time_s, measured) / 1e6
+    before, end = "", micros(time_s[-1:])
+    for span in np.flatnonzero((starts < end) & window.shows(starts, starts + int(micros(on.width_s)))).tolist():
+        args = f'"sent":{number(rates[span])}'
+        if bandwidth[span] > 0:
+            args += f',"measured":{number(bandwidth[span])}'
+        if args != before:
+            events.counter(pid, int(starts[span]), f"MB/s to rank {peer}", args)
+        before = args
+    if before and window.shows(end, end).all():
+        events.counter(pid, int(end[0]), f"MB/s to rank {peer}", '"sent":0')

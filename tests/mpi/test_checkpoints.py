@@ -1,0 +1,77 @@
+"""Checkpoints over real MPI with a real model: in `sync` a resumed run is the same to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from dlion_mpi.checkpoint import folder
+from dlion_mpi.checkpoint.start import NEW, Start, plan
+from dlion_mpi.model import build, tensorflow
+from dlion_mpi.options import config_of
+from dlion_mpi.run import Outcome, run
+
+MODEL = "tests.nets:normalised"
+"""With dropout and batch normalisation: generators and statistics count as well."""
+DLION = {"strategy": "dlion", "sync": "sync", "batching": "fixed", "max_n": 20, "transfer_period": 10, "momentum": 0.9}
+
+
+def train(out: Path, start: Start = NEW, **options: Any) -> tuple[Outcome, np.ndarray]:
+    """A run, and the weights and statistics it leaves in its model."""
+    tensorflow(1)
+    model = build(MODEL, (8, 8, 1), 10, 0)
+    options = {"data": "digits", "model": MODEL, "learning_rate": 0.02, "out": str(out), **options}
+    outcome = run(config_of(options), model=model, report=False, start=start)
+    return outcome, np.concatenate([np.ravel(v.numpy()).astype(np.float64) for v in model.variables])
+
+
+@pytest.fixture
+def shared_folder(world: MPI.Intracomm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One new folder for all ranks."""
+    own = str(tmp_path_factory.mktemp("run")) if world.Get_rank() == 0 else ""
+    return Path(world.bcast(own, root=0)) / "run"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "options",
+    [
+        DLION,
+        {"strategy": "baseline", "momentum": 0.9},
+        {"strategy": "allreduce", "optimizer": "adam", "learning_rate": 0.002},
+    ],
+    ids=["dlion", "baseline", "allreduce"],
+)
+def test_a_resumed_run_is_the_same_to_the_last_bit(
+    world: MPI.Intracomm, options: dict[str, Any], shared_folder: Path
+) -> None:
+    whole, expected = train(shared_folder, steps=40, checkpoint_every="20", **options)
+    half, end = folder.complete(shared_folder)
+    assert [part.step for part in folder.read_manifest(half).parts] == [20] * world.Get_size()
+    world.Barrier()
+    if world.Get_rank() == 0:
+        folder.remove(end)  # as if the run had been killed before
+    world.Barrier()
+    config, start = plan({"resume": str(shared_folder)})
+    world.Barrier()
+    resumed, weights = train(shared_folder, start, steps=config.steps, checkpoint_every="20", **options)
+    np.testing.assert_array_equal(weights, expected)
+    assert resumed.result["accuracy_per_rank"] == whole.result["accuracy_per_rank"]
+    assert resumed.result["steps"] == 40
+
+
+@pytest.mark.mpi
+def test_a_loose_strategy_goes_on(world: MPI.Intracomm, shared_folder: Path) -> None:
+    train(shared_folder, strategy="hop", steps=40, checkpoint_every="0.2s")
+    config, start = plan({"resume": str(shared_folder), "steps": "60"})
+    world.Barrier()
+    resumed, _ = train(shared_folder, start, strategy="hop", steps=config.steps, checkpoint_every="20")
+    assert resumed.exit_code == 0
+    assert resumed.result["steps"] >= 60
+    world.Barrier()
+    newest = folder.read_manifest(folder.complete(shared_folder)[-1])
+    assert newest.step >= 60 - 10, "hop leaves steps out"
