@@ -41,6 +41,8 @@ class LinkRate:
     last_bytes: int = 0
     last_transit_s: float = 0.0
     saturated: bool = False
+    _bytes_per_s: float | None = None
+    """Of ``samples`` as they are; None where they have changed."""
 
     def posted(self, sequence: int, size_bytes: int, now_s: float) -> None:
         """A message of ``size_bytes`` was handed to the link."""
@@ -66,6 +68,7 @@ class LinkRate:
                 _, earlier_bytes, earlier_s = self.samples.pop()
                 size_bytes, busy_s = size_bytes + earlier_bytes, busy_s + earlier_s
             self.samples.append((arrived_s, size_bytes, busy_s))
+            self._bytes_per_s = None
         self.arrived_at = arrived_s
 
     def unacknowledged(self) -> int:
@@ -76,9 +79,10 @@ class LinkRate:
         """The rate over the last MEMORY_S seconds (at least two samples), or None before the first."""
         while len(self.samples) > 2 and self.samples[0][0] < now_s - MEMORY_S:
             self.samples.popleft()
-        if not self.samples:
-            return None
-        return sum(b for _, b, _ in self.samples) / sum(s for _, _, s in self.samples)
+            self._bytes_per_s = None
+        if self._bytes_per_s is None and self.samples:
+            self._bytes_per_s = sum(b for _, b, _ in self.samples) / sum(s for _, _, s in self.samples)
+        return self._bytes_per_s
 
     def budget_bytes(self, step_s: float, now_s: float) -> float:
         """What the link carries in a step of ``step_s`` seconds: rate x time, more if it stood idle."""

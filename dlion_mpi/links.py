@@ -32,6 +32,9 @@ RECEIVES = 2
 RECEIVE_BUFFERS = 3
 """Buffers per peer for what arrives: those posted and those waiting in `poll`. When none is free nothing is
 received or acknowledged, so the sender's window closes: a slow reader slows its writers and no queue grows."""
+SLACK_BYTES = 1 << 16
+"""By so much a receive buffer is longer than any message, so that one which is too long is mostly found out here: Open
+MPI 5.0 may crash in a receive that it has to cut off."""
 
 
 @dataclass(slots=True)
@@ -94,7 +97,8 @@ class Links:
             if peer != self.rank:
                 self._links[peer] = link = _Link(peer)
                 link.free_send.extend(np.empty(self._capacity_bytes, np.uint8) for _ in range(window))
-                link.free_receive.extend(np.empty(self._capacity_bytes, np.uint8) for _ in range(RECEIVE_BUFFERS))
+                room = self._capacity_bytes + SLACK_BYTES
+                link.free_receive.extend(np.empty(room, np.uint8) for _ in range(RECEIVE_BUFFERS))
 
     # The loop's side: no MPI here.
 
@@ -312,6 +316,11 @@ class Links:
     def _receive_data(self, link: _Link, buffer: Buffer) -> None:
         def complete(status: MPI.Status) -> None:
             length = status.Get_count(MPI.BYTE)
+            if length > self._capacity_bytes:
+                raise RunError(
+                    f"rank {link.peer} sent {length} bytes, more than any message of this run may hold: "
+                    "are all ranks of this version?"
+                )
             link.posted -= 1
             with self._lock:
                 link.received += 1

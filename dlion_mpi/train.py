@@ -287,8 +287,8 @@ def finish_step(
         bytes_sent={peer: t.bytes_sent for peer, t in totals.items()},
         bytes_received={peer: t.bytes_received for peer, t in totals.items()},
         bytes_per_s={peer: t.bytes_per_s for peer, t in totals.items()},
-        age_s={peer: float(np.mean([age for age, _ in a])) for peer, a in ages.items()},
-        age_steps={peer: float(np.mean([age for _, age in a])) for peer, a in ages.items()},
+        age_s={peer: sum(age for age, _ in a) / len(a) for peer, a in ages.items()},
+        age_steps={peer: sum(age for _, age in a) / len(a) for peer, a in ages.items()},
     )
     w.recorder.step(record)
     w.on_step(record)

@@ -299,7 +299,7 @@ def test_fashion_mnist_from_debian() -> None:
 
 def idx(array: Any, magic: int | None = None) -> bytes:
     head = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim if magic is None else magic, *array.shape)
-    return gzip.compress(head + array.tobytes())
+    return gzip.compress(head + array.tobytes(), mtime=0)
 
 
 @pytest.fixture
@@ -333,6 +333,7 @@ GOOD_IDX = idx(np.zeros((3, 2, 3), np.uint8))
         idx(np.zeros((3, 2, 3), np.uint8), magic=0x801),
         gzip.compress(gzip.decompress(GOOD_IDX)[:-1]),
     ],
+    ids=["empty", "no gzip", "cut off", "damaged", "not images", "too few images"],
 )
 def test_bad_idx_files_name_the_remedy(fashion: Path, content: bytes) -> None:
     path = fashion / "train-images-idx3-ubyte.gz"
