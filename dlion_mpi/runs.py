@@ -112,7 +112,8 @@ class Rank:
 class Run:
     """A run as far as it can be read. ``ranks``: those found, by rank; ``workers``: as many as there should be.
 
-    ``config``: by ``table.key``. ``environment``: of a simulated run. ``notes``: what cannot be shown, a line each.
+    ``config``: by ``table.key``. ``environment``, ``emulated``: the micro-cloud of a simulated and of an emulated run.
+    ``notes``: what cannot be shown, a line each.
     """
 
     path: Path
@@ -121,6 +122,7 @@ class Run:
     config: Mapping[str, Any]
     versions: Mapping[str, str]
     environment: Mapping[str, Any] | None
+    emulated: Mapping[str, Any] | None
     ended: bool
     notes: Sequence[str]
 
@@ -173,6 +175,7 @@ def load(folder: str | os.PathLike[str], *, last: int | None = None) -> Run:
         config=_config(first, path, notes),
         versions={str(k): str(v) for k, v in (_table(first, "versions") or {}).items()},
         environment=_table(first, "environment"),
+        emulated=_table(first, "emulated"),
         ended=ended,
         notes=notes.lines(),
     )

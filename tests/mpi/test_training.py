@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,7 @@ def test_a_slow_worker_gets_a_smaller_batch_and_gbs_is_met_at_every_step(
             lbs.append(file["steps/lbs"][:])
             gbs.append(file["steps/gbs"][:])
             assert (file["steps/paced_s"][:] > 0).any()
+            assert json.loads(file.attrs["emulated"])["name"] == "slow"
     np.testing.assert_array_equal(np.sum(lbs, axis=0), gbs[0])
     # A quarter of the speed is a little over a quarter of the batch, since alpha is alike.
     ratios = lbs[-1] / lbs[0]

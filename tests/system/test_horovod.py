@@ -219,3 +219,4 @@ def test_it_runs_in_an_emulated_micro_cloud(tmp_path: Path) -> None:
     assert result_of(ended)["steps"] == 5
     with h5py.File(tmp_path / "run" / "metrics-00000.h5", "r", swmr=True) as file:
         assert np.all(file["steps/compute_s"][:] > 0.199)
+        assert json.loads(file.attrs["emulated"])["name"] == "two"

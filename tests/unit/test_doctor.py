@@ -75,7 +75,7 @@ def test_the_whole_report_imports_neither_tensorflow_nor_mpi() -> None:
     code = f"import sys; from dlion_mpi import doctor; doctor.main(); sys.exit(bool({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("Python", "MPI library", "cores", "TensorFlow", "Horovod", "dlion emulate", "digits"):
+    for name in ("Python", "MPI library", "cores", "TensorFlow", "Horovod", "dlion emulate", "figures", "digits"):
         assert name in done.stdout
 
 
@@ -331,6 +331,17 @@ def test_horovod_must_have_been_built_for_this_tensorflow(
     check = doctor.check_extras()[0]
     assert (check.name, check.status, check.found) == ("Horovod", status, found)
     assert check.mend == ("" if status == "ok" else "bash env/horovod/build.sh")
+
+
+def test_what_figures_and_tensorboard_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking(monkeypatch, "pandas", "tensorboard")
+    found = {check.name: check for check in doctor.check_extras()}
+    figures, board = found["figures"], found["TensorBoard"]
+    assert (figures.status, figures.mend) == ("missing", "pip install -e '.[analysis]' in a checkout")
+    assert figures.found == "no pandas; only python -m analysis.figures needs them"
+    assert (board.status, board.mend) == ("missing", "pip install tensorboard")
+    assert not figures.needed
+    assert not board.needed
 
 
 def test_without_horovod_the_script_that_builds_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
