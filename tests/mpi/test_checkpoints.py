@@ -30,13 +30,6 @@ def train(out: Path, start: Start = NEW, **options: Any) -> tuple[Outcome, np.nd
     return outcome, np.concatenate([np.ravel(v.numpy()).astype(np.float64) for v in model.variables])
 
 
-@pytest.fixture
-def shared_folder(world: MPI.Intracomm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One new folder for all ranks."""
-    own = str(tmp_path_factory.mktemp("run")) if world.Get_rank() == 0 else ""
-    return Path(world.bcast(own, root=0)) / "run"
-
-
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     "options",

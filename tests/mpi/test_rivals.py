@@ -9,9 +9,7 @@ import pytest
 from mpi4py import MPI
 
 from dlion_mpi.wire import HEADER_BYTES
-from tests.mpi.test_training import fresh_model, metrics, shared_folder, train, trained_weights
-
-__all__ = ["shared_folder"]  # the fixture
+from tests.mpi.test_training import fresh_model, metrics, train, trained_weights
 
 PARAMETERS = 2410
 

@@ -73,13 +73,6 @@ def metrics(folder: Path, rank: int) -> h5py.File:
     return h5py.File(folder / f"metrics-{rank:05d}.h5", "r", swmr=True)
 
 
-@pytest.fixture
-def shared_folder(world: MPI.Intracomm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One new folder for all ranks."""
-    own = str(tmp_path_factory.mktemp("run")) if world.Get_rank() == 0 else ""
-    return Path(world.bcast(own, root=0)) / "out"
-
-
 @pytest.mark.mpi
 def test_dlion_with_everything_off_is_sgd_on_the_joint_batch(world: MPI.Intracomm) -> None:
     expected = joint_sgd(world.Get_size(), steps=20, lbs=32)

@@ -299,7 +299,8 @@ def test_the_phases_of_a_micro_cloud_are_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("attribute", "how"), [("environment", "simulated"), ("emulated", "emulated")])
 def test_where_a_micro_cloud_was_played(tmp_path: Path, attribute: str, how: str) -> None:
-    run = load(runfiles.make_run(tmp_path / "a", workers=2, steps=1, **{attribute: '{"name": "homo-b"}'}))
+    attributes: dict[str, Any] = {attribute: '{"name": "homo-b"}'}
+    run = load(runfiles.make_run(tmp_path / "a", workers=2, steps=1, **attributes))
     assert summary(run, workers.links_of(run))["where"] == f"homo-b, {how}"
     assert ("micro-cloud: name", ["homo-b"], False) in settings([run])
 
