@@ -75,6 +75,8 @@ def main(as_json: bool = False) -> int:
     else:
         reasons = "; ".join(f"{check.name}: {check.found}" for check in lacking)
         verdict = f"dlion train cannot run here: {reasons}" if lacking else "dlion train can run here"
+        if lacking and all(check.name.startswith("MPI") for check in lacking):
+            verdict += "; dlion simulate can, without MPI"
         text = "\n".join([f"{platform.node()}, {platform.platform()}", *map(_line, checks), verdict])
     sys.stdout.write(text + "\n")  # in one piece, since ranks may share the terminal
     return 1 if lacking else 0

@@ -160,8 +160,11 @@ def _words(glance: Glance) -> list[str]:
     if left_s is not None and not glance.state:
         words.append(f"{clock(left_s)} left")
     if goal.target_accuracy is not None or math.isfinite(glance.accuracy):
-        wanted = "" if goal.target_accuracy is None else f" of {percent(goal.target_accuracy, 1)} wanted"
-        words.append(f"accuracy {percent(glance.accuracy, 1)}{wanted}")
+        wanted = "" if goal.target_accuracy is None else f"{percent(goal.target_accuracy, 1)} wanted"
+        if math.isfinite(glance.accuracy):
+            words.append(f"accuracy {percent(glance.accuracy, 1)}{wanted and ' of '}{wanted}")
+        else:
+            words.append(f"no accuracy yet, {wanted}")
     return [f"{word};" for word in words[:-1]] + words[-1:] + ([f"({glance.state})"] if glance.state else [])
 
 

@@ -55,12 +55,12 @@ def look(folder: str) -> dict[str, Any]:
 def _not_begun(path: Path) -> str | None:
     """Why there is nothing to see yet; None if there is, or never will be."""
     if not path.exists() and not path.is_symlink():
-        return "not there yet: waiting for its run to begin"
+        return "not there yet"
     if path.is_dir() and not any(path.glob("metrics-*.h5")):
         if (path / "config.toml").exists():
-            return "has not begun to train yet"
+            return "not training yet"
         if _age_s([path]) < NEW_S and not any(path.iterdir()):
-            return "is empty as yet"
+            return "empty as yet"
     return None
 
 

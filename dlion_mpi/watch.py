@@ -82,17 +82,18 @@ def _follow(reader: Reader, run: str, every_s: float | None, *, once: bool) -> i
     painter = None if terminal is None or once else Painter(terminal)
     pause_s = every_s or (LINES_S if painter is None else TERMINAL_S)
     said: list[str] = []
+    again = "" if once else f"; looking again every {pause_s:g} s"
     while True:
         begun_s = time.monotonic()
         sight = reader.look()
         if once and sight.code == 2:
-            raise UserError(f"{run}: {sight.words}")
+            raise UserError(f"{run}: {sight.words}; give the folder that --out of a run has made")
         glance = None if sight.glance is None else Glance.from_json(sight.glance)
         if terminal is not None and glance is not None:
             width, height = terminal.size()
             drawn = render(glance, max(1, width - 1), max(1, height - 1), encoding=terminal.encoding)
         else:
-            drawn = "\n".join(lines(glance)) if glance is not None else f"{run}: {sight.words}"
+            drawn = "\n".join(lines(glance)) if glance is not None else f"{run}: {sight.words}{again}"
         if painter is not None:
             painter.paint(drawn)
         elif drawn not in said:
@@ -118,7 +119,7 @@ class Reader:
         answer = _ask(self._process, self._patience_s)
         if answer is None:
             self.close()
-            return Sight(None, f"its metrics could not be read within {self._patience_s:g} s; trying again")
+            return Sight(None, f"its metrics could not be read within {self._patience_s:g} s")
         if "error" in answer:
             raise UserError(answer["error"])
         return Sight(**answer)

@@ -238,7 +238,7 @@ class Meter:
         elif self._every_s and time.monotonic() - self._said_s >= self._every_s:
             self._said_s = time.monotonic()
             known = [a for a in self.accuracies if not math.isnan(a)]
-            tested = f"  test {np.mean(known):.1%}" if known else ""
+            tested = f"  accuracy {np.mean(known):.1%}" if known else ""
             say(f"{record.time_s:8.1f} virtual s  steps {min(self.steps)} to {max(self.steps)}{tested}")
 
     def _accuracy(self, rank: int) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dlion_mpi import data, doctor
-from dlion_mpi.doctor import Answer, Check
+from dlion_mpi.doctor import GET_MPI, Answer, Check
 from dlion_mpi.errors import UserError
 
 OPEN_MPI_LIBRARY = "Open MPI v5.0.11, package: Open MPI x Distribution, ident: 5.0.11\n"
@@ -58,6 +58,15 @@ def test_a_machine_that_cannot_train_exits_1_and_says_why_last(
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "dlion train cannot run here: TensorFlow: not installed"
     assert "pip install tensorflow-cpu" in out
+
+
+def test_without_mpi_a_machine_can_simulate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: [Check("MPI library", "missing", "none", GET_MPI, needed=True)])
+    assert doctor.main() == 1
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert verdict == "dlion train cannot run here: MPI library: none; dlion simulate can, without MPI"
 
 
 def test_json_is_one_object_with_every_check(

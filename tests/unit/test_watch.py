@@ -165,9 +165,9 @@ def test_a_run_before_its_first_step(tmp_path: Path) -> None:
 
 def test_what_has_not_begun_is_waited_for(tmp_path: Path) -> None:
     assert sight.look(str(tmp_path / "run"))["words"].startswith("not there yet")
-    assert sight.look(str(tmp_path))["words"] == "is empty as yet"
+    assert sight.look(str(tmp_path))["words"] == "empty as yet"
     (tmp_path / "config.toml").write_text("", encoding="utf-8")
-    assert sight.look(str(tmp_path))["words"] == "has not begun to train yet"
+    assert sight.look(str(tmp_path))["words"] == "not training yet"
     (tmp_path / "metrics-00000.h5").write_bytes(b"")  # this moment made
     assert sight.look(str(tmp_path))["words"].startswith("just beginning")
 
@@ -267,7 +267,7 @@ def answers(code: str) -> Any:
 def test_a_file_that_is_read_for_ever_does_not_hold_us_up(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_start", answers(code))
     reader = watch.Reader("runs/a", patience_s=0.3)
-    assert reader.look().words == "its metrics could not be read within 0.3 s; trying again"
+    assert reader.look().words == "its metrics could not be read within 0.3 s"
     assert reader._process is None  # ended, not left behind
     monkeypatch.setattr(watch, "_start", answers('input(); print(\'{"error": "found"}\', flush=True); input()'))
     reader._patience_s = 30
