@@ -79,7 +79,7 @@ class Config:
     )
     staleness: int | None = _option(
         None,
-        "bounded: steps a worker may be ahead of the slowest (hop: the age of the oldest parameters that count)",
+        "bounded: steps a worker may be ahead of the slowest (hop: steps by which the oldest weights that count are behind)",
         table="run",
     )
     backup: int | None = _option(None, "bounded: go on without this many of the slowest workers", table="run")
@@ -175,13 +175,15 @@ class Config:
     )
     hop_graph: str | None = _option(
         None,
-        "hop: whose parameters are averaged: everyone's, or those of the ranks on either side",
+        "hop: whose weights are averaged: everyone's, or those of the ranks on either side",
         table="rivals",
         choices=("all", "ring"),
     )
-    hop_max_gap: int | None = _option(None, "hop: most iterations between neighbours (tokens)", table="rivals")
+    hop_max_gap: int | None = _option(
+        None, "hop: most steps that one of two neighbours is ahead of the other", table="rivals"
+    )
     hop_skip: int | None = _option(
-        None, "hop: most iterations that a laggard leaves out at a time; 0: none", table="rivals"
+        None, "hop: most steps that a worker left behind leaves out at a time; 0: none", table="rivals"
     )
     # per-link prioritized exchange
     max_n: float | None = _option(
@@ -220,7 +222,7 @@ class Config:
     # checkpoints, and what is left in the end
     checkpoint_every: Every | None = _option(
         None,
-        "take a checkpoint in --out every so many steps (500) or so long (30s, 10m), off the critical path",
+        "take a checkpoint in --out every so many steps (500) or so long (30s, 10m), written in the background",
         table="checkpoints",
     )
     keep_checkpoints: int | None = _option(None, "how many checkpoints stay (default: 2)", table="checkpoints")
@@ -330,7 +332,7 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "ako_partitions": (0, math.inf, "0 (automatic) or a number of partitions"),
     "gaia_threshold": (0, math.inf, "0 or more, for example 0.01"),
     "hop_max_gap": (1, math.inf, "at least 1 iteration"),
-    "hop_skip": (0, math.inf, "0 (none) or a number of iterations"),
+    "hop_skip": (0, math.inf, "0 (none) or a number of steps"),
     "max_n": (1e-6, 100, "in (0, 100]"),
     "n_min": (1e-6, 100, "in (0, 100]"),
     "exchange_share": (0, math.inf, "0 (no limit) or a share such as 0.2"),

@@ -67,5 +67,4 @@ def test_fewer_samples_than_ranks(world: MPI.Intracomm, shared_folder: Path) -> 
     if world.Get_rank() == 0:
         write_shard(file, rows=ranks - 1)
     world.Barrier()
-    samples = f"{ranks - 1} training sample" + "s" * (ranks > 2)
-    assert f"{samples} for {ranks} ranks" in refused(world, data=str(file))
+    assert f"{ranks - 1} training samples for {ranks} ranks" in refused(world, data=str(file))

@@ -135,7 +135,8 @@ def test_plain_lines_are_those_that_training_prints() -> None:
     found = lines(glance(notes=["rank 3: no metrics file"], state="ended"))
     assert found[0].endswith("runs/a 25%; 2:05; accuracy 51.0% of 80.0% wanted (ended)")
     assert found[2] == (
-        "[1]    5.0 s  step 5  batch 16/96  loss 0.913  16 samples/s  accuracy 51.0%  ->0 N 10.0 0.0 MB  ->2 N 12.0 0.0 MB"
+        "[1]    5.0 s  step 5  batch 16/96  loss 0.913  16 samples/s  accuracy 51.0%"
+        "  ->0 N 10.0 0.0 MB  ->2 N 12.0 0.0 MB"
     )
     assert found[-1] == "rank 3: no metrics file"
     assert lines(glance(ranks=[unknown(0, 3)]))  # nothing fails
