@@ -79,7 +79,7 @@ class Config:
     )
     staleness: int | None = _option(
         None,
-        "bounded: steps a worker may be ahead of the slowest (hop: steps by which the oldest weights that count are behind)",
+        "bounded: steps a worker may be ahead of the slowest (hop: steps that the oldest weights may be behind)",
         table="run",
     )
     backup: int | None = _option(None, "bounded: go on without this many of the slowest workers", table="run")
