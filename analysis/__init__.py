@@ -11,6 +11,17 @@ are their tables; the figures are in `analysis.figures`. Wants the extra ``analy
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
+
+if absent := [name for name in ("matplotlib", "pandas") if find_spec(name) is None]:
+    line = f"analysis needs {' and '.join(absent)}: pip install -e '.[analysis]' in the checkout"
+    if sys.argv[0] != "-m":
+        raise ImportError(line)
+    # What Python calls itself on its way to a module of the package that is run as a command.
+    print(f"dlion: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
 from analysis.tables import evaluations, links, settings, steps, transfers
 from dlion_mpi.runs import labels, load, load_all
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from dlion_mpi import live
 from dlion_mpi import run as runner
 from dlion_mpi.checkpoint import file
 from dlion_mpi.metrics import StepRecord
@@ -54,7 +55,7 @@ def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
     """Seconds of a step with and without a checkpoint under way, in one run of one rank."""
     under_way: list[float] = []
     alone: list[float] = []
-    original = runner.Progress
+    original = live.Progress
 
     class Timed(original):  # type: ignore[misc, valid-type]
         """Sorts steps by whether a checkpoint is under way; the whole time from step to step counts."""
@@ -69,7 +70,7 @@ def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
                 (under_way if busy or self.was_busy else alone).append(record.time_s - self.last_s)
             self.last_s, self.was_busy = record.time_s, busy
 
-    runner.Progress = Timed  # type: ignore[misc]
+    live.Progress = Timed  # type: ignore[misc]
     config = config_of(
         {
             "data": "fashion-mnist",
@@ -91,7 +92,7 @@ def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
 
     tensorflow(1)
     runner.run(config, model=dense(weights)((28, 28, 1), 10))
-    runner.Progress = original  # type: ignore[misc]
+    live.Progress = original  # type: ignore[misc]
     return {
         "steps_with": len(under_way),
         "steps_without": len(alone),

@@ -33,7 +33,9 @@ def fit(model: Any, train: tuple[Any, Any], test: tuple[Any, Any], **options: An
 
     ``train``, ``test``: this rank's (x, y): x (m, F), (m, H, W) or (m, H, W, C) of uint8 or float, y (m,) whole
     numbers. ``options``: the options of ``dlion train`` by name, for example ``strategy="dlion"``, ``steps=500``;
-    ``strategy`` may also be a class of your own, from the top level of a module.
+    ``strategy`` may also be a class of your own, from the top level of a module. ``resume="runs/a"`` goes on with a
+    run from its newest checkpoint, with its options but for those given now; ``requeue`` and ``resume_earlier`` are
+    as on the command line.
     A compiled model keeps its optimizer and loss. Returns the run's JSON object, the same on every rank.
     Raises UserError for a mistake in the options or the data, RunError if the run failed.
     """

@@ -77,6 +77,7 @@ def _parser() -> _Parser:
     _add_simulate(commands)
     _add_report(commands)
     _add_trace(commands)
+    _add_watch(commands)
     emulate = commands.add_parser("emulate", help="run a command on an emulated micro-cloud (root)")
     _add_emulate(emulate)
     doctor = commands.add_parser("doctor", help="what this machine has, what is missing, how to get it")
@@ -221,6 +222,19 @@ def _add_trace(commands: Any) -> None:
     )
     trace.add_arguments(parser)
     parser.set_defaults(action=trace.main)
+
+
+def _add_watch(commands: Any) -> None:
+    from dlion_mpi import watch
+
+    parser = commands.add_parser(
+        "watch",
+        help="follow a run from another shell",
+        description="Show how a run of --out is getting on, from its metrics files alone: in a terminal a view that "
+        "is drawn again and again, elsewhere lines. Ends when the run has; exit code 1 if it failed or was killed.",
+    )
+    watch.add_arguments(parser)
+    parser.set_defaults(action=watch.main)
 
 
 def _add_emulate(parser: argparse.ArgumentParser) -> None:

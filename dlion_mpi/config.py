@@ -79,7 +79,7 @@ class Config:
     )
     staleness: int | None = _option(
         None,
-        "bounded: steps a worker may be ahead of the slowest (hop: the age of the oldest parameters that count)",
+        "bounded: steps a worker may be ahead of the slowest (hop: steps that the oldest weights may be behind)",
         table="run",
     )
     backup: int | None = _option(None, "bounded: go on without this many of the slowest workers", table="run")
@@ -94,7 +94,14 @@ class Config:
     test_samples: int | None = _option(
         None, "test with this many of the test samples, evenly taken; all if not given", table="run"
     )
-    progress_every: float = _option(5.0, "seconds between progress lines; 0 for none", table="run")
+    progress: str = _option(
+        "auto",
+        "on stderr, a view of all ranks that is drawn again every second, or a line per rank now and then; auto: the "
+        "view where rank 0 or its mpirun writes to a terminal",
+        table="run",
+        choices=("auto", "live", "lines"),
+    )
+    progress_every: float = _option(5.0, "seconds between progress lines; 0 for none, nor a view", table="run")
     non_finite: str = _option(
         "stop",
         "a loss or gradient that is NaN or infinite: stop the run, or skip that gradient",
@@ -103,6 +110,9 @@ class Config:
     )
     seed: int = _option(0, "seed of initial weights, partition and batches", table="run")
     out: str | None = _option(None, "folder for metrics and configuration; must not exist yet", table="run")
+    tensorboard: str | None = _option(
+        None, "folder for TensorBoard, with a folder of scalars for every rank; must not exist yet", table="run"
+    )
     # model and data
     model: str = _option("cipher", "cipher, or PACKAGE.MODULE:FUNCTION that returns a Keras model", table="model")
     optimizer: str = _option("sgd", "what applies the weighted gradient", table="model", choices=("sgd", "adam"))
@@ -165,13 +175,15 @@ class Config:
     )
     hop_graph: str | None = _option(
         None,
-        "hop: whose parameters are averaged: everyone's, or those of the ranks on either side",
+        "hop: whose weights are averaged: everyone's, or those of the ranks on either side",
         table="rivals",
         choices=("all", "ring"),
     )
-    hop_max_gap: int | None = _option(None, "hop: most iterations between neighbours (tokens)", table="rivals")
+    hop_max_gap: int | None = _option(
+        None, "hop: most steps that one of two neighbours is ahead of the other", table="rivals"
+    )
     hop_skip: int | None = _option(
-        None, "hop: most iterations that a laggard leaves out at a time; 0: none", table="rivals"
+        None, "hop: most steps that a worker left behind leaves out at a time; 0: none", table="rivals"
     )
     # per-link prioritized exchange
     max_n: float | None = _option(
@@ -210,7 +222,7 @@ class Config:
     # checkpoints, and what is left in the end
     checkpoint_every: Every | None = _option(
         None,
-        "take a checkpoint in --out every so many steps (500) or so long (30s, 10m), off the critical path",
+        "take a checkpoint in --out every so many steps (500) or so long (30s, 10m), written in the background",
         table="checkpoints",
     )
     keep_checkpoints: int | None = _option(None, "how many checkpoints stay (default: 2)", table="checkpoints")
@@ -320,7 +332,7 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "ako_partitions": (0, math.inf, "0 (automatic) or a number of partitions"),
     "gaia_threshold": (0, math.inf, "0 or more, for example 0.01"),
     "hop_max_gap": (1, math.inf, "at least 1 iteration"),
-    "hop_skip": (0, math.inf, "0 (none) or a number of iterations"),
+    "hop_skip": (0, math.inf, "0 (none) or a number of steps"),
     "max_n": (1e-6, 100, "in (0, 100]"),
     "n_min": (1e-6, 100, "in (0, 100]"),
     "exchange_share": (0, math.inf, "0 (no limit) or a share such as 0.2"),

@@ -75,6 +75,8 @@ def main(as_json: bool = False) -> int:
     else:
         reasons = "; ".join(f"{check.name}: {check.found}" for check in lacking)
         verdict = f"dlion train cannot run here: {reasons}" if lacking else "dlion train can run here"
+        if lacking and all(check.name.startswith("MPI") for check in lacking):
+            verdict += "; dlion simulate can, without MPI"
         text = "\n".join([f"{platform.node()}, {platform.platform()}", *map(_line, checks), verdict])
     sys.stdout.write(text + "\n")  # in one piece, since ranks may share the terminal
     return 1 if lacking else 0
@@ -305,7 +307,7 @@ def check_tensorflow() -> list[Check]:
 
 def check_libraries() -> list[Check]:
     """The smaller packages that training imports."""
-    versions = {name: version(name) for name in ("numpy", "h5py", "mpi4py", "xxhash")}
+    versions = {name: version(name) for name in ("numpy", "h5py", "mpi4py", "xxhash", "rich")}
     absent = [name for name, number in versions.items() if number is None]
     if absent:
         found, mend = f"not installed: {', '.join(absent)}", f"pip install {' '.join(absent)}"
@@ -315,13 +317,13 @@ def check_libraries() -> list[Check]:
 
 
 def check_extras() -> list[Check]:
-    """What only some commands need: Horovod, Slurm, and root with namespaces for ``dlion emulate``."""
+    """What only some commands need: Horovod, Slurm, root with namespaces, packages for figures and TensorBoard."""
     tools = [tool for tool in ("sbatch", "srun", "sinfo") if shutil.which(tool)]
     slurm = Check("Slurm", "ok", ", ".join(tools))
     if len(tools) < 3:
         found = ", ".join(tools) or "no sbatch, srun, sinfo; only batch jobs need them"
         slurm = Check("Slurm", "missing", found, "log in to the cluster, or load its Slurm module")
-    return [_horovod(), slurm, _emulation()]
+    return [_horovod(), slurm, _emulation(), _figures(), _tensorboard()]
 
 
 def _horovod() -> Check:
@@ -350,6 +352,25 @@ def _emulation() -> Check:
         return Check("dlion emulate", "missing", answer.problem, mend)
     tools = ", ".join(f"{tool} {netns.which(tool)}" for tool in ("ip", "tc"))
     return Check("dlion emulate", "ok", f"root, network namespaces, {tools}")
+
+
+def _figures() -> Check:
+    """`analysis` is no part of the installed package, and so is its extra's line for a checkout."""
+    versions = {name: version(name) for name in ("pandas", "matplotlib")}
+    absent = [name for name, number in versions.items() if number is None]
+    if absent:
+        found = f"no {' and no '.join(absent)}; only python -m analysis.figures needs them"
+        return Check("figures", "missing", found, "pip install -e '.[analysis]' in a checkout")
+    return Check("figures", "ok", ", ".join(f"{name} {number}" for name, number in versions.items()))
+
+
+def _tensorboard() -> Check:
+    """TensorFlow writes what ``--tensorboard`` is given; the page that shows it is a package of its own."""
+    number = version("tensorboard")
+    if number is None:
+        found = "not installed; needed to look at what --tensorboard writes, not to write it"
+        return Check("TensorBoard", "missing", found, "pip install tensorboard")
+    return Check("TensorBoard", "ok", number)
 
 
 def check_data() -> list[Check]:

@@ -25,7 +25,7 @@ from dlion_mpi.timeline import MessageLog, Unlogged
 
 Buffer = npt.NDArray[np.uint8]
 
-DATA, ACK = 1, 2
+DATA, ACK, REPORT = 1, 2, 3
 """MPI tags. A peer's DATA messages arrive in the order of their sequence numbers, since MPI does not overtake."""
 RECEIVES = 2
 """Receives posted per peer and tag."""
@@ -86,6 +86,11 @@ class Links:
         self._on_complete: list[Callable[[MPI.Status], None]] = []
         self._pieces: deque[tuple[int, int, int, float, float]] = deque()
         self._quiet = False
+        self._report_length = 0
+        self._reports_out: deque[tuple[_Link, Buffer]] = deque()
+        self._reporting = False
+        self.reports: dict[int, npt.NDArray[np.float64]] = {}
+        """The newest report of every peer that has sent one; see `report`."""
         self._cpu_s = 0.0
         self._links: dict[int, _Link] = {}
         for peer in range(communicator.Get_size()):
@@ -157,6 +162,25 @@ class Links:
             self._wake()
         return messages
 
+    def expect_reports(self, length: int) -> None:
+        """Keep every peer's newest report, of so many numbers. Before `start`."""
+        self._report_length = length
+
+    def report(self, peer: int, numbers: npt.NDArray[np.float64]) -> None:
+        """Tell a peer, which expects it, how it goes here; what counts for the training has nothing to do with it.
+
+        It takes no room in the link's window, and none is sent while the one before it is still under way.
+        """
+        link, buffer = self._links[peer], numbers.astype("<f8").view(np.uint8)
+        with self._lock:
+            if self._quiet or self._reporting:
+                return
+            self._reporting = True
+            link.messages_sent += 1
+            link.bytes_sent += len(buffer)
+        self._reports_out.append((link, buffer))
+        self._wake()
+
     def totals(self) -> dict[int, LinkTotals]:
         """What every link has carried so far."""
         now_s = self._now_s()
@@ -226,6 +250,8 @@ class Links:
         for link in self._links.values():
             for _ in range(RECEIVES):
                 self._receive_ack(link, np.empty(wire.HEADER_BYTES, np.uint8))
+            if self._report_length:
+                self._receive_report(link, np.empty(self._report_length, "<f8"))
         self._receive_where_free()
 
     def progress(self) -> bool:
@@ -235,6 +261,9 @@ class Links:
         while self._outbox:
             link, buffer, length = self._outbox.popleft()
             self._send(link, DATA, buffer, length)
+            moved = True
+        while self._reports_out:
+            self._send_report(*self._reports_out.popleft())
             moved = True
         self._receive_where_free()
         if not self._requests:
@@ -324,6 +353,25 @@ class Links:
             self._receive_ack(link, buffer)
 
         self._add(self._communicator.Irecv([buffer, MPI.BYTE], link.peer, ACK), complete)
+
+    def _send_report(self, link: _Link, buffer: Buffer) -> None:
+        def complete(status: MPI.Status) -> None:
+            self._reporting = False
+
+        self._add(self._communicator.Isend([buffer, MPI.BYTE], link.peer, REPORT), complete)
+
+    def _receive_report(self, link: _Link, numbers: npt.NDArray[np.float64]) -> None:
+        def complete(status: MPI.Status) -> None:
+            length = status.Get_count(MPI.BYTE)
+            if length != numbers.nbytes:
+                raise RunError(f"rejected a report of {length} bytes from rank {link.peer}, expected {numbers.nbytes}")
+            with self._lock:
+                link.messages_received += 1
+                link.bytes_received += length
+            self.reports[link.peer] = numbers.astype(np.float64)
+            self._receive_report(link, numbers)
+
+        self._add(self._communicator.Irecv([numbers.view(np.uint8), MPI.BYTE], link.peer, REPORT), complete)
 
 
 def _kind(message: Outgoing) -> wire.Kind:

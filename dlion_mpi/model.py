@@ -261,14 +261,20 @@ class Replica:
         return self._tf.convert_to_tensor(x), self._tf.convert_to_tensor(y)
 
     def _compile(self, input_dtype: Any) -> None:
-        tf, model, trainable = self._tf, self.model, self._trainable
-        every = [*trainable, *self._statistics]
+        """The graphs that training and testing call, traced once, here.
+
+        Calling a concrete function skips the search for a fitting trace, half a millisecond.
+        """
         batch = [
-            tf.TensorSpec((None, *model.input_shape[1:]), input_dtype),
-            tf.TensorSpec((None,), tf.int32),
+            self._tf.TensorSpec((None, *self.model.input_shape[1:]), input_dtype),
+            self._tf.TensorSpec((None,), self._tf.int32),
         ]
-        flat = [tf.TensorSpec((self.layout.size,), tf.float32)]
-        flat_all = [tf.TensorSpec((self.knowledge_size,), tf.float32)]
+        self._compile_training(batch)
+        self._compile_copying()
+        self._compile_testing(batch)
+
+    def _compile_training(self, batch: Sequence[Any]) -> None:
+        tf, model, trainable = self._tf, self.model, self._trainable
 
         def loss_and_gradients(x: Any, y: Any) -> tuple[Any, list[Any]]:
             with tf.GradientTape() as tape:
@@ -281,18 +287,10 @@ class Replica:
                 for g, v in zip(gradients, trainable, strict=True)
             ]
 
-        def flatten(tensors: Sequence[Any]) -> Any:
-            return tf.concat([tf.reshape(t, (-1,)) for t in tensors], 0)
-
-        def split(vector: Any, variables: Sequence[Any]) -> list[Any]:
-            sizes = [int(np.prod(v.shape)) for v in variables]
-            parts = tf.split(vector, sizes)
-            return [tf.reshape(p, v.shape) for p, v in zip(parts, variables, strict=True)]
-
         @tf.function(input_signature=batch)
         def gradient(x: Any, y: Any) -> tuple[Any, Any]:
             loss, gradients = loss_and_gradients(x, y)
-            return loss, flatten(gradients)
+            return loss, self._flatten(gradients)
 
         @tf.function(input_signature=batch)
         def step_alone(x: Any, y: Any) -> tuple[Any, Any]:
@@ -306,21 +304,38 @@ class Replica:
         def apply(*gradients: Any) -> None:
             self._optimizer.apply(list(gradients), trainable)
 
+        self._gradient = gradient.get_concrete_function()
+        self._step_alone = step_alone.get_concrete_function()
+        self._apply = apply.get_concrete_function()
+
+    def _compile_copying(self) -> None:
+        """Weights, and weights with statistics, out of the variables and into them."""
+        tf, trainable = self._tf, self._trainable
+        every = [*trainable, *self._statistics]
+
         @tf.function
         def read(everything: bool) -> Any:
-            return flatten([v.value for v in (every if everything else trainable)])
+            return self._flatten([v.value for v in (every if everything else trainable)])
 
-        def assign_to(variables: Sequence[Any]) -> Callable[[Any], None]:
+        def assign_to(variables: Sequence[Any], size: int) -> Any:
+            @tf.function(input_signature=[tf.TensorSpec((size,), tf.float32)])
             def assign(vector: Any) -> None:
-                for variable, part in zip(variables, split(vector, variables), strict=True):
+                for variable, part in zip(variables, self._split(vector, variables), strict=True):
                     variable.assign(part)
 
-            return assign
+            return assign.get_concrete_function()
 
-        @tf.function(input_signature=[*flat_all, *batch])
+        self._read = {everything: read.get_concrete_function(everything) for everything in (False, True)}
+        self._assign = assign_to(trainable, self.layout.size)
+        self._assign_all = assign_to(every, self.knowledge_size)
+
+    def _compile_testing(self, batch: Sequence[Any]) -> None:
+        tf, model = self._tf, self.model
+        every = [*self._trainable, *self._statistics]
+
+        @tf.function(input_signature=[tf.TensorSpec((self.knowledge_size,), tf.float32), *batch])
         def correct(vector: Any, x: Any, y: Any) -> Any:
-            parts = split(vector, every)
-            state = dict(zip((v.path for v in every), parts, strict=True))
+            state = dict(zip((v.path for v in every), self._split(vector, every), strict=True))
             state |= {v.path: v.value for v in self._others}
             outputs, _ = model.stateless_call(
                 [state[v.path] for v in model.trainable_variables],
@@ -331,14 +346,16 @@ class Replica:
             hits = tf.equal(tf.argmax(outputs, 1, output_type=tf.int32), y)
             return tf.reduce_sum(tf.cast(hits, tf.int32))
 
-        # Traced once, here: calling a concrete function skips the search for a fitting trace, half a millisecond.
-        self._gradient = gradient.get_concrete_function()
-        self._step_alone = step_alone.get_concrete_function()
-        self._apply = apply.get_concrete_function()
-        self._read = {everything: read.get_concrete_function(everything) for everything in (False, True)}
-        self._assign = tf.function(assign_to(trainable), input_signature=flat).get_concrete_function()
-        self._assign_all = tf.function(assign_to(every), input_signature=flat_all).get_concrete_function()
         self._correct = correct.get_concrete_function()
+
+    def _flatten(self, tensors: Sequence[Any]) -> Any:
+        """Tensors as one vector; inside a graph."""
+        return self._tf.concat([self._tf.reshape(t, (-1,)) for t in tensors], 0)
+
+    def _split(self, vector: Any, variables: Sequence[Any]) -> list[Any]:
+        """A vector as tensors of these variables' shapes; inside a graph."""
+        parts = self._tf.split(vector, [int(np.prod(v.shape)) for v in variables])
+        return [self._tf.reshape(p, v.shape) for p, v in zip(parts, variables, strict=True)]
 
 
 def _scaled(tf: Any, x: Any) -> Any:

@@ -22,11 +22,13 @@ TABLES = {
 """The groups of options in `--help`, by their TOML table."""
 VALUES = {
     "data": "NAME|FILE",
-    "out": "FOLDER",
+    **dict.fromkeys(("out", "tensorboard"), "FOLDER"),
+    "save_model": "FILE.keras",
+    "time_limit": "TIME",
     **dict.fromkeys(("staleness", "rebalance_every", "gbs_interval", "hop_max_gap", "hop_skip"), "STEPS"),
     "transfer_period": "STEPS",
     "progress_every": "SECONDS",
-    "evaluate_every": "STEPS|SECONDSs",
+    **dict.fromkeys(("evaluate_every", "checkpoint_every"), "STEPS|TIME"),
     **dict.fromkeys(("lbs", "lbs_max", "gbs_warmup_step"), "SAMPLES"),
     **dict.fromkeys(("gbs_warmup_limit", "gbs_limit", "transfer_merge", "gaia_threshold"), "SHARE"),
     "backup": "WORKERS",

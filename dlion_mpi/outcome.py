@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -19,13 +20,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dlion_mpi import tensorboard
 from dlion_mpi.config import Config
 from dlion_mpi.console import SUMMARY_COLUMNS
 from dlion_mpi.data import Shard
 from dlion_mpi.errors import UserError
 from dlion_mpi.evaluate import Evaluation, target_reached_s
 from dlion_mpi.metrics import NoRecorder, Recorder
+from dlion_mpi.tensorboard import TensorBoard
 from dlion_mpi.worker import Worker
+
+AnyRecorder = Recorder | NoRecorder | TensorBoard
+"""What keeps a rank's metrics."""
 
 PACKAGES = ("dlion-mpi", "mpi4py", "numpy", "h5py", "keras")
 """Whose versions must be equal on all ranks, and are recorded."""
@@ -92,7 +98,11 @@ def result_of(
 
 
 def new_folder(config: Config) -> Path | None:
-    """Make the folder of ``--out``, which must be new: no run overwrites another. Raises UserError."""
+    """Make the folder of ``--out``, which must be new: no run overwrites another. Raises UserError.
+
+    That of ``--tensorboard`` must be unused too; each rank makes its own in it.
+    """
+    tensorboard.check_unused(config.tensorboard)
     if config.out is None:
         return None
     folder = Path(config.out)
@@ -108,8 +118,17 @@ def new_folder(config: Config) -> Path | None:
 
 def new_recorder(
     config: Config, folder: Path | None, rank: int, workers: int, shard: Shard, about: Mapping[str, Any], part: int = 0
-) -> Recorder | NoRecorder:
+) -> AnyRecorder:
     """The recorder of a rank's metrics. ``about``: attributes besides those of every run. Raises UserError."""
+    recorder = _metrics(config, folder, rank, workers, shard, about, part)
+    if config.tensorboard is None:
+        return recorder
+    return TensorBoard(recorder, Path(config.tensorboard), rank, workers)
+
+
+def _metrics(
+    config: Config, folder: Path | None, rank: int, workers: int, shard: Shard, about: Mapping[str, Any], part: int
+) -> Recorder | NoRecorder:
     if folder is None:
         return NoRecorder()
     attributes = {
@@ -117,6 +136,7 @@ def new_recorder(
         "versions": json.dumps(versions()),
         "commit": commit(),
         "host": platform.node(),
+        "pid": os.getpid(),
         "python": platform.python_version(),
         "data_source": shard.source,
         "samples": shard.samples,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +23,19 @@ from dlion_mpi.checkpoint.session import check as check_resumable
 from dlion_mpi.checkpoint.start import NEW, Start
 from dlion_mpi.collectives import Collectives
 from dlion_mpi.config import Config
-from dlion_mpi.console import Progress, say, summary
+from dlion_mpi.console import say, summary
 from dlion_mpi.data import Batches, Shard, load, merge_facts
 from dlion_mpi.driver import drive
 from dlion_mpi.environments import PaceClock, start_clock
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.evaluate import BackgroundEvaluator, Evaluation, rows_to_test
 from dlion_mpi.links import Links
+from dlion_mpi.live import title_of, told
 from dlion_mpi.membership import Membership
-from dlion_mpi.metrics import NoRecorder, Recorder
 from dlion_mpi.model import Replica, build, optimizer, tensorflow
 from dlion_mpi.outcome import (
     STOPPING,
+    AnyRecorder,
     Outcome,
     exit_code,
     new_folder,
@@ -82,23 +86,14 @@ def _run(
     preemption: Preemption | None,
 ) -> Outcome:
     ranks = startup.begin()
-    startup.agree(ranks, "\n".join(f"{k} = {v}" for k, v in versions().items()) + f"\n{start}\n" + config.to_toml())
-    strategy, config = resolve(config)
-    together(ranks, lambda: export.check(config, ranks))
-    if preemption is not None:
-        check_resumable(strategy)
+    strategy, config = _agreed(config, ranks, start, preemption)
     loaded = load_checkpoint(ranks, start, report=report)
-    if config.strategy == "horovod":
-        from dlion_mpi import horovod_baseline
-
-        together(ranks, horovod_baseline.require)
     pace_clock = together(ranks, lambda: PaceClock.from_environ(ranks.rank, run_seconds=config.seconds))
     shard = _merge(ranks, together(ranks, own_data or (lambda: _load(config, ranks))))
     replica = together(ranks, lambda: _replica(config, ranks, shard, model))
     replica.set_knowledge(startup.share_from_root(ranks, replica.knowledge()))
-    recorder = _recorder(config, ranks, start, loaded, shard)
-    if report and ranks.rank == 0:
-        _say_what(config, ranks, replica, shard)
+    recorder = _recorder(config, ranks, start, loaded, shard, pace_clock)
+    _say_what(config, ranks, replica, shard, report)
     clock = startup.CommonClock(ranks)
     exchange = _Exchange(ranks, config, strategy, replica, clock, recorder)
     evaluator = BackgroundEvaluator(replica.correct, *rows_to_test(shard.x_test, shard.y_test, config.test_samples))
@@ -118,35 +113,44 @@ def _run(
         cpu_s=time.thread_time,
         reduce=exchange.reduce if ranks.size > 1 else None,
     )
-    if report:
-        worker.on_step = Progress(ranks.rank, config.progress_every, worker.last_accuracy)
     session = None
     if preemption is not None:
         session = Session(config, worker, replica, exchange.collectives, preemption, loaded, report=report)
     if loaded is not None:
         together(ranks, lambda: loaded.restore(worker, replica, batches, exchange.links))
-
-    def driven(loop: Loop) -> None:
-        drive(loop, replica=replica, progress=exchange.progress, now_s=clock.now_s, pace_model=pace_clock)
-
-    with stopped_by_signals([worker], (signal.SIGINT,) if session is not None else STOPPING):
-        clock.start(loaded.checkpoint.time_s if loaded is not None else 0.0)
+    driven = functools.partial(
+        drive, replica=replica, progress=exchange.progress, now_s=clock.now_s, pace_model=pace_clock
+    )
+    signals = STOPPING if session is None else (signal.SIGINT,)
+    with stopped_by_signals([worker], signals), _told(worker, ranks, exchange, report):
+        clock.start(0.0 if loaded is None else loaded.checkpoint.time_s)
         if ranks.rank == 0:
             start_clock(config.seconds)
-        exchange.start()
-        _train(worker, driven)
-        seconds = clock.now_s()
-        exchange.stop()
+        with exchange.open():
+            _train(worker, driven)
+            seconds = clock.now_s()
         if session is not None:
             session.close()
         _evaluate_last(worker, evaluator, replica, seconds)
         _save_model(worker, ranks, replica, report)
     recorder.close(complete=worker.exit_code == 0)
-    outcome, rows = _sum_up(worker, ranks, seconds)
+    outcome = _sum_up(worker, ranks, seconds, report)
     ranks.communicator.Free()
-    if report and ranks.rank == 0:
-        say(summary(outcome.result, rows))
     return outcome
+
+
+def _agreed(config: Config, ranks: Ranks, start: Start, preemption: Preemption | None) -> tuple[Strategy, Config]:
+    """What is to be run, once it is known that all ranks were told the same and that it can be done here."""
+    startup.agree(ranks, "\n".join(f"{k} = {v}" for k, v in versions().items()) + f"\n{start}\n" + config.to_toml())
+    strategy, config = resolve(config)
+    together(ranks, lambda: export.check(config, ranks))
+    if preemption is not None:
+        check_resumable(strategy)
+    if config.strategy == "horovod":
+        from dlion_mpi import horovod_baseline
+
+        together(ranks, horovod_baseline.require)
+    return strategy, config
 
 
 class _Exchange:
@@ -187,18 +191,25 @@ class _Exchange:
         elif isinstance(strategy, AllReduce):
             self.reduce = functools.partial(self.collectives.reduce, SUM)
 
-    def start(self) -> None:
-        """From here on MPI belongs to the thread."""
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """In here MPI belongs to the thread. At the end, after `leave`, nothing is under way any more."""
         self.progress.start(self.links, self.collectives)
-
-    def stop(self) -> None:
-        """After `leave`: nothing is under way any more, and MPI belongs to the caller again."""
+        yield
         self.progress.stop()
         if self._horovod is not None:
             self._horovod.close()
         self.links.cancel()
         self.collectives.free()
         self._communicator.Free()
+
+
+def _told(worker: Worker, ranks: Ranks, exchange: _Exchange, report: bool) -> AbstractContextManager[None]:
+    """While the worker trains, say how it goes, if that is wanted."""
+    if not report:
+        return nullcontext()
+    gather = functools.partial(startup.gather_numbers, ranks.communicator)
+    return told(worker, ranks.size, exchange.links, gather, title_of(worker.config, "rank", ranks.size))
 
 
 def _train(worker: Worker, driven: Callable[[Loop], None]) -> None:
@@ -247,9 +258,13 @@ def _replica(config: Config, ranks: Ranks, shard: Shard, model: Any) -> Replica:
     )
 
 
-def _recorder(config: Config, ranks: Ranks, start: Start, loaded: Loaded | None, shard: Shard) -> Recorder | NoRecorder:
+def _recorder(
+    config: Config, ranks: Ranks, start: Start, loaded: Loaded | None, shard: Shard, emulated: PaceClock | None
+) -> AnyRecorder:
     """This rank's metrics in the folder of ``--out``, which rank 0 makes unless the run goes on there."""
     about, part = {"mpi": startup.library()}, 0
+    if emulated is not None:
+        about["emulated"] = json.dumps(dataclasses.asdict(emulated.environment))
     if start.run is not None:
         part = together(ranks, lambda: prepare_folder(config, start, ranks))
         part = int(startup.gather_numbers(ranks.communicator, part)[0, 0])
@@ -260,12 +275,13 @@ def _recorder(config: Config, ranks: Ranks, start: Start, loaded: Loaded | None,
     return together(ranks, lambda: new_recorder(config, folder, ranks.rank, ranks.size, shard, about, part))
 
 
-def _say_what(config: Config, ranks: Ranks, replica: Replica, shard: Shard) -> None:
-    say(
-        f"dlion: {config.strategy}, {config.sync}, {ranks.size} rank{'s' * (ranks.size > 1)}; {config.model}, "
-        f"{replica.layout.size:,} parameters; {shard.name} from {shard.source}, "
-        f"{shard.train_samples_global:,} training samples"
-    )
+def _say_what(config: Config, ranks: Ranks, replica: Replica, shard: Shard, report: bool) -> None:
+    if report and ranks.rank == 0:
+        say(
+            f"dlion: {config.strategy}, {config.sync}, {ranks.size} rank{'s' * (ranks.size > 1)}; {config.model}, "
+            f"{replica.layout.size:,} parameters; {shard.name} from {shard.source}, "
+            f"{shard.train_samples_global:,} training samples"
+        )
 
 
 def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, replica: Replica, seconds: float) -> None:
@@ -290,13 +306,15 @@ def _save_model(worker: Worker, ranks: Ranks, replica: Replica, report: bool) ->
         worker.stop_reason, worker.exit_code = str(error), 1
 
 
-def _sum_up(worker: Worker, ranks: Ranks, seconds: float) -> tuple[Outcome, list[list[float]]]:
-    """How the run ended on all ranks, and per rank the numbers of the summary."""
+def _sum_up(worker: Worker, ranks: Ranks, seconds: float, report: bool) -> Outcome:
+    """How the run ended on all ranks; rank 0 says it."""
     rows = startup.gather_numbers(ranks.communicator, *summary_row(worker, seconds))
     reasons = startup.gather_text(ranks.communicator, worker.stop_reason or "")
     codes = startup.gather_numbers(ranks.communicator, worker.exit_code)[:, 0]
     result = result_of(worker.config, rows, reasons, _everyones_evaluations(worker, ranks))
-    return Outcome(ranks.rank, result, exit_code(codes.tolist())), rows.tolist()
+    if report and ranks.rank == 0:
+        say(summary(result, rows.tolist()))
+    return Outcome(ranks.rank, result, exit_code(codes.tolist()))
 
 
 def _everyones_evaluations(worker: Worker, ranks: Ranks) -> list[list[Evaluation]]:

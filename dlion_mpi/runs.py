@@ -58,6 +58,8 @@ class Rank:
 
     Whole numbers are int64, seconds float64, NaN where nothing was or the file has no such column.
     ``before``: the part of a run that was resumed which came before, as far as it counts; its rows are the first.
+    ``first``: of the file's steps the first that was read. ``closed``: whether the file's writer has closed it, at
+    the end or before.
     """
 
     rank: int
@@ -68,6 +70,8 @@ class Rank:
     evaluations: Columns
     transfers: Columns
     ended: bool
+    first: int = 0
+    closed: bool = False
     before: Rank | None = None
 
     def links(self) -> Columns:
@@ -86,7 +90,8 @@ class Rank:
         shape = (rows, self.workers)
         try:
             with _open(self.path) as file:
-                found = {name: _dataset(file, f"links/{name}", 2) for name in COLUMNS["links"]}
+                read = slice(self.first, self.first + rows)
+                found = {name: _dataset(file, f"links/{name}", 2, read) for name in COLUMNS["links"]}
         except UNREADABLE:
             found = dict.fromkeys(COLUMNS["links"])
         return {name: _fitted(values, shape) for name, values in found.items()}
@@ -107,7 +112,8 @@ class Rank:
 class Run:
     """A run as far as it can be read. ``ranks``: those found, by rank; ``workers``: as many as there should be.
 
-    ``config``: by ``table.key``. ``environment``: of a simulated run. ``notes``: what cannot be shown, a line each.
+    ``config``: by ``table.key``. ``environment``, ``emulated``: the micro-cloud of a simulated and of an emulated run.
+    ``notes``: what cannot be shown, a line each.
     """
 
     path: Path
@@ -116,6 +122,7 @@ class Run:
     config: Mapping[str, Any]
     versions: Mapping[str, str]
     environment: Mapping[str, Any] | None
+    emulated: Mapping[str, Any] | None
     ended: bool
     notes: Sequence[str]
 
@@ -135,13 +142,13 @@ class Run:
         return ", ".join(dict.fromkeys(str(rank.attributes.get(name, "")) for rank in self.ranks if rank.attributes))
 
 
-def load(folder: str | os.PathLike[str]) -> Run:
-    """Read the run of a folder that ``--out`` made. Raises UserError if there is none."""
+def load(folder: str | os.PathLike[str], *, last: int | None = None) -> Run:
+    """Read the run of a folder that ``--out`` made, of each rank the ``last`` steps or all. Raises UserError."""
     path = Path(folder)
     files = _files(path)
     notes = _Notes()
     newest = max(part for parts in files.values() for part in parts)
-    ranks = _ranks_of(files, newest, notes)
+    ranks = _ranks_of(files, newest, notes, last)
     if not ranks:
         raise UserError(f"{path}: its metrics cannot be read: {'; '.join(notes.lines())}")
     workers = max(rank.workers for rank in ranks)
@@ -168,6 +175,7 @@ def load(folder: str | os.PathLike[str]) -> Run:
         config=_config(first, path, notes),
         versions={str(k): str(v) for k, v in (_table(first, "versions") or {}).items()},
         environment=_table(first, "environment"),
+        emulated=_table(first, "emulated"),
         ended=ended,
         notes=notes.lines(),
     )
@@ -209,9 +217,11 @@ def _files(path: Path) -> dict[int, dict[int, Path]]:
     return found
 
 
-def _ranks_of(files: Mapping[int, Mapping[int, Path]], newest: int, notes: _Notes) -> list[Rank]:
+def _ranks_of(files: Mapping[int, Mapping[int, Path]], newest: int, notes: _Notes, last: int | None) -> list[Rank]:
     """Every rank that can be read, its parts joined."""
-    parts = {number: {part: _read(file, number, notes) for part, file in own.items()} for number, own in files.items()}
+    parts = {
+        number: {part: _read(file, number, notes, last) for part, file in own.items()} for number, own in files.items()
+    }
     resumed: dict[int, Mapping[str, Any]] = {}
     for own in parts.values():
         for part, rank in own.items():
@@ -275,13 +285,15 @@ def _widened(values: Array, workers: int) -> Array:
     return wide
 
 
-def _read(path: Path, number: int, notes: _Notes) -> Rank | None:
+def _read(path: Path, number: int, notes: _Notes, last: int | None) -> Rank | None:
     """One rank's file, or None with a note why not."""
     try:
+        closed = not _head(path)[11] & SWMR_WRITER
         with _open(path) as file:
             attributes = {name: _plain(value) for name, value in file.attrs.items()}
+            rows = {"steps": slice(None) if last is None else _last(file, "steps", last)}
             groups = {
-                group: {name: _dataset(file, f"{group}/{name}", 1) for name in names}
+                group: {name: _dataset(file, f"{group}/{name}", 1, rows.get(group, slice(None))) for name in names}
                 for group, names in COLUMNS.items()
                 if group != "links"
             }
@@ -309,6 +321,8 @@ def _read(path: Path, number: int, notes: _Notes) -> Rank | None:
         evaluations=_aligned(groups["evaluations"]),
         transfers=_aligned(groups["transfers"]),
         ended=ended is not None and bool(ended[()]),
+        first=rows["steps"].start or 0,
+        closed=closed,
     )
 
 
@@ -332,12 +346,19 @@ def _head(path: Path) -> bytes:
         return file.read(36).ljust(36, b"\0")
 
 
-def _dataset(file: h5py.File, name: str, dimensions: int) -> Array | None:
-    """A data set as int64 or floating point; None if it is not there or is something else."""
+def _last(file: h5py.File, group: str, count: int) -> slice:
+    """The last rows that all columns of a group have."""
+    columns = [file.get(f"{group}/{name}") for name in COLUMNS[group]]
+    length = min((len(column) for column in columns if isinstance(column, h5py.Dataset) and column.ndim), default=0)
+    return slice(max(0, length - count), length)
+
+
+def _dataset(file: h5py.File, name: str, dimensions: int, rows: slice = slice(None)) -> Array | None:
+    """Rows of a data set as int64 or floating point; None if it is not there or is something else."""
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset) or dataset.ndim != dimensions or dataset.dtype.kind not in "iuf":
         return None
-    values = dataset[()]
+    values = dataset[rows] if dimensions else dataset[()]
     if dataset.dtype.kind in "iu":
         return np.asarray(values).astype(np.int64)
     if name.endswith("/time_s") and not np.isfinite(values).all():

@@ -134,7 +134,7 @@ def simulate(
         raise UserError(f"--strategy {config.strategy} sums by MPI, which is not simulated: train with it")
     config = idealised.resolve(config) if ideal else strategies.resolve(config)[1]
     run = prepare(config, environment, model=model, shards=shards, report=report)
-    with run:
+    with run, run.meter.shown():
         finishes = idealised.train_together(run) if ideal else drive(run)
         code = exit_code([finish.exit_code for finish in finishes])
         run.complete = code == 0

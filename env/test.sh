@@ -3,8 +3,8 @@
 #
 #   bash env/test.sh [unit|contract|mpi|mpich|system|slurm ...] [-- PYTEST OPTIONS]
 #
-# unit, contract, system and slurm run pytest as it is, slurm on a cluster that env/slurm/up.sh makes (root); mpi runs
-# tests/mpi on 1, 2 and 4 ranks; mpich does so on 3 ranks of MPICH, in an environment of its own.
+# unit, contract and system run pytest on several tests at once, slurm on one, on a cluster that env/slurm/up.sh makes
+# (root); mpi runs tests/mpi on 1, 2 and 4 ranks; mpich does so on 3 ranks of MPICH, in an environment of its own.
 # DLION_TEST_RANKS="1 2 4"   on how many ranks mpi and mpich run, in the place of these
 # DLION_TEST_MPICH=0         leave mpich out
 # DLION_TEST_TIMEOUT_S=900   end a part that takes longer
@@ -109,10 +109,13 @@ run_part() {
             ) || echo "mpich 1 0" >>"$results/parts"
             ;;
         unit | contract) run_pytest "$part" --numprocesses auto "$@" ;;
-        *)
-            [ "$part" != system ] || get_browser
-            run_pytest "$part" "$@"
+        system)
+            get_browser
+            # Two at a time: while one starts or waits, another computes. A file stays together, for what its tests share
+            # and because emulations, all in one file, would see each other's links.
+            run_pytest system --numprocesses 2 --dist loadfile "$@"
             ;;
+        slurm) run_pytest slurm "$@" ;;
     esac
 }
 

@@ -42,9 +42,10 @@ def summary(run: Run, found: Sequence[Links]) -> dict[str, str]:
 
 
 def where(run: Run) -> str:
-    """The micro-cloud that was simulated, or the hosts."""
-    if run.environment is not None:
-        return f"{run.environment.get('name', 'micro-cloud')}, simulated"
+    """The micro-cloud that was simulated or emulated, or the hosts."""
+    for environment, how in ((run.environment, "simulated"), (run.emulated, "emulated")):
+        if environment is not None:
+            return f"{environment.get('name', 'micro-cloud')}, {how}"
     return run.attribute("host") or NONE
 
 
@@ -70,7 +71,7 @@ def _settings(run: Run) -> dict[str, str]:
     }
     found |= {title: run.attribute(name) or NONE for name, title in names.items()}
     found["training samples of each worker"] = run.attribute("samples") or NONE
-    return found | _environment(run.environment or {})
+    return found | _environment(run.environment or run.emulated or {})
 
 
 def _environment(environment: Mapping[str, Any]) -> dict[str, str]:

@@ -134,7 +134,7 @@ def drive(run: VirtualRun) -> list[Finish]:
 
 
 def _metered(run: VirtualRun, worker: Worker, record: StepRecord) -> None:
-    run.meter.step(worker.rank, record.step + 1, record.time_s, worker.evaluations)
+    run.meter.step(worker.rank, record, worker.evaluations)
 
 
 def _finish(process: Process) -> Finish:

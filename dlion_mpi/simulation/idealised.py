@@ -220,7 +220,7 @@ def _record(group: Together, shares: Sequence[int], compute_s: Sequence[float], 
         run.recorders[rank].span(Phase.COMPUTE, group.step, start_s, start_s + own_s)
         run.recorders[rank].span(Phase.WAIT, group.step, start_s + own_s, group.now_s)
         run.recorders[rank].step(record)
-        run.meter.step(rank, group.step + 1, group.now_s, group.evaluations)
+        run.meter.step(rank, record, group.evaluations)
     group.step += 1
 
 

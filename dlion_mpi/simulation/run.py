@@ -11,7 +11,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,13 @@ from dlion_mpi.environments import Environment
 from dlion_mpi.errors import UserError
 from dlion_mpi.evaluate import Evaluation, rows_to_test
 from dlion_mpi.flat import Vector
-from dlion_mpi.metrics import NoRecorder, Recorder
+from dlion_mpi.glance import Glance, RankGlance
+from dlion_mpi.live import Teller, goal_of, shown, terminal_for, title_of
+from dlion_mpi.metrics import StepRecord
 from dlion_mpi.model import build, optimizer
-from dlion_mpi.outcome import new_folder, new_recorder
+from dlion_mpi.outcome import AnyRecorder, new_folder, new_recorder
 from dlion_mpi.simulation.seats import Seat, SharedReplica, prepare_tensorflow
+from dlion_mpi.terminal import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ class VirtualRun:
     shared: SharedReplica
     seats: Sequence[Seat]
     batches: Sequence[Batches]
-    recorders: Sequence[Recorder | NoRecorder]
+    recorders: Sequence[AnyRecorder]
     pool: ThreadPoolExecutor
     test_pool: ThreadPoolExecutor
     meter: Meter
@@ -143,7 +148,13 @@ def prepare(
         recorders=_recorders(config, environment, folder, shards),
         pool=ThreadPoolExecutor(threads, thread_name_prefix="compute"),
         test_pool=ThreadPoolExecutor(threads, thread_name_prefix="test"),
-        meter=Meter(workers, config.progress_every if report else 0.0),
+        meter=Meter(
+            workers,
+            config,
+            every_s=config.progress_every if report else 0.0,
+            terminal=terminal_for(config) if report else None,
+            title=title_of(config, "worker", workers, more=[environment.name]),
+        ),
     )
 
 
@@ -156,7 +167,7 @@ def _check_alike(shards: Sequence[Shard]) -> None:
 
 def _recorders(
     config: Config, environment: Environment, folder: Path | None, shards: Sequence[Shard]
-) -> list[Recorder | NoRecorder]:
+) -> list[AnyRecorder]:
     about = {"mpi": "none: simulated", "environment": json.dumps(dataclasses.asdict(environment))}
     return [new_recorder(config, folder, rank, len(shards), shard, about) for rank, shard in enumerate(shards)]
 
@@ -197,27 +208,51 @@ class VirtualEvaluator:
         return tested
 
 
-@dataclass
 class Meter:
-    """Says every ``every_s`` seconds of real time (0: never) how far the virtual run is."""
+    """Says how far the virtual run is: a line every ``every_s`` seconds of real time (0: never), or a view of all
+    workers in ``terminal``, with a ``title``."""
 
-    workers: int
-    every_s: float
-    steps: list[int] = field(init=False)
-    accuracies: list[float] = field(init=False)
-    _said_s: float = field(default_factory=time.monotonic)
+    def __init__(self, workers: int, config: Config, *, every_s: float, terminal: Terminal | None, title: str) -> None:
+        self.steps = [0] * workers
+        self.accuracies = [math.nan] * workers
+        self._every_s, self._said_s = every_s, time.monotonic()
+        self._terminal, self._title, self._goal, self._begun_s = terminal, title, goal_of(config), self._said_s
+        self._glances: dict[int, RankGlance] = {}
+        self._tellers = [
+            Teller(rank, workers, partial(self._accuracy, rank), partial(self._glances.__setitem__, rank))
+            for rank in range(workers)
+        ]
 
-    def __post_init__(self) -> None:
-        self.steps = [0] * self.workers
-        self.accuracies = [math.nan] * self.workers
+    def shown(self) -> AbstractContextManager[None]:
+        """While the run goes on, in a terminal if there is one."""
+        self._begun_s = time.monotonic()
+        return nullcontext() if self._terminal is None else shown(self._terminal, self._look)
 
-    def step(self, rank: int, steps: int, time_s: float, evaluations: Sequence[Evaluation]) -> None:
-        """A worker has done so many steps."""
-        self.steps[rank] = steps
+    def step(self, rank: int, record: StepRecord, evaluations: Sequence[Evaluation]) -> None:
+        """A worker has done a step."""
+        self.steps[rank] = record.step + 1
         if evaluations:
             self.accuracies[rank] = evaluations[-1].accuracy
-        if self.every_s and time.monotonic() - self._said_s >= self.every_s:
+        if self._terminal is not None:
+            self._tellers[rank](record)
+        elif self._every_s and time.monotonic() - self._said_s >= self._every_s:
             self._said_s = time.monotonic()
             known = [a for a in self.accuracies if not math.isnan(a)]
-            tested = f"  test {np.mean(known):.1%}" if known else ""
-            say(f"{time_s:8.1f} virtual s  steps {min(self.steps)} to {max(self.steps)}{tested}")
+            tested = f"  accuracy {np.mean(known):.1%}" if known else ""
+            say(f"{record.time_s:8.1f} virtual s  steps {min(self.steps)} to {max(self.steps)}{tested}")
+
+    def _accuracy(self, rank: int) -> float:
+        return self.accuracies[rank]
+
+    def _look(self) -> Glance:
+        ranks = [glance for _, glance in sorted(dict(self._glances).items())]
+        elapsed_s = max((rank.time_s for rank in ranks), default=0.0)
+        return Glance(
+            title=self._title,
+            workers=len(self.steps),
+            ranks=ranks,
+            goal=self._goal,
+            elapsed_s=elapsed_s,
+            virtual=True,
+            real_s_per_s=(time.monotonic() - self._begun_s) / elapsed_s if elapsed_s else math.nan,
+        )

@@ -6,6 +6,8 @@ process, and with it the job.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from mpi4py import MPI
 
@@ -22,3 +24,10 @@ def world() -> MPI.Intracomm:
     """All ranks, in step: what one test left behind cannot meet the next."""
     MPI.COMM_WORLD.Barrier()
     return MPI.COMM_WORLD
+
+
+@pytest.fixture
+def shared_folder(world: MPI.Intracomm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run of all ranks can keep what it writes; not there yet."""
+    own = str(tmp_path_factory.mktemp("shared")) if world.Get_rank() == 0 else ""
+    return Path(world.bcast(own, root=0)) / "run"

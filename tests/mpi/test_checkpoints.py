@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from dlion_mpi import UserError, fit, runs
 from dlion_mpi.checkpoint import folder
 from dlion_mpi.checkpoint.start import NEW, Start, plan
 from dlion_mpi.model import build, tensorflow
@@ -27,13 +28,6 @@ def train(out: Path, start: Start = NEW, **options: Any) -> tuple[Outcome, np.nd
     options = {"data": "digits", "model": MODEL, "learning_rate": 0.02, "out": str(out), **options}
     outcome = run(config_of(options), model=model, report=False, start=start)
     return outcome, np.concatenate([np.ravel(v.numpy()).astype(np.float64) for v in model.variables])
-
-
-@pytest.fixture
-def shared_folder(world: MPI.Intracomm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One new folder for all ranks."""
-    own = str(tmp_path_factory.mktemp("run")) if world.Get_rank() == 0 else ""
-    return Path(world.bcast(own, root=0)) / "run"
 
 
 @pytest.mark.mpi
@@ -62,6 +56,29 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(
     np.testing.assert_array_equal(weights, expected)
     assert resumed.result["accuracy_per_rank"] == whole.result["accuracy_per_rank"]
     assert resumed.result["steps"] == 40
+
+
+@pytest.mark.mpi
+def test_fit_goes_on_with_a_run_as_the_command_does(world: MPI.Intracomm, shared_folder: Path) -> None:
+    """Also with a model that Keras has given another name."""
+    generator = np.random.default_rng(world.Get_rank())
+    x, y = generator.random((60, 8, 8, 1), dtype=np.float32), np.arange(60) % 10
+    shared: dict[str, Any] = {"progress_every": 0}
+    tensorflow(1)
+    models = [build(MODEL, (8, 8, 1), 10, seed) for seed in (0, 1)]
+    models[1].name = "another"
+    first = fit(models[0], (x, y), (x, y), steps=20, out=str(shared_folder), checkpoint_every="20", **shared)
+    world.Barrier()
+    second = fit(models[1], (x, y), (x, y), steps=30, resume=str(shared_folder), **shared)
+    assert (first["steps"], second["steps"]) == (20, 30)
+    world.Barrier()
+    whole = runs.load(shared_folder)
+    assert whole.ended
+    for rank in whole.ranks:
+        np.testing.assert_array_equal(rank.steps["step"], np.arange(30))
+    world.Barrier()
+    with pytest.raises(UserError, match="--max-n 50"):
+        fit(models[1], (x, y), (x, y), max_n=50, resume=str(shared_folder), **shared)
 
 
 @pytest.mark.mpi

@@ -12,9 +12,7 @@ from dlion_mpi.links import Links
 from dlion_mpi.wire import HEADER_BYTES
 from tests.conservation import Exact
 from tests.gaps import leads
-from tests.mpi.test_training import fresh_model, metrics, shared_folder, train, trained_weights
-
-__all__ = ["shared_folder"]  # the fixture
+from tests.mpi.test_training import fresh_model, metrics, train, trained_weights
 
 PARAMETERS = 2410
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,6 @@ def joint_sgd(ranks: int, steps: int, lbs: int) -> np.ndarray:
 
 def metrics(folder: Path, rank: int) -> h5py.File:
     return h5py.File(folder / f"metrics-{rank:05d}.h5", "r", swmr=True)
-
-
-@pytest.fixture
-def shared_folder(world: MPI.Intracomm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One new folder for all ranks."""
-    own = str(tmp_path_factory.mktemp("run")) if world.Get_rank() == 0 else ""
-    return Path(world.bcast(own, root=0)) / "out"
 
 
 @pytest.mark.mpi
@@ -205,6 +199,7 @@ def test_a_slow_worker_gets_a_smaller_batch_and_gbs_is_met_at_every_step(
             lbs.append(file["steps/lbs"][:])
             gbs.append(file["steps/gbs"][:])
             assert (file["steps/paced_s"][:] > 0).any()
+            assert json.loads(file.attrs["emulated"])["name"] == "slow"
     np.testing.assert_array_equal(np.sum(lbs, axis=0), gbs[0])
     # A quarter of the speed is a little over a quarter of the batch, since alpha is alike.
     ratios = lbs[-1] / lbs[0]

@@ -14,10 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dlion_mpi import runs
 from dlion_mpi.emulation import mpilaunch, netns
 from dlion_mpi.errors import UserError
+from tests.system.launch import run
+from tests.system.test_horovod import needs_horovod
+from tests.system.test_train import SMALL, result_of
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60
@@ -376,4 +381,28 @@ def test_without_root_it_says_so(place: Place) -> None:
     (line,) = done.stderr.strip().splitlines()
     assert "needs root" in line
     assert "dlion simulate" in line
+    assert place.left() == []
+
+
+PACED = """
+name = "two"
+workers = 2
+[[phases]]
+cores = 24
+uplink_mbit = 10
+"""
+
+
+@needs_horovod
+def test_horovod_in_an_emulated_micro_cloud(place: Place, tmp_path: Path) -> None:
+    """One rank per namespace, and computing is paced: a step of a model this small would take milliseconds."""
+    out = tmp_path / "run"
+    train = ["dlion", "train", *SMALL, "--strategy", "horovod", "--steps", "5", "--out", str(out)]
+    words = ["emulate", "run", "--env", place.environment(PACED), "--name", place.mark, "--", *train]
+    ended = run(None, "dlion", *words, env=place.environ)
+    assert ended.code == 0, ended.err
+    assert result_of(ended)["steps"] == 5
+    (first, _) = runs.load(out).ranks
+    assert np.all(first.steps["compute_s"] > 0.199)
+    assert runs.load(out).emulated["name"] == "two"  # type: ignore[index]
     assert place.left() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +158,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         assert done.stdout == ""
         assert len(done.stderr.splitlines()) == 1
         assert said in done.stderr
+
+
+def test_without_its_packages_one_line_names_the_extra(folders: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['pandas'] = None\n", encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    line = "analysis needs pandas: pip install -e '.[analysis]'"
+    done = without_pandas("-m", "analysis.figures", str(folders[0]), path=path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"dlion: error: {line}")
+    assert done.stderr.count("\n") == 1
+    done = without_pandas("-c", "import analysis", path=path)
+    assert f"ImportError: {line}" in done.stderr
+
+
+def without_pandas(*words: str, path: str) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(
+        [sys.executable, *words], env=environ, capture_output=True, text=True, timeout=60, check=False
+    )

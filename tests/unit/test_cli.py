@@ -286,7 +286,7 @@ def test_progress_is_one_line_now_and_then(capsys: Captured) -> None:
 
 def test_progress_knows_the_latest_test_accuracy(capsys: Captured) -> None:
     Progress(0, 1.0, lambda: 0.823)(record(0, 2.0))
-    assert "  test 82.3%" in capsys.readouterr().err
+    assert "  accuracy 82.3%" in capsys.readouterr().err
 
 
 def test_no_progress_when_it_is_not_wanted(capsys: Captured) -> None:
@@ -312,6 +312,6 @@ def test_the_summary_has_a_row_per_rank_and_how_it_ended() -> None:
     lines = summary(result, rows).splitlines()
     assert lines[2].split() == ["0", "100", "81.00%", "0.500", "100", "50.0%", "10.0%", "20.0%", "5.0%", "3.2"]
     assert lines[3].split()[0] == "1"
-    assert lines[4:] == ["dlion, 2 ranks, 50.0 s: test accuracy 80.00% +- 1.00%"]
+    assert lines[4:] == ["dlion, 2 ranks, 50.0 s: test accuracy 80.00%, standard deviation between ranks 1.00%"]
     text = summary(result | {"stopped": "SIGTERM", "out": "runs/a"}, rows)
     assert text.endswith("\nstopped early: SIGTERM\nmetrics: runs/a")

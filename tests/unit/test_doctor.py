@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dlion_mpi import data, doctor
-from dlion_mpi.doctor import Answer, Check
+from dlion_mpi.doctor import GET_MPI, Answer, Check
 from dlion_mpi.errors import UserError
 
 OPEN_MPI_LIBRARY = "Open MPI v5.0.11, package: Open MPI x Distribution, ident: 5.0.11\n"
@@ -60,6 +60,15 @@ def test_a_machine_that_cannot_train_exits_1_and_says_why_last(
     assert "pip install tensorflow-cpu" in out
 
 
+def test_without_mpi_a_machine_can_simulate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: [Check("MPI library", "missing", "none", GET_MPI, needed=True)])
+    assert doctor.main() == 1
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert verdict == "dlion train cannot run here: MPI library: none; dlion simulate can, without MPI"
+
+
 def test_json_is_one_object_with_every_check(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,7 +84,7 @@ def test_the_whole_report_imports_neither_tensorflow_nor_mpi() -> None:
     code = f"import sys; from dlion_mpi import doctor; doctor.main(); sys.exit(bool({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("Python", "MPI library", "cores", "TensorFlow", "Horovod", "dlion emulate", "digits"):
+    for name in ("Python", "MPI library", "cores", "TensorFlow", "Horovod", "dlion emulate", "figures", "digits"):
         assert name in done.stdout
 
 
@@ -331,6 +340,17 @@ def test_horovod_must_have_been_built_for_this_tensorflow(
     check = doctor.check_extras()[0]
     assert (check.name, check.status, check.found) == ("Horovod", status, found)
     assert check.mend == ("" if status == "ok" else "bash env/horovod/build.sh")
+
+
+def test_what_figures_and_tensorboard_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking(monkeypatch, "pandas", "tensorboard")
+    found = {check.name: check for check in doctor.check_extras()}
+    figures, board = found["figures"], found["TensorBoard"]
+    assert (figures.status, figures.mend) == ("missing", "pip install -e '.[analysis]' in a checkout")
+    assert figures.found == "no pandas; only python -m analysis.figures needs them"
+    assert (board.status, board.mend) == ("missing", "pip install tensorboard")
+    assert not figures.needed
+    assert not board.needed
 
 
 def test_without_horovod_the_script_that_builds_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

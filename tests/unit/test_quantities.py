@@ -54,6 +54,7 @@ def of_tests(evaluations: list[list[tuple[float, float]]]) -> Run:
         config={},
         versions={},
         environment=None,
+        emulated=None,
         ended=True,
         notes=(),
     )

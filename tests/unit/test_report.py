@@ -297,6 +297,14 @@ def test_the_phases_of_a_micro_cloud_are_settings(tmp_path: Path) -> None:
     assert "micro-cloud, phase 1: uplink_mbit" not in rows
 
 
+@pytest.mark.parametrize(("attribute", "how"), [("environment", "simulated"), ("emulated", "emulated")])
+def test_where_a_micro_cloud_was_played(tmp_path: Path, attribute: str, how: str) -> None:
+    attributes: dict[str, Any] = {attribute: '{"name": "homo-b"}'}
+    run = load(runfiles.make_run(tmp_path / "a", workers=2, steps=1, **attributes))
+    assert summary(run, workers.links_of(run))["where"] == f"homo-b, {how}"
+    assert ("micro-cloud: name", ["homo-b"], False) in settings([run])
+
+
 def test_the_summary(runs: list[Run]) -> None:
     row = summary(runs[1], workers.links_of(runs[1]))
     assert row["strategy"] == "baseline"

@@ -23,7 +23,7 @@ LONGEST = 500
 """Lines of a module."""
 
 MPI = {"links", "collectives", "startup", "emulation.linkprobe", "doctor"}
-TENSORFLOW = {"model", "data", "doctor", "horovod_baseline"}
+TENSORFLOW = {"model", "data", "doctor", "horovod_baseline", "tensorboard"}
 LAZY_ONLY = {"doctor"}
 """Looks at MPI and TensorFlow only when it is asked to."""
 

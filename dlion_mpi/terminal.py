@@ -1,0 +1,242 @@
+"""A terminal to draw in: which one, how large, and frames that replace each other in it.
+
+The cursor stays visible and below the frame, so a program that is killed leaves a terminal that works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.cells import cell_len
+
+LAUNCHERS = frozenset(
+    {"mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "prun", "mpiexec.hydra", "hydra_pmi_proxy"}
+)
+"""Programs that start ranks, as the kernel names them (15 characters at most)."""
+SIZE = (80, 24)
+"""Characters and lines where nobody knows."""
+LAST_FRAME_S = 2.0
+"""A terminal that was stopped (Ctrl-S) takes nothing: nobody waits longer than this for it at the end."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True, slots=True)
+class Terminal:
+    """Where to draw. ``job``: the process whose job must stand in the foreground, else nothing is drawn; 0: always."""
+
+    descriptor: int
+    encoding: str
+    job: int
+
+    def size(self) -> tuple[int, int]:
+        """Characters and lines at this moment: at least 1 each."""
+        try:
+            columns, rows = os.get_terminal_size(self.descriptor)
+        except OSError:
+            columns, rows = 0, 0
+        fallback = [os.environ.get(name, "") for name in ("COLUMNS", "LINES")]
+        known = [int(text) if text.isdecimal() else default for text, default in zip(fallback, SIZE, strict=True)]
+        return max(1, columns or known[0]), max(1, rows or known[1])
+
+    def foreground(self) -> bool:
+        """Whether what is drawn disturbs nobody: false for a job that was put in the background."""
+        found = _process(self.job)
+        return found is None or found.foreground
+
+    def write(self, text: str) -> None:
+        """All of it in one piece if the terminal takes it so. Raises OSError for a terminal that is gone."""
+        data = text.encode(self.encoding, errors="replace")
+        while data:
+            data = data[os.write(self.descriptor, data) :]
+
+
+def terminal_of(stream: TextIO) -> Terminal | None:
+    """The terminal that a stream goes to, None if it goes elsewhere or cannot place its cursor."""
+    if os.environ.get("TERM", "dumb") == "dumb":
+        return None
+    try:
+        return on(stream, _launcher() or os.getpid()) if stream.isatty() else None
+    except (OSError, ValueError):  # closed, or has no descriptor
+        return None
+
+
+def on(stream: TextIO, job: int = 0) -> Terminal:
+    """A stream as a terminal, whatever it is. Raises OSError for one without a descriptor."""
+    return Terminal(stream.fileno(), stream.encoding or "utf-8", job)
+
+
+def launchers_terminal() -> Terminal | None:
+    """The terminal to which the error output of `mpirun` goes, if that has started this process.
+
+    `mpirun` reads its ranks' output through pipes, so a rank cannot see by its own whether somebody looks on. Only
+    where /proc shows it, and on the launcher's own node.
+    """
+    launcher = _launcher()
+    if os.environ.get("TERM", "dumb") == "dumb" or not launcher:
+        return None
+    try:
+        descriptor = os.open(f"/proc/{launcher}/fd/2", os.O_WRONLY | os.O_NOCTTY)
+    except OSError:
+        return None
+    if not os.isatty(descriptor):
+        os.close(descriptor)
+        return None
+    return Terminal(descriptor, sys.stderr.encoding or "utf-8", launcher)
+
+
+def _launcher() -> int:
+    """The outermost `mpirun` above this process, 0 if there is none."""
+    pid, launcher = os.getppid(), 0
+    while (process := _process(pid)) is not None and process.name in LAUNCHERS:
+        pid, launcher = process.parent, pid
+    return launcher
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    name: str
+    parent: int
+    foreground: bool
+
+
+def _process(pid: int) -> _Process | None:
+    """What /proc says of a process; None without it."""
+    try:
+        name, _, rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").partition("(")[2].rpartition(")")
+    except OSError:
+        return None
+    _, parent, group, _, _, terminals_group, *_ = rest.split()
+    return _Process(name, int(parent), int(terminals_group) in (-1, 0, int(group)))
+
+
+class Painter:
+    """Draws frames over each other at the end of what a terminal shows. For several threads."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._frame = ""
+        self._lock = threading.Lock()
+
+    def paint(self, frame: str) -> None:
+        """Replace the frame. Its lines fit the terminal. Raises OSError for a terminal that is gone."""
+        if not self._terminal.foreground():
+            return
+        with self._lock:
+            self._terminal.write(f"{self._erase()}{frame}\n")
+            self._frame = frame
+
+    def clear(self) -> None:
+        """Take the frame away."""
+        with self._lock:
+            self._terminal.write(self._erase())
+            self._frame = ""
+
+    def above(self, text: str) -> None:
+        """Whole lines that stay, above the frame."""
+        with self._lock:
+            self._terminal.write(f"{self._erase()}{text}{self._frame}\n" if self._frame else text)
+
+    def _erase(self) -> str:
+        """What takes the frame away. In a terminal that has become narrower its lines have been broken meanwhile."""
+        if not self._frame:
+            return ""
+        width, height = self._terminal.size()
+        widths = [cell_len(_COLOUR.sub("", line)) for line in self._frame.split("\n")]
+        rows = sum(max(1, math.ceil(line / width)) for line in widths)
+        return f"\r\x1b[{min(rows, height)}A\x1b[J"
+
+    @contextlib.contextmanager
+    def below_messages(self) -> Iterator[None]:
+        """What this process says on stderr meanwhile goes above the frame."""
+        before = sys.stderr
+        own: Any = _Above(before, self)
+        sys.stderr = own
+        try:
+            yield
+        finally:
+            if sys.stderr is own:
+                sys.stderr = before
+            own.finish()
+
+
+class _Above:
+    """In place of stderr: hands whole lines to a painter; in all else it is the stream that it stands for."""
+
+    def __init__(self, stream: TextIO, painter: Painter) -> None:
+        self._stream, self._painter, self._rest = stream, painter, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Draw what has become a line."""
+        lines, newline, self._rest = (self._rest + text).rpartition("\n")
+        if newline:
+            try:
+                self._painter.above(lines + newline)
+            except OSError:
+                self._stream.write(lines + newline)
+        return len(text)
+
+    def flush(self) -> None:
+        """Lines are drawn at once; the rest of one waits for its end."""
+
+    def finish(self) -> None:
+        """The rest of a line that was never ended."""
+        if self._rest:
+            self._stream.write(self._rest)
+            self._stream.flush()
+
+
+class View:
+    """Draws what ``frame`` gives, every so often, in a thread of its own.
+
+    ``frame``: of a width and a height; the last one ``stays`` or is taken away. If it fails, or the terminal is gone,
+    drawing ends; `failure` says why.
+    """
+
+    def __init__(
+        self, terminal: Terminal, frame: Callable[[int, int], str], every_s: float, *, stays: bool = False
+    ) -> None:
+        self.painter = Painter(terminal)
+        self.failure: Exception | None = None
+        self._terminal, self._frame, self._every_s, self._stays = terminal, frame, every_s, stays
+        self._finish = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="view", daemon=True)
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """From here to the end."""
+        with self.painter.below_messages():
+            self._thread.start()
+            try:
+                yield
+            finally:
+                self._finish.set()
+                self._thread.join(LAST_FRAME_S)
+        if self.failure is not None and not isinstance(self.failure, OSError):
+            sys.stderr.write(f"dlion: the view of the run could not be drawn: {self.failure}\n")
+
+    def _run(self) -> None:
+        try:
+            while not self._finish.wait(self._every_s):
+                self._draw()
+            if self._stays:
+                self._draw()
+            else:
+                self.painter.clear()
+        except Exception as failure:  # it must not end a run that goes well
+            self.failure = failure
+
+    def _draw(self) -> None:
+        width, height = self._terminal.size()
+        self.painter.paint(self._frame(max(1, width - 1), max(1, height - 1)))
