@@ -33,7 +33,14 @@ RANKS = (2, 4)
 STEPS, WARM_UP = 60, 15
 LIMIT_S = 600
 """Of the measurement with one number of ranks."""
-WHOLE = {"sync": "sync", "max_n": 100, "batching": "fixed", "gbs_schedule": "fixed", "transfer": "none"}
+WHOLE = {
+    "sync": "sync",
+    "max_n": 100,
+    "batching": "fixed",
+    "gbs_schedule": "fixed",
+    "transfer": "none",
+    "value_type": "float32",
+}
 CASES: dict[str, dict[str, Any]] = {
     "horovod": {"strategy": "horovod"},
     "allreduce": {"strategy": "allreduce"},

@@ -6,7 +6,7 @@ was cut off is started again with the same command. Run it from the root of the 
     python benchmarks/systems.py --results systems.jsonl
     python benchmarks/systems_table.py systems.jsonl --markdown
 
-A run tests every 10 steps, with 1,000 samples, until the mean over the workers reaches 80 %, or for `--seconds`. The
+A run tests every 20 steps, with 2,000 samples, until the mean over the workers reaches 80 %, or for `--seconds`. The
 changes of the dynamic environments come at thirds of `--at`, whatever the length of the run.
 """
 
@@ -146,7 +146,7 @@ def simulated(case: Case, seconds: float, target: float) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         env, out = _fixed_phases(case, Path(folder)), Path(folder) / "run"
         command = [sys.executable, "-m", "dlion_mpi", "simulate", "--env", env, "--strategy", *shlex.split(case.system)]
-        command += ["--evaluate-every", "10", "--test-samples", "1000", "--threads", "1", "--progress-every", "0"]
+        command += ["--evaluate-every", "20", "--test-samples", "2000", "--threads", "1", "--progress-every", "0"]
         command += ["--seed", str(case.seed), "--seconds", str(seconds), "--target-accuracy", str(target)]
         command += ["--out", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

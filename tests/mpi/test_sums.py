@@ -37,7 +37,14 @@ def train(model: Any = None, **options: Any) -> Outcome:
 @pytest.mark.mpi(min_size=2)
 @needs_horovod
 def test_with_equal_batches_all_give_the_same_weights_after_50_steps(world: MPI.Intracomm) -> None:
-    whole = {"sync": "sync", "batching": "fixed", "gbs_schedule": "fixed", "transfer": "none", "max_n": 100}
+    whole = {
+        "sync": "sync",
+        "batching": "fixed",
+        "gbs_schedule": "fixed",
+        "transfer": "none",
+        "max_n": 100,
+        "value_type": "float32",
+    }
     runs: list[tuple[str, dict[str, Any]]] = [("dlion", whole), ("baseline", {}), ("allreduce", {})]
     tensorflow(1)
     weights = []

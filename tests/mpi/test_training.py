@@ -23,6 +23,7 @@ PLAIN = {
     "gbs_schedule": "fixed",
     "transfer": "none",
     "max_n": 100,
+    "value_type": "float32",
 }
 """DLion with every technique switched off: synchronous SGD on the joint batch."""
 
