@@ -111,9 +111,9 @@ run_part() {
         unit | contract) run_pytest "$part" --numprocesses auto "$@" ;;
         system)
             get_browser
-            # Two at a time: while one starts or waits, another computes. A file stays together, for what its tests share
-            # and because emulations, all in one file, would see each other's links.
-            run_pytest system --numprocesses 2 --dist loadfile "$@"
+            # Two at a time: while one starts or waits, another computes. A group (xdist_group) stays together, for the run
+            # that its tests share, or because emulations would see each other's links.
+            run_pytest system --numprocesses 2 --dist loadgroup "$@"
             ;;
         slurm) run_pytest slurm "$@" ;;
     esac

@@ -51,6 +51,7 @@ def test_progress_has_a_line_per_rank_and_a_summary() -> None:
         assert lines
         assert all(word in lines[-1] for word in ("step", "batch", "loss", "samples/s", f"->{1 - rank} N", "MB"))
     assert "test accuracy" in ended.err
+    assert "\x1b" not in ended.err  # through a pipe nothing is drawn
 
 
 @pytest.mark.parametrize(
