@@ -91,7 +91,7 @@ class Run:
     environment: Environment
     counters: Counters
     steps: list[dict[str, np.ndarray]]
-    ages: list[np.ndarray]
+    ages_s: list[np.ndarray]
     times_s: list[np.ndarray]
     seconds: float
 
@@ -107,11 +107,16 @@ class Run:
             if k != j
         }
 
-    def age_steps(self, start_s: float, stop_s: float) -> np.ndarray:
-        """Ages, in the receiver's iterations, of the gradients that were applied between two times."""
-        rows = [a[(t >= start_s) & (t < stop_s)] for a, t in zip(self.ages, self.times_s, strict=True)]
-        ages = np.concatenate([row.ravel() for row in rows])
-        return ages[np.isfinite(ages)]
+    def ages(self, start_s: float, stop_s: float) -> np.ndarray:
+        """Ages of the gradients that were applied between two times, in iterations of their receivers.
+
+        By the clock: counted in steps, a gradient would seem older to a worker that is ahead of its sender.
+        """
+        ages = []
+        for age_s, times_s, steps in zip(self.ages_s, self.times_s, self.steps, strict=True):
+            own = age_s[(times_s >= start_s) & (times_s < stop_s)]
+            ages.append(own[np.isfinite(own)] / np.median(steps["step_s"]))
+        return np.concatenate(ages)
 
 
 def emulated(env: str, seconds: float, seed: int) -> Run:
@@ -133,7 +138,7 @@ def emulated(env: str, seconds: float, seed: int) -> Run:
         for path in sorted(out.glob("metrics-*.h5")):
             with h5py.File(path) as file:
                 steps.append({name: file[f"steps/{name}"][:] for name in ("step_s", "compute_s", "wait_s")})
-                ages.append(file["links/age_steps"][:])
+                ages.append(file["links/age_s"][:])
                 times.append(file["steps/time_s"][:])
     return Run(environment, counters, steps, ages, times, seconds)
 
@@ -142,7 +147,7 @@ def steady(env: str, seconds: float, seed: int) -> dict[str, Any]:
     """Use, age, step times and balance once the run has settled."""
     run = emulated(env, seconds, seed)
     use = run.use(WARM_UP_S, seconds)
-    ages = run.age_steps(WARM_UP_S, seconds)
+    ages = run.ages(WARM_UP_S, seconds)
     own = [s["step_s"] - s["wait_s"] for s in run.steps]
     over = [float(np.median(s["step_s"] / s["compute_s"])) for s in run.steps]
     iteration_s = [float(np.median(s[SETTLED_STEP:])) for s in own]
@@ -151,8 +156,8 @@ def steady(env: str, seconds: float, seed: int) -> dict[str, Any]:
         "use_least": round(min(use.values()), 3),
         "use_median": round(statistics.median(use.values()), 3),
         "use_by_link": {link: round(value, 3) for link, value in use.items()},
-        "age_steps_median": round(float(np.median(ages)), 2),
-        "age_steps_p95": round(float(np.percentile(ages, 95)), 2),
+        "age_median": round(float(np.median(ages)), 2),
+        "age_p95": round(float(np.percentile(ages, 95)), 2),
         "slowest_over_median": round(max(iteration_s) / statistics.median(iteration_s), 3),
         "step_over_compute": round(statistics.median(over), 3),
         "waiting": round(statistics.mean(float(s["wait_s"].sum() / s["step_s"].sum()) for s in run.steps), 3),
@@ -168,15 +173,15 @@ def changing(name: str, seconds: float, seed: int) -> dict[str, Any]:
         path.write_text(CHANGING.format(before=before, after=after, change_s=CHANGE_S), encoding="utf-8")
         run = emulated(str(path), seconds, seed)
     later = CHANGE_S + 5
-    ages = run.age_steps(later, seconds)
-    by_second = [(float(s), run.use(s, s + 1), run.age_steps(s, s + 1)) for s in np.arange(CHANGE_S, CHANGE_S + 10)]
+    ages = run.ages(later, seconds)
+    by_second = [(float(s), run.use(s, s + 1), run.ages(s, s + 1)) for s in np.arange(CHANGE_S, CHANGE_S + 10)]
     return {
         "uplinks_mbit": name,
         "use_median_after_5_s": round(statistics.median(run.use(later, seconds).values()), 3),
         "use_least_after_5_s": round(min(run.use(later, seconds).values()), 3),
-        "age_steps_p95_after_5_s": round(float(np.percentile(ages, 95)), 2),
+        "age_p95_after_5_s": round(float(np.percentile(ages, 95)), 2),
         "use_by_second": [round(statistics.median(use.values()), 2) for _, use, _ in by_second],
-        "age_steps_p95_by_second": [round(float(np.percentile(a, 95)), 1) if len(a) else None for _, _, a in by_second],
+        "age_p95_by_second": [round(float(np.percentile(a, 95)), 1) if len(a) else None for _, _, a in by_second],
     }
 
 
