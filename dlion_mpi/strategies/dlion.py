@@ -91,7 +91,7 @@ class Dlion:
         """
         state.local = local
         config = state.plan.config
-        budgets = {peer: _budget_bytes(link) for peer, link in links.items()}
+        budgets = {peer: _budget_bytes(link, config.sync) for peer, link in links.items()}
         told = [peer for peer, budget in budgets.items() if budget is not None or config.sync != "async"]
         messages = {peer: Outgoing() for peer in told}
         if state.unsent is not None:
@@ -140,8 +140,14 @@ def _value_type(state: DlionState) -> ValueType:
     return state.plan.config.value_type or "float32"
 
 
-def _budget_bytes(link: LinkView) -> float | None:
-    """What a message may have now; None if there should be none."""
+def _budget_bytes(link: LinkView, sync: str | None) -> float | None:
+    """What a message may have now; None if there should be none.
+
+    In `sync` no link has more than one message under way, since a step takes everyone's messages of the one before:
+    whether its acknowledgement has come yet must not put this step's gradient off.
+    """
+    if sync == "sync":
+        return link.budget_bytes
     return min(link.budget_bytes, link.room_bytes) if link.ready and link.room_bytes > 0 else None
 
 

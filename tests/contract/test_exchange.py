@@ -271,6 +271,15 @@ def test_dlion_weighs_a_gradient_by_the_batches_of_when_it_was_computed() -> Non
     np.testing.assert_allclose(effective, a * (8 / 24) + b * 0.1, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("unsent", ["accumulate", "drop"])
+def test_in_sync_a_late_acknowledgement_puts_no_gradient_off(unsent: str) -> None:
+    """With N = 100 a step is then that of SGD on the joint batch, whatever the links look like."""
+    views = {1: LinkView(False, 0, room_bytes=0), 2: LinkView(True, 1e9, room_bytes=0)}
+    exact = {"max_n": 100, "value_type": "float32", "transfer": "none"}
+    for outgoing in first_messages(config("dlion", "sync", unsent=unsent, **exact), views).values():
+        np.testing.assert_array_equal(dense(outgoing), OPTIMUM)
+
+
 def test_baseline_takes_the_mean_of_everyone() -> None:
     a, b, c = gradients(2, 3, whole=True)
     arrived = [arrival(1, b, lbs=8), arrival(2, c, lbs=8)]
