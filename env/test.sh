@@ -4,7 +4,7 @@
 #   bash env/test.sh [unit|contract|mpi|mpich|system|slurm ...] [-- PYTEST OPTIONS]
 #
 # unit, contract and system run pytest on several tests at once, slurm on one, on a cluster that env/slurm/up.sh makes
-# (root); mpi runs tests/mpi on 1, 2 and 4 ranks; mpich does so on 3 ranks of MPICH, in an environment of its own.
+# (root); mpi runs tests/mpi on 1 and 4 ranks (system tests start 2); mpich does so on 3 ranks of MPICH, in an environment of its own.
 # DLION_TEST_RANKS="1 2 4"   on how many ranks mpi and mpich run, in the place of these
 # DLION_TEST_MPICH=0         leave mpich out
 # DLION_TEST_TIMEOUT_S=900   end a part that takes longer
@@ -100,7 +100,7 @@ run_part() {
         return
     fi
     case "$part" in
-        mpi) for ranks in ${DLION_TEST_RANKS:-1 2 4}; do run_mpi mpi "$ranks" "$@"; done ;;
+        mpi) for ranks in ${DLION_TEST_RANKS:-1 4}; do run_mpi mpi "$ranks" "$@"; done ;;
         mpich)
             (
                 # shellcheck source=env/setup.sh

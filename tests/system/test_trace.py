@@ -70,5 +70,7 @@ def test_a_trace_of_a_sum_over_all(tmp_path: Path) -> None:
         following = (rank.rank + 1) % 3
         sent = [s for s in trace.sent(rank.rank, following) if s.name == "piece of a sum"]
         assert len(sent) == 20 * 2 * (3 - 1)
-        assert sum(s.args["bytes"] for s in sent) == rank.links()["bytes_sent"][-1, following]
+        # The follower may have ended, and that been acknowledged, before this rank's last step was recorded.
+        more = rank.links()["bytes_sent"][-1, following] - sum(s.args["bytes"] for s in sent)
+        assert more in (0, HEADER_BYTES)
         assert all(s.out is not None for s in sent)
