@@ -2,7 +2,7 @@
 
 How much of every link's shaped rate is used, by the counters of the kernel's traffic shaper; how old gradients are
 when they are applied; how long a step takes over what it computes; how even the workers' iteration times are; and
-after a link's rate has changed, how soon use and age are good again. Needs root and the machine to itself: 8 minutes.
+after a link's rate has changed, how soon use and age are good again. Needs root and the machine to itself: 9 minutes.
 
     python benchmarks/links.py > benchmarks/results/links.json
 

@@ -331,7 +331,7 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "gbs_limit": (0, 1, "a share in [0, 1]"),
     "ako_partitions": (0, math.inf, "0 (automatic) or a number of partitions"),
     "gaia_threshold": (0, math.inf, "0 or more, for example 0.01"),
-    "hop_max_gap": (1, math.inf, "at least 1 iteration"),
+    "hop_max_gap": (1, math.inf, "at least 1 step"),
     "hop_skip": (0, math.inf, "0 (none) or a number of steps"),
     "max_n": (1e-6, 100, "in (0, 100]"),
     "n_min": (1e-6, 100, "in (0, 100]"),

@@ -17,6 +17,7 @@ from dlion_mpi.model import build, tensorflow
 from dlion_mpi.options import config_of
 from dlion_mpi.run import Outcome, run
 from dlion_mpi.strategies.allreduce import AllReduce
+from tests.mpi.test_training import PLAIN
 
 MODEL = "tests.nets:dense"
 PARAMETERS = 2410
@@ -37,15 +38,7 @@ def train(model: Any = None, **options: Any) -> Outcome:
 @pytest.mark.mpi(min_size=2)
 @needs_horovod
 def test_with_equal_batches_all_give_the_same_weights_after_50_steps(world: MPI.Intracomm) -> None:
-    whole = {
-        "sync": "sync",
-        "batching": "fixed",
-        "gbs_schedule": "fixed",
-        "transfer": "none",
-        "max_n": 100,
-        "value_type": "float32",
-    }
-    runs: list[tuple[str, dict[str, Any]]] = [("dlion", whole), ("baseline", {}), ("allreduce", {})]
+    runs: list[tuple[str, dict[str, Any]]] = [("dlion", PLAIN), ("baseline", {}), ("allreduce", {})]
     tensorflow(1)
     weights = []
     for strategy, options in [*runs, ("horovod", {}), ("horovod", {})]:
