@@ -24,8 +24,11 @@ FOREVER = 1 << 62
 
 
 def micros(seconds: npt.NDArray[Any] | float) -> Micros:
-    """Seconds as whole microseconds. What comes later is never rounded to something earlier."""
-    return np.rint(np.asarray(seconds, np.float64) * 1e6).astype(np.int64)
+    """Seconds as whole microseconds. What comes later is never rounded to something earlier.
+
+    What happened before training began, by a clock that is a little off, is put at 0: viewers drop negative times.
+    """
+    return np.rint(np.maximum(np.asarray(seconds, np.float64), 0.0) * 1e6).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +43,8 @@ class Window:
         """Of seconds since training began; ``end_s`` may be infinite."""
         return cls(int(micros(begin_s)), int(micros(end_s)) if math.isfinite(end_s) else FOREVER)
 
-    @property
-    def whole(self) -> bool:
-        """Whether it leaves nothing out."""
-        return self.begin <= 0 and self.end == FOREVER
-
     def shows(self, start: Micros, end: Micros) -> npt.NDArray[np.bool_]:
         """Of slices, which are shown."""
-        if self.whole:  # also what happened before training began, by a clock that is a little off
-            return np.ones(len(start), np.bool_)
         return (end >= self.begin) & (start <= self.end)
 
 

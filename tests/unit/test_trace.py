@@ -253,6 +253,17 @@ def test_a_clock_that_is_off_moves_an_arrival_and_says_so(tmp_path: Path, trace_
     assert any("10 messages arrived before they were posted, by at most 25 us" in note for note in notes)
 
 
+def test_nothing_is_put_before_training_began(tmp_path: Path, trace_of: TraceOf) -> None:
+    """Viewers drop what has a negative time, so a clock that is a little off would cost a rank its first step."""
+    recorder = runfiles.write(tmp_path / "run", 0, 1, 3)
+    recorder.close(complete=True)
+    with h5py.File(recorder.path, "r+") as file:
+        file["steps/step_s"][0] = file["steps/time_s"][0] + 1.5e-3
+    trace, _ = trace_of(tmp_path / "run")
+    first = trace.named("step 0")[0]
+    assert first.start == 0 < first.end
+
+
 # ---- mistakes
 
 
