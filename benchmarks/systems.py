@@ -6,8 +6,9 @@ was cut off is started again with the same command. Run it from the root of the 
     python benchmarks/systems.py --results systems.jsonl
     python benchmarks/systems_table.py systems.jsonl --markdown
 
-A run tests every 20 steps, with 2,000 samples, until the mean over the workers reaches 80 %, or for `--seconds`. The
-changes of the dynamic environments come at thirds of `--at`, whatever the length of the run.
+A run tests every 20 steps, with 1,000 samples, until the mean over the workers reaches 80 %, or for `--seconds` or
+`--steps`, whichever comes first: a system whose many quick steps lead nowhere would take hours. The changes of the
+dynamic environments come at thirds of `--at`, whatever the length of the run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,13 @@ class Case:
     system: str
     seed: int
     most_seconds: float
+    most_steps: int
     at_seconds: float
 
     @classmethod
     def of(cls, run: dict[str, Any]) -> Case:
         """The case of a line. Raises KeyError if it is none."""
-        return cls(run["environment"], run["system"], run["seed"], run["most_seconds"], run["at_seconds"])
+        return cls(*(run[part.name] for part in fields(cls)))
 
 
 @dataclass
@@ -90,12 +92,11 @@ class Results:
             self.runs.append(run)
 
     def expected_s(self, case: Case) -> float:
-        """The seconds that the same system took to the last target with another seed; infinite if not known."""
-        times = [
-            run["seconds_to"][_percent(TARGETS[-1])]
-            for run in list(self.runs)
-            if (run["environment"], run["system"]) == (case.environment, case.system)
-        ]
+        """The seconds that the same system took to the last target: with another seed, or if there is none in other
+        environments; infinite if not known."""
+        known = [run for run in list(self.runs) if run["system"] == case.system]
+        same = [run for run in known if run["environment"] == case.environment]
+        times = [run["seconds_to"][_percent(TARGETS[-1])] for run in same or known]
         return statistics.median(time or math.inf for time in times) if times else math.inf
 
 
@@ -146,8 +147,9 @@ def simulated(case: Case, seconds: float, target: float) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         env, out = _fixed_phases(case, Path(folder)), Path(folder) / "run"
         command = [sys.executable, "-m", "dlion_mpi", "simulate", "--env", env, "--strategy", *shlex.split(case.system)]
-        command += ["--evaluate-every", "20", "--test-samples", "2000", "--threads", "1", "--progress-every", "0"]
-        command += ["--seed", str(case.seed), "--seconds", str(seconds), "--target-accuracy", str(target)]
+        command += ["--evaluate-every", "20", "--test-samples", "1000", "--threads", "1", "--progress-every", "0"]
+        command += ["--seed", str(case.seed), "--seconds", str(seconds), "--steps", str(case.most_steps)]
+        command += ["--target-accuracy", str(target)]
         command += ["--out", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -192,15 +194,12 @@ def covering(case: Case, expected_s: float) -> Measured:
 def line(case: Case, expected_s: float) -> dict[str, Any]:
     """Simulate a case: its line of the results file. Seconds are None where a target was not reached."""
     run: dict[str, Any] = {
-        "environment": case.environment,
-        "system": case.system,
-        "seed": case.seed,
-        "most_seconds": case.most_seconds,
-        "at_seconds": case.at_seconds,
+        **asdict(case),
         "commit": commit(),
         "versions": versions(),
         "seconds_to": {_percent(target): None for target in TARGETS},
         "steps": None,
+        "lasted_s": None,
         "accuracy_at": None,
         "spread_at": None,
         "gigabytes_at": None,
@@ -216,6 +215,7 @@ def line(case: Case, expected_s: float) -> dict[str, Any]:
     return run | {
         "seconds_to": {name: None if s is None else round(s, 2) for name, s in reached.items()},
         "steps": [len(times) for times in measured.times_s],
+        "lasted_s": round(measured.lasted_s(), 2),
         "accuracy_at": round(statistics.mean(accuracies), 4),
         "spread_at": round(statistics.pstdev(accuracies), 4),
         "gigabytes_at": round(measured.gigabytes(case.at_seconds), 3),
@@ -230,7 +230,7 @@ def _percent(target: float) -> str:
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     """Seed by seed, so that a cut leaves whole seeds."""
     for seed, env, system in product(args.seeds, args.env, args.system):
-        yield Case(env, shlex.join(shlex.split(system)), seed, args.seconds, args.at)
+        yield Case(env, shlex.join(shlex.split(system)), seed, args.seconds, args.steps, args.at)
 
 
 def run_all(results: Results, wanted: Iterable[Case], jobs: int) -> list[str]:
@@ -266,6 +266,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--system", nargs="+", default=list(SYSTEMS), help="strategies, each with its options, quoted")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=3000.0, help="most virtual seconds of a run")
+    parser.add_argument("--steps", type=int, default=2000, help="most steps of a worker")
     parser.add_argument("--at", type=float, default=120.0, metavar="SECONDS", help="when accuracy is compared")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     args = parser.parse_args(words)

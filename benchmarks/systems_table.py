@@ -25,7 +25,7 @@ NOTHING = "-"
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """Median seconds to a target, infinite where it was not reached; at least ``given_s`` were tried for it."""
+    """Median seconds to a target, infinite where it was not reached though at least ``given_s`` were tried for it."""
 
     seconds: float
     given_s: float
@@ -61,7 +61,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             run = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(run, dict) and "environment" in run:
+        if isinstance(run, dict) and "lasted_s" in run:  # so it has all that is written with it
             runs.append(run)
     return runs
 
@@ -71,13 +71,12 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for env, system in dict.fromkeys((run["environment"], run["system"]) for run in runs):
         own = [run for run in runs if (run["environment"], run["system"]) == (env, system)]
-        times = {target: _time(own, target) for target in own[0]["seconds_to"]}
         row = {
             "environment": env,
             "system": system,
             "seeds": sorted(run["seed"] for run in own),
-            "seconds_to": {target: _finite(time.seconds) for target, time in times.items()},
-            "seconds_given": min(run["most_seconds"] for run in own),
+            "seconds_to": {target: _finite(_time(own, target)) for target in own[0]["seconds_to"]},
+            "seconds_given": _finite(_given_s(own)),
         }
         for name in ("accuracy_at", "spread_at", "gigabytes_at", "gigabytes_to_end"):
             known = [run[name] for run in own if run[name] is not None]
@@ -86,13 +85,25 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def _time(runs: Sequence[Mapping[str, Any]], target: str) -> Time:
-    seconds = [math.inf if run["seconds_to"][target] is None else run["seconds_to"][target] for run in runs]
-    return Time(statistics.median(seconds), min(run["most_seconds"] for run in runs))
+def _time(runs: Sequence[Mapping[str, Any]], target: str) -> float:
+    """Median seconds to a target, infinite where it was not reached."""
+    return statistics.median(math.inf if (s := run["seconds_to"][target]) is None else s for run in runs)
+
+
+def _given_s(runs: Sequence[Mapping[str, Any]]) -> float:
+    """How long every run that failed to reach the last target was given; one that became unstable, all that it had."""
+    in_vain = [run for run in runs if None in run["seconds_to"].values()]
+    return min(
+        (run["most_seconds"] if run["lasted_s"] is None else run["lasted_s"] for run in in_vain), default=math.inf
+    )
 
 
 def _finite(value: float) -> float | None:
     return None if math.isinf(value) else value
+
+
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def ratios(table: Sequence[Mapping[str, Any]], target: str) -> dict[str, dict[str, Ratio]]:
@@ -100,7 +111,7 @@ def ratios(table: Sequence[Mapping[str, Any]], target: str) -> dict[str, dict[st
     found = {}
     for env in dict.fromkeys(row["environment"] for row in table):
         times = {
-            row["system"]: Time(math.inf if (s := row["seconds_to"][target]) is None else s, row["seconds_given"])
+            row["system"]: Time(_or_infinite(row["seconds_to"][target]), _or_infinite(row["seconds_given"]))
             for row in table
             if row["environment"] == env
         }
@@ -163,9 +174,11 @@ def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
         return "No runs yet."
     table = rows(runs)
     seeds = _span(len(row["seeds"]) for row in table)
-    given = _span(row["seconds_given"] for row in table)
-    at = f"{runs[0]['at_seconds']:g}"
-    text = [f"Medians over {seeds} seed{'s' * (seeds != '1')}; `{NOTHING}`: not reached in {given} virtual seconds."]
+    at, most = (
+        f"{runs[0]['at_seconds']:g}",
+        f"{runs[0]['most_seconds']:g} virtual seconds or {runs[0]['most_steps']} steps",
+    )
+    text = [f"Medians over {seeds} seed{'s' * (seeds != '1')}; `{NOTHING}`: not reached in {most}."]
     for target in reversed(runs[0]["seconds_to"]):
         text += ["", f"Virtual seconds to {target.replace('%', ' %')}:", ""]
         text += _grid(table, lambda row, target=target: _seconds(row, target), ratios(table, target))  # type: ignore[misc]

@@ -61,15 +61,21 @@ class Entries:
     def __len__(self) -> int:
         return len(self.values)
 
+    def places(self) -> slice | npt.NDArray[np.intp]:
+        """What indexes these entries in a vector: a slice where they are successive, which NumPy reads fastest."""
+        if self.indices is None:
+            return slice(None)
+        if len(self) and int(self.indices[-1]) - int(self.indices[0]) == len(self) - 1:
+            return slice(int(self.indices[0]), int(self.indices[-1]) + 1)
+        return self.indices.astype(np.intp)  # NumPy reads and writes through these much faster
+
     def add_to(self, vector: Vector, scale: float) -> None:
         """``vector[indices] += scale * values``, in place; (P,) float32."""
         scaled = self.values if scale == 1.0 else self.values * np.float32(scale)
-        if self.indices is None:
-            vector += scaled
-        elif len(self) and int(self.indices[-1]) - int(self.indices[0]) == len(self) - 1:  # successive
-            vector[self.indices[0] : int(self.indices[-1]) + 1] += scaled
+        places = self.places()
+        if isinstance(places, slice):
+            vector[places] += scaled
         else:
-            places = self.indices.astype(np.intp)  # NumPy reads and writes through these much faster
             vector[places] = vector.take(places) + scaled  # indices are unique, so no np.add.at is needed
 
 

@@ -164,7 +164,7 @@ class Missed:
             del self.vectors[peer]
             indices = np.flatnonzero(waiting).astype(np.uint32)
             return Entries(self.size, waiting[indices], indices)
-        places = slice(None) if entries.indices is None else entries.indices
+        places = entries.places()
         values = waiting[places].copy()
         waiting[places] = 0
         return Entries(self.size, values, entries.indices)

@@ -31,9 +31,11 @@ def finished(
         "system": system,
         "seed": seed,
         "most_seconds": most,
+        "most_steps": 2000,
         "at_seconds": 120.0,
         "commit": "abc",
         "seconds_to": {"70%": None if to_80 is None else to_80 / 2, "80%": to_80},
+        "lasted_s": most if to_80 is None else to_80,
         "accuracy_at": 0.75 + seed / 100,
         "spread_at": 0.01,
         "gigabytes_at": 1.0,
@@ -50,7 +52,7 @@ def measured(times_to_accuracy: Sequence[tuple[float, float]], lasted_s: float) 
 
 
 def small(seed: int, env: str = "homo-b", system: str = "ako") -> Case:
-    return Case(env, system, seed, 3000.0, 120.0)
+    return Case(env, system, seed, 3000.0, 2000, 120.0)
 
 
 # The results file.
@@ -85,8 +87,9 @@ def test_only_what_the_file_lacks_is_run_and_every_run_is_kept_at_once(
         small(1),
         small(0, env="homo-a"),
         small(0, system="ako --ako-partitions 4"),
-        Case("homo-b", "ako", 0, 300.0, 120.0),
-        Case("homo-b", "ako", 0, 3000.0, 60.0),
+        Case("homo-b", "ako", 0, 300.0, 2000, 120.0),
+        Case("homo-b", "ako", 0, 3000.0, 900, 120.0),
+        Case("homo-b", "ako", 0, 3000.0, 2000, 60.0),
     ],
 )
 def test_a_run_is_known_by_all_that_it_depends_on(tmp_path: Path, other: Case) -> None:
@@ -160,9 +163,12 @@ def test_a_run_that_ends_itself_is_kept_as_not_reached(monkeypatch: pytest.Monke
     assert "| homo-b | - |" in systems_table.markdown(results.runs)
 
 
-def test_what_is_expected_is_the_median_of_other_seeds(tmp_path: Path) -> None:
+def test_what_is_expected_is_the_median_of_other_seeds_or_else_of_other_environments(tmp_path: Path) -> None:
     results = Results(tmp_path / "runs.jsonl")
     assert results.expected_s(small(3)) == math.inf
+    for env, time in (("homo-a", 90.0), ("dynamic-a", 110.0)):
+        results.add(finished("ako", time, env=env))
+    assert results.expected_s(small(3)) == 100.0
     for seed, time in enumerate((100.0, 140.0, None)):
         results.add(finished("ako", time, seed=seed))
     results.add(finished("gaia", 10.0))
@@ -218,7 +224,7 @@ def test_the_best_rival_is_the_fastest_of_all_with_any_options() -> None:
         finished("ako", 300.0),
         finished("gaia --gaia-threshold 0.1", 250.0),
         finished("hop", 260.0),
-        finished("baseline", None, env="homo-a", most=500.0),
+        finished("baseline", None, env="homo-a") | {"lasted_s": 500.0},  # it had taken all its steps
         finished("gaia", None, env="homo-a"),
         finished("dlion", 100.0, env="homo-a"),
     ]
@@ -240,7 +246,7 @@ def test_what_is_printed() -> None:
     runs = [finished("dlion", 100.0 + seed, seed=seed) for seed in range(3)]
     runs += [finished("ako", None, seed=seed) for seed in range(2)] + [finished("dlion", None, env="homo-a")]
     text = systems_table.markdown(runs)
-    assert "Medians over 1 to 3 seeds; `-`: not reached in 3000 virtual seconds." in text
+    assert "Medians over 1 to 3 seeds; `-`: not reached in 3000 virtual seconds or 2000 steps." in text
     assert "| homo-b | 101 | - | > 29.70 | - | - |" in text
     assert "| homo-a | - |  | - | - | - |" in text
     assert "| homo-b | 76.0, 1.0 | 75.5, 1.0 |" in text
