@@ -208,6 +208,13 @@ class Config:
         "gradients are exchanged every few steps (not in sync); 0: no limit",
         table="exchange",
     )
+    exchange_thread: str | None = _option(
+        None,
+        "on: select and encode what is sent in a thread of its own, while the next gradient is computed (not in sync); "
+        "off: before",
+        table="exchange",
+        choices=("on", "off"),
+    )
     window: int = _option(2, "unacknowledged messages a link may have (not in sync)", table="exchange")
     # direct knowledge transfer
     transfer: str | None = _option(

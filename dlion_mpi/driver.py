@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from dlion_mpi.model import Replica
 from dlion_mpi.progress import ProgressThread
-from dlion_mpi.testbed import Compute, Computed, Loop
+from dlion_mpi.testbed import Compute, Computed, Loop, Made
 
 
 class PaceModel(Protocol):
@@ -31,6 +32,34 @@ def pace(model: PaceModel | None, samples: int, started_s: float, now_s: Callabl
         return 0.0
     time.sleep(rest_s)
     return rest_s
+
+
+class ExchangeThread:
+    """Makes messages in a thread of its own. ``notify``: called when something is done. See `testbed.Beside`."""
+
+    def __init__(self, notify: Callable[[], None]) -> None:
+        self._notify = notify
+        self._executor = ThreadPoolExecutor(1, "exchange")
+        self._begun: list[Future[Made]] = []
+
+    def begin(self, work: Callable[[], Made]) -> None:
+        """Have ``work`` done after what was begun before."""
+        future = self._executor.submit(work)
+        self._begun.append(future)
+        future.add_done_callback(lambda _: self._notify())
+
+    def done(self) -> bool:
+        """Whether all that was begun is done."""
+        return all(future.done() for future in self._begun)
+
+    def take(self) -> list[Made]:
+        """What has been made since the last call. Raises what ``work`` raised."""
+        begun, self._begun = self._begun, []
+        return [future.result() for future in begun]
+
+    def close(self) -> None:
+        """End the thread, after what it is at."""
+        self._executor.shutdown(cancel_futures=True)
 
 
 def drive(

@@ -8,6 +8,7 @@ second) is there. docs/metrics.md describes every data set.
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,6 +128,7 @@ class Recorder:
         self._file.swmr_mode = True
         self._links: dict[str, list[np.ndarray]] = {name: [] for name in _LINK}
         self._timeline: dict[str, list[tuple[Any, ...]]] = {name: [] for name in RECORDS}
+        self._lock = threading.Lock()  # messages may be handed to links beside the loop
         self._pieces = np.full((2, workers), FIRST_PIECE)
         self._flushed_s = time.monotonic()
         self._broken = False
@@ -168,9 +170,10 @@ class Recorder:
     def sent(self, peer: int, header: Header, size_bytes: int, posted_s: float) -> None:
         """Add a message to ``peer``."""
         h = header
-        self._timeline["sent"].append(
-            (peer, h.kind, h.step, h.sequence, size_bytes, h.quality, h.computed_at, posted_s)
-        )
+        with self._lock:
+            self._timeline["sent"].append(
+                (peer, h.kind, h.step, h.sequence, size_bytes, h.quality, h.computed_at, posted_s)
+            )
 
     def arrived(self, peer: int, sequence: int, arrived_s: float) -> None:
         """Add the arrival of a message from ``peer``."""
@@ -208,10 +211,11 @@ class Recorder:
             if link_rows:
                 self._append(f"links/{name}", link_rows)
                 self._links[name] = []
-        for name, records in self._timeline.items():
+        with self._lock:
+            timeline, self._timeline = self._timeline, {name: [] for name in RECORDS}
+        for name, records in timeline.items():
             if records:
                 self._append(f"timeline/{name}", np.array(records, RECORDS[name]))
-                self._timeline[name] = []
         self._file.flush()
         self._flushed_s = time.monotonic()
 

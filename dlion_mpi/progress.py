@@ -34,6 +34,10 @@ class ProgressThread:
         """There is something new to do."""
         self._wake.set()
 
+    def notify(self) -> None:
+        """Something that the loop may be waiting for has happened beside MPI."""
+        self._moved.set()
+
     def computed(self, seconds: float) -> None:
         """A step's gradient took so long to compute: look as often as matters then."""
         self._pause_max_s = min(max(LOOKS * seconds, PAUSE_MAX_S[0]), PAUSE_MAX_S[1])

@@ -25,7 +25,7 @@ from dlion_mpi.collectives import Collectives
 from dlion_mpi.config import Config
 from dlion_mpi.console import say, summary
 from dlion_mpi.data import Batches, Shard, load, merge_facts
-from dlion_mpi.driver import drive
+from dlion_mpi.driver import ExchangeThread, drive
 from dlion_mpi.environments import PaceClock, start_clock
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.evaluate import BackgroundEvaluator, Evaluation, rows_to_test
@@ -111,6 +111,7 @@ def _run(
         now_s=clock.now_s,
         training_samples=shard.train_samples_global,
         cpu_s=time.thread_time,
+        beside=exchange.thread,
         reduce=exchange.reduce if ranks.size > 1 else None,
     )
     session = None
@@ -154,7 +155,7 @@ def _agreed(config: Config, ranks: Ranks, start: Start, preemption: Preemption |
 
 
 class _Exchange:
-    """Everything that talks MPI while training runs: the links, the collectives and the thread that drives them."""
+    """The links, the collectives, the thread that drives them by MPI, and the one that makes messages."""
 
     def __init__(
         self,
@@ -179,6 +180,7 @@ class _Exchange:
         self.collectives = Collectives(
             ranks.communicator, channels, self.progress.wake, self.links.carried, clock.now_s
         )
+        self.thread = ExchangeThread(self.progress.notify)
         self.reduce: Reduce | None = None
         """What sums gradients, if the strategy does."""
         self._horovod: HorovodReducer | None = None
@@ -196,6 +198,7 @@ class _Exchange:
         """In here MPI belongs to the thread. At the end, after `leave`, nothing is under way any more."""
         self.progress.start(self.links, self.collectives)
         yield
+        self.thread.close()
         self.progress.stop()
         if self._horovod is not None:
             self._horovod.close()

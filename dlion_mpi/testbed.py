@@ -69,6 +69,30 @@ class Until:
     ready: Callable[[], bool]
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Messages that were made and queued: when, in seconds of the run's clock, what it took of a processor, and the N
+    (``quality``) of each that carries entries, by peer."""
+
+    start_s: float
+    end_s: float
+    cpu_s: float
+    quality: dict[int, float]
+
+
+class Beside(Protocol):
+    """Makes messages beside the loop, one after the other; see `driver.ExchangeThread`."""
+
+    def begin(self, work: Callable[[], Made]) -> None:
+        """Have ``work`` done after what was begun before."""
+
+    def done(self) -> bool:
+        """Whether all that was begun is done."""
+
+    def take(self) -> list[Made]:
+        """What has been made since the last call, once all is `done`. Raises what ``work`` raised."""
+
+
 Loop = Generator[Compute | Until, Computed | None, None]
 
 

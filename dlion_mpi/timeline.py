@@ -20,7 +20,7 @@ class Phase(IntEnum):
     """What a rank did in a span of time. The first seven are the loop's and lie in or after each other."""
 
     COMPUTE = 1  # the gradient, and the sleep that plays a slower machine
-    SELECT = 2  # selecting, encoding and posting; in WAIT where a link became free meanwhile
+    SELECT = 2  # selecting, encoding and posting, or waiting for EXCHANGE; in WAIT where a link became free meanwhile
     WAIT = 3  # for what the synchronisation mode wants; in APPLY for a sum over all
     APPLY = 4  # weighing what has arrived, and the optimizer
     AGREE = 5  # waiting for everyone's throughput or losses, in sync
@@ -28,6 +28,7 @@ class Phase(IntEnum):
     LEAVE = 7  # after the last step, until nobody needs this rank any more
     EVALUATE = 8  # from the snapshot to its accuracy, beside the loop
     TRANSFER = 9  # a knowledge transfer, from the asking (in this step) to the merging, beside the loop
+    EXCHANGE = 10  # selecting, encoding and posting in a thread beside the loop, which took it back in this step
 
 
 PIECE, FIRST_PIECE = 0, 1 << 31

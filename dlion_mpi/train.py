@@ -12,20 +12,18 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 import numpy as np
 
 from dlion_mpi.errors import RunError
+from dlion_mpi.exchange import local_gradient, post, quiet, send_first, settle
 from dlion_mpi.flat import Vector
 from dlion_mpi.metrics import StepRecord
 from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
-from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, SendsFirst
 from dlion_mpi.testbed import Compute, Computed, Loop, Until
 from dlion_mpi.timeline import Phase
 from dlion_mpi.wire import Kind
-from dlion_mpi.worker import Timings, Worker, not_ready
+from dlion_mpi.worker import Timings, Worker
 
 CLOSING, SUM = "closing", "sum"
 CHANNELS = (StatusRounds.channel, KnowledgeRounds.channel, CLOSING, SUM)
 """The collectives' channels; see `collectives.py`."""
-MOST_STEPS_APART = 8
-"""However little the exchange may cost, gradients are exchanged every so many steps."""
 SMOOTHING = 0.2
 """Weight of the newest step in the running mean of step times."""
 
@@ -33,8 +31,9 @@ SMOOTHING = 0.2
 def train(w: Worker) -> Loop:
     """Train until the run ends: compute, post, complete, and now and then tell the others how it goes.
 
-    The exchange of a step overlaps the computing of the next wherever the synchronisation mode lets a worker
-    go on. Raises RunError for a loss or gradient that is not finite, before it could reach a peer.
+    The exchange of a step, its selecting and encoding too, overlaps the computing of the next wherever the
+    synchronisation mode lets a worker go on. Raises RunError for a loss or gradient that is not finite, before it
+    could reach a peer.
     """
     if w.status.adapts and not w.status.fit.pairs:  # a resumed worker knows its machine
         yield from profile(w)
@@ -45,11 +44,11 @@ def train(w: Worker) -> Loop:
         sent = send_first(w, timings)
         computed = yield from compute(w, timings)
         if computed.gradient is not None:
-            sent |= post(w, computed, timings)
+            sent |= yield from post(w, computed, timings)
             yield from wait(w, timings, sent)
             if w.cut_short():
                 break
-            ages = yield from complete(w, timings)
+            ages = yield from complete(w, computed, timings)
             if ages is None:
                 break
         else:
@@ -57,7 +56,9 @@ def train(w: Worker) -> Loop:
         yield from converse(w, computed, timings)
         finish_step(w, computed, timings, sent, ages)
         if w.checkpoints is not None:
+            yield from quiet(w)
             yield from w.checkpoints.advance(w)
+    yield from settle(w, Timings(w.now_s(), 0, 0))
     yield from leave(w)
 
 
@@ -75,21 +76,6 @@ def profile(w: Worker) -> Loop:
                 w.status.fit.add(size, computed.seconds)
     yield from w.status.first()
     w.recorder.span(Phase.PROFILE, w.step, start_s, w.now_s())
-
-
-def send_first(w: Worker, timings: Timings, *, waiting: bool = False) -> dict[int, float]:
-    """What a strategy that exchanges weights or updates sends before its gradient is there. Returns as `post`.
-
-    ``waiting``: it has been asked in this step before; if it has nothing more, that was part of the waiting.
-    """
-    if w.alone or not isinstance(w.strategy, SendsFirst):
-        return {}
-    start_s, start_cpu_s = w.now_s(), w.cpu_s()
-    links = w.link_views(w.step_s)
-    w.state, outgoing = w.strategy.opening(w.state, w.step, w.replica.weights, links)
-    if waiting and not outgoing:
-        return {}
-    return _send(w, outgoing, start_s, start_cpu_s, timings)
 
 
 def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, Computed]:
@@ -110,50 +96,6 @@ def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, 
     return Computed(computed.loss, zero, True, computed.seconds, computed.paced_s)
 
 
-def post(w: Worker, computed: Computed, timings: Timings) -> dict[int, float]:
-    """Hand every link the message that the strategy has for it. Returns the N of each that carries entries."""
-    start_s, start_cpu_s = w.now_s(), w.cpu_s()
-    assert computed.gradient is not None
-    local = LocalGradient(vector=computed.gradient, step=w.step, lbs=w.status.lbs, gbs=w.status.gbs)
-    links = _affordable(w, w.link_views(w.step_s or computed.seconds))
-    w.state, outgoing = w.strategy.outgoing(w.state, local, links)
-    return _send(w, outgoing, start_s, start_cpu_s, timings)
-
-
-def _send(
-    w: Worker, outgoing: dict[int, Outgoing], start_s: float, start_cpu_s: float, timings: Timings
-) -> dict[int, float]:
-    """Queue messages that were made since ``start_s``, what is announced after its announcement."""
-    announced = {
-        peer: Outgoing(entries=message.entries, kind=Kind.INDICES)
-        for peer, message in outgoing.items()
-        if message.announced
-    }
-    if announced:
-        w.post(announced, start_s)
-    w.post(outgoing, start_s)
-    now_s = w.now_s()
-    w.recorder.span(Phase.SELECT, w.step, start_s, now_s)
-    timings.select_encode_s += now_s - start_s
-    timings.exchange_cpu_s += w.cpu_s() - start_cpu_s
-    return {peer: message.quality for peer, message in outgoing.items() if message.entries is not None}
-
-
-def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
-    """No link is ready while the exchange has taken more than its share of computing (``--exchange-share``).
-
-    On a fast network the processor, not the link, is what a gradient costs. Where computing a step takes little
-    longer than exchanging one, gradients are then exchanged every few steps, and what was not sent is dealt with as
-    on a link that has not drained; but at least every MOST_STEPS_APART steps, since looking for messages alone may cost
-    more than the share of a tiny model. Not in `sync`, where everyone waits for everyone's message of every step.
-    """
-    overdue = w.step - w.exchanged_step >= MOST_STEPS_APART
-    if not w.config.exchange_share or w.config.sync == "sync" or w.exchange_credit_s >= 0 or overdue:
-        w.exchanged_step = w.step
-        return links
-    return not_ready(links)
-
-
 def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until, None, None]:
     """Until the synchronisation mode lets this step be completed. ``sent``: of this step, for what goes meanwhile."""
     start_s, cpu_s, sending_s = w.now_s(), w.links.cpu_s(), timings.select_encode_s
@@ -172,15 +114,17 @@ def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until
     w.moved_cpu_s += w.links.cpu_s() - cpu_s  # while the loop waits, moving messages disturbs no computing
 
 
-def complete(w: Worker, timings: Timings) -> Generator[Until, None, dict[int, list[tuple[float, int]]] | None]:
+def complete(
+    w: Worker, computed: Computed, timings: Timings
+) -> Generator[Until, None, dict[int, list[tuple[float, int]]] | None]:
     """Weigh what has arrived, update the replica. Returns the ages (seconds, steps) of what was applied.
 
     None if it takes a sum over all workers, and one of them has ended.
     """
     start_s, start_cpu_s, waited_s = w.now_s(), w.cpu_s(), timings.wait_s
     messages = w.inbox.take(w.step if w.config.sync == "sync" else math.inf)
-    w.state, effect = w.strategy.incoming(w.state, w.replica.weights, messages)
-    timings.exchange_cpu_s += w.cpu_s() - start_cpu_s
+    w.state, effect = w.strategy.incoming(w.state, local_gradient(w, computed), w.replica.weights, messages)
+    w.exchange_cpu_s += w.cpu_s() - start_cpu_s
     gradient = effect.gradient
     if effect.share is not None:
         gradient = yield from total(w, effect.share, timings)
@@ -298,19 +242,8 @@ def finish_step(
     w.spent.add(timings)
     # Without the waiting: else large messages would make steps long, and long steps would pay for large messages.
     w.step_s = _running_mean(w.step_s, step_s - timings.wait_s)
-    _account(w, timings)
     w.step += 1
     w.midway = False
-
-
-def _account(w: Worker, timings: Timings) -> None:
-    """Grant the exchange its share of this step's computing, and charge what it has cost, MPI's thread included."""
-    cpu_s = w.links.cpu_s()
-    granted_s = (w.config.exchange_share or 0.0) * timings.compute_s
-    cost_s = timings.exchange_cpu_s + cpu_s - w.moved_cpu_s
-    w.moved_cpu_s = cpu_s
-    # Unused credit lapses after a step: a lull must not be followed by a burst.
-    w.exchange_credit_s = min(w.exchange_credit_s + granted_s - cost_s, granted_s)
 
 
 def _running_mean(mean: float, value: float) -> float:
@@ -326,6 +259,7 @@ def leave(w: Worker) -> Loop:
     learn from the sum that this worker is not in it.
     """
     start_s = w.now_s()
+    yield from quiet(w)
     if w.reduce is not None and w.reductions < w.end_step:
         yield from total(w, None, Timings(w.now_s(), 0, 0))
     w.links.announce(Kind.STOP if w.stop_reason else Kind.CLOSE, w.stamp())

@@ -14,7 +14,7 @@ from dlion_mpi.membership import Membership
 from dlion_mpi.metrics import StepRecord
 from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
 from dlion_mpi.strategies.base import Inbox, LinkView, Outgoing, Plan, Strategy
-from dlion_mpi.testbed import Batches, Collectives, Links, Reduce, Replica, Stamp, Until
+from dlion_mpi.testbed import Batches, Beside, Collectives, Links, Reduce, Replica, Stamp, Until
 from dlion_mpi.timeline import Phase
 from dlion_mpi.wire import Header, Kind, Message
 
@@ -84,8 +84,6 @@ class Timings:
     select_encode_s: float = 0.0
     wait_s: float = 0.0
     apply_s: float = 0.0
-    exchange_cpu_s: float = 0.0
-    """Processor time that the exchange has cost: of select_encode_s and apply_s all but the optimizer, and decoding."""
 
 
 @dataclass(slots=True)
@@ -124,7 +122,9 @@ class Worker:
     now_s: Callable[[], float]
     training_samples: int
     cpu_s: Callable[[], float] = lambda: 0.0
-    """Processor time that the loop's own thread has used: what the exchange costs, however many share the cores."""
+    """Processor time that the calling thread has used: what the exchange costs, however many share the cores."""
+    beside: Beside | None = None
+    """Makes messages beside the loop; see `exchange`. While it does, it alone changes ``posted`` and the links."""
     reduce: Reduce | None = None
     """For a strategy that shares its gradients by a sum; see `Effect.share`."""
     on_step: Callable[[StepRecord], None] = lambda record: None
@@ -149,7 +149,11 @@ class Worker:
     exchanged_step: int = -1
     exchange_credit_s: float = 0.0
     """Processor time that the exchange may still take: what `--exchange-share` grants, less what it has taken."""
+    exchange_cpu_s: float = 0.0
+    """Processor time that selecting, encoding, decoding and adding have cost since that was charged, in the loop and
+    beside it."""
     moved_cpu_s: float = 0.0
+    """Of `Links.cpu_s`, what has been charged or disturbed no computing."""
     posted: Counter[int] = field(default_factory=Counter)
     """Messages that every peer was sent by `post`."""
     collected: Counter[int] = field(default_factory=Counter)
@@ -217,9 +221,9 @@ class Worker:
             return not_ready(links)
         return links
 
-    def post(self, messages: dict[int, Outgoing], computed_at: float) -> None:
-        """Hand the links messages of this step."""
-        self.links.post(messages, self.stamp(computed_at))
+    def post(self, messages: dict[int, Outgoing], stamp: Stamp) -> None:
+        """Hand the links messages."""
+        self.links.post(messages, stamp)
         self.posted.update(messages.keys())
 
     def collect(self) -> None:

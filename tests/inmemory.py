@@ -26,7 +26,7 @@ from dlion_mpi.rounds import Transfer
 from dlion_mpi.strategies import resolve
 from dlion_mpi.strategies.allreduce import AllReduce
 from dlion_mpi.strategies.base import LinkView, Outgoing
-from dlion_mpi.testbed import Compute, Computed, LinkTotals, Loop, Stamp, Until
+from dlion_mpi.testbed import Compute, Computed, LinkTotals, Loop, Made, Stamp, Until
 from dlion_mpi.timeline import Phase
 from dlion_mpi.train import leave, train
 from dlion_mpi.worker import Worker
@@ -200,6 +200,7 @@ class MemoryLinks:
             self._network.send(self._rank, peer, buffer[: sizes[peer]])
             if message.entries is not None:
                 self._cpu_s += self._message_cpu_s
+            if message.entries is not None and peer in self.history[-1]:  # else it has left meanwhile
                 self.history[-1][peer] = (self.history[-1][peer][0], len(message.entries))
         return sizes
 
@@ -224,6 +225,31 @@ class MemoryLinks:
 
     def received_counts(self) -> list[int]:
         return list(self._received)
+
+
+class MemoryBeside:
+    """See `testbed.Beside`. The weather says when work is done: before the loop wants it done, or asks in vain."""
+
+    def __init__(self, network: Network, rank: int) -> None:
+        self._later = random.Random(f"{network.weather.seed} beside {rank}")
+        self._begun: list[Callable[[], Made]] = []
+        self._made: list[Made] = []
+
+    def begin(self, work: Callable[[], Made]) -> None:
+        self._begun.append(work)
+        self.move()
+
+    def move(self) -> None:
+        """Perhaps get on with it."""
+        while self._begun and self._later.random() < 0.5:
+            self._made.append(self._begun.pop(0)())
+
+    def done(self) -> bool:
+        return not self._begun
+
+    def take(self) -> list[Made]:
+        made, self._made = self._made, []
+        return made
 
 
 class Quadratic:
@@ -346,6 +372,7 @@ def run(
             recorder=Nothing(),
             now_s=lambda: network.tick * 1e-3,
             training_samples=sum(len(x) for x in rows),
+            beside=MemoryBeside(network, rank),
             reduce=own.reduce if isinstance(strategy, AllReduce) and len(replicas) > 1 else None,
         )
         run.workers.append(worker)
@@ -382,6 +409,9 @@ def _drive(workers: Sequence[Worker], network: Network, seconds: Callable[[int, 
         network.tick += 1
         assert network.tick - moved_at < STUCK, f"deadlock: ranks {sorted(loops)} wait for ever"
         rank = network.random.choice(sorted(loops))
+        beside = workers[rank].beside
+        assert isinstance(beside, MemoryBeside)
+        beside.move()  # a slow machine's too: its thread has all the time that its loop computes
         if rank == slow and len(loops) > 1 and network.random.randrange(slowness):
             continue
         request = waiting[rank]

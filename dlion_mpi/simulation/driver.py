@@ -13,7 +13,7 @@ from dlion_mpi.model import Gradient
 from dlion_mpi.outcome import stopped_by_signals, summary_row
 from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.simulation.run import Finish, VirtualRun
-from dlion_mpi.simulation.testbed import Operations, VirtualCollectives, VirtualLinks
+from dlion_mpi.simulation.testbed import Operations, VirtualCollectives, VirtualExchangeThread, VirtualLinks
 from dlion_mpi.strategies import find
 from dlion_mpi.testbed import Compute, Computed, Loop
 from dlion_mpi.train import leave, train
@@ -23,8 +23,11 @@ from dlion_mpi.worker import Worker
 class Process:
     """One worker's loop, and what it waits for."""
 
-    def __init__(self, worker: Worker, run: VirtualRun, events: Events, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, worker: Worker, links: VirtualLinks, run: VirtualRun, events: Events, on_end: Callable[[], None]
+    ) -> None:
         self.worker = worker
+        self._links = links
         self.ended_s = 0.0
         self._run = run
         self._events = events
@@ -32,7 +35,7 @@ class Process:
         self._loop: Loop = _life(worker)
         self._ready: Callable[[], bool] | None = None
         self._woken = False
-        self._exchange_s = 0.0  # of the processor time that messages cost, what has passed
+        self._exchange_s = 0.0  # of the processor time that messages cost the loop, what has passed
 
     def wake(self) -> None:
         """Something has come: ask once whether that was it, after all that comes at this same time."""
@@ -65,12 +68,12 @@ class Process:
     def _compute(self, request: Compute) -> None:
         """The gradient is computed in the pool while the events go on; it is there when its time has come.
 
-        What the messages since the last one have cost comes first.
+        What the messages since the last one have cost the loop comes first.
         """
         run, rank, now_s = self._run, self.worker.rank, self._events.now_s
         seconds = run.environment.pace(rank, now_s, run.config.seconds).seconds(len(request.y))
         future = run.pool.submit(run.seats[rank].gradient, request.x, request.y)
-        exchange_s, self._exchange_s = self.worker.links.cpu_s() - self._exchange_s, self.worker.links.cpu_s()
+        exchange_s, self._exchange_s = self._links.loop_s() - self._exchange_s, self._links.loop_s()
         self._events.at(now_s + exchange_s + seconds, partial(self._computed, future, seconds, request.alone))
 
     def _computed(self, future: Future[Gradient], seconds: float, alone: bool) -> None:
@@ -119,8 +122,9 @@ def drive(run: VirtualRun) -> list[Finish]:
             training_samples=run.shards[0].train_samples_global,
         )
         worker.on_step = partial(_metered, run, worker)
-        processes.append(Process(worker, run, events, partial(running.discard, rank)))
+        processes.append(Process(worker, own_links, run, events, partial(running.discard, rank)))
         own_links.wake = processes[rank].wake
+        worker.beside = VirtualExchangeThread(own_links, events, processes[rank].wake)
     with stopped_by_signals([process.worker for process in processes]):
         for process in processes:
             events.at(0.0, partial(process.resume, None))

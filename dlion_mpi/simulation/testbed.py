@@ -6,8 +6,10 @@ messages and measure bandwidth with the same `LinkRate`. Only, no message is enc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ from dlion_mpi.bandwidth import LinkRate
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.simulation.network import Events, Network, Stream
 from dlion_mpi.strategies.base import LinkView, Outgoing
-from dlion_mpi.testbed import LinkTotals, Stamp, link_views
+from dlion_mpi.testbed import LinkTotals, Made, Stamp, link_views
 from dlion_mpi.timeline import MessageLog, Unlogged
 from dlion_mpi.wire import HEADER_BYTES, Header, Kind, Message
 
@@ -110,7 +112,9 @@ class VirtualLinks:
         self._window = window
         self._nothing = Entries(size, np.empty(0, np.float32), np.empty(0, np.uint32))
         self._arrivals: list[tuple[_Link, _Parcel]] = []
-        self._exchange_s = 0.0
+        self._exchange_s = self._loop_s = 0.0
+        self._beside = False
+        self._free_s = 0.0  # when what makes messages beside the loop is done
         self._links = {peer: _Link(self, peer, network.stream(rank, peer)) for peer in range(workers) if peer != rank}
 
     def connect(self, everyone: Sequence[VirtualLinks]) -> None:
@@ -125,7 +129,8 @@ class VirtualLinks:
 
     def post(self, messages: dict[int, Outgoing], stamp: Stamp) -> dict[int, int]:
         """Send a message per peer. Returns the bytes of each."""
-        now_s = self._events.now_s
+        if any(m.entries is not None and m.entries.indices is not None and len(m.entries) for m in messages.values()):
+            self._spend(SELECT_S * self._nothing.size)
         packed: dict[tuple[int, str, Kind], tuple[Entries, int]] = {}  # what goes to several peers is packed once
         sizes = {}
         for peer, message in messages.items():
@@ -135,8 +140,6 @@ class VirtualLinks:
                 packed[key] = self._pack(message)
             entries, size_bytes = packed[key]
             link.sequence += 1
-            link.messages_sent += 1
-            link.bytes_sent += size_bytes
             header = Header(
                 kind=_kind(message),
                 sender=self.rank,
@@ -149,14 +152,41 @@ class VirtualLinks:
                 quality=message.quality,
                 computed_at=stamp.computed_at,
             )
-            link.rate.posted(link.sequence, size_bytes, now_s)
-            self.log.sent(peer, header, size_bytes, now_s)
-            link.stream.send(size_bytes, link.far.arrive, _Parcel(Message(header, entries), size_bytes))
             sizes[peer] = size_bytes
-            self._exchange_s += _handling_s(entries, SEND_S)
-        if any(entries.indices is not None and len(entries) for entries, _ in packed.values()):
-            self._exchange_s += SELECT_S * self._nothing.size
+            self._spend(_handling_s(entries, SEND_S))
+            self._depart(link, header, _Parcel(Message(header, entries), size_bytes))
         return sizes
+
+    def beside(self, work: Callable[[], Made]) -> tuple[Made, float]:
+        """Messages that are made beside the loop, and when they will be: each sets out when its turn has come."""
+        self._free_s = max(self._free_s, self._events.now_s)
+        self._beside = True
+        made = work()
+        self._beside = False
+        return dataclasses.replace(made, end_s=self._free_s), self._free_s
+
+    def _spend(self, seconds: float) -> None:
+        """Processor time for messages: the loop's, or that of what makes them beside it."""
+        self._exchange_s += seconds
+        if self._beside:
+            self._free_s += seconds
+        else:
+            self._loop_s += seconds
+
+    def _depart(self, link: _Link, header: Header, parcel: _Parcel) -> None:
+        """Send a message, when it has been made."""
+        if self._beside and self._free_s > self._events.now_s:
+            self._events.at(self._free_s, partial(self._send, link, header, parcel))
+        else:
+            self._send(link, header, parcel)
+
+    def _send(self, link: _Link, header: Header, parcel: _Parcel) -> None:
+        now_s = self._events.now_s
+        link.messages_sent += 1
+        link.bytes_sent += parcel.size_bytes
+        link.rate.posted(header.sequence, parcel.size_bytes, now_s)
+        self.log.sent(link.peer, header, parcel.size_bytes, now_s)
+        link.stream.send(parcel.size_bytes, link.far.arrive, parcel)
 
     def _pack(self, message: Outgoing) -> tuple[Entries, int]:
         """What the receiver will see, a copy since the strategy may reuse its arrays, and its exact bytes."""
@@ -185,7 +215,7 @@ class VirtualLinks:
                 link.receive(parcel)
             link.unpolled -= 1
             messages.append(parcel.message)
-            self._exchange_s += _handling_s(parcel.message.entries, RECEIVE_S)
+            self._spend(_handling_s(parcel.message.entries, RECEIVE_S))
         return messages
 
     def totals(self) -> dict[int, LinkTotals]:
@@ -213,6 +243,10 @@ class VirtualLinks:
         """Processor seconds that messages have cost so far, as the same work takes in a real run."""
         return self._exchange_s
 
+    def loop_s(self) -> float:
+        """The part of it that has kept the loop from computing."""
+        return self._loop_s
+
     def arrived(self, link: _Link, parcel: _Parcel) -> None:
         """A message is across and waits for `poll`."""
         self._arrivals.append((link, parcel))
@@ -222,6 +256,30 @@ class VirtualLinks:
         """An acknowledgement is across: a link may be free, and at the end the loop waits for every one of them."""
         rate.acknowledged(received, arrived_s)
         self.wake()
+
+
+class VirtualExchangeThread:
+    """Makes messages beside the loop in virtual time. ``wake``: called when it is done. See `testbed.Beside`."""
+
+    def __init__(self, links: VirtualLinks, events: Events, wake: Callable[[], None]) -> None:
+        self._links, self._events, self._wake = links, events, wake
+        self._done_s = 0.0
+        self._made: list[Made] = []
+
+    def begin(self, work: Callable[[], Made]) -> None:
+        """Have ``work`` done after what was begun before."""
+        made, self._done_s = self._links.beside(work)
+        self._made.append(made)
+        self._events.at(self._done_s, self._wake)
+
+    def done(self) -> bool:
+        """Whether all that was begun is done."""
+        return self._events.now_s >= self._done_s
+
+    def take(self) -> list[Made]:
+        """What has been made since the last call."""
+        made, self._made = self._made, []
+        return made
 
 
 def _handling_s(entries: Entries, sparse_s: float) -> float:

@@ -47,9 +47,8 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     if config.preset is not None and strategy.name != Dlion.name:
         raise UserError(f"--preset {config.preset} is dlion's, not of --strategy {strategy.name}: drop it")
     defaults = {**strategy.defaults, **(PAPER if config.preset == "paper" else {})}
-    if sync != "bounded":
-        for name in _BOUNDED_ONLY:
-            defaults.pop(name, None)
+    for name in (*(_BOUNDED_ONLY if sync != "bounded" else ()), *(_NOT_IN_SYNC if sync == "sync" else ())):
+        defaults.pop(name, None)
     values: dict[str, object] = {"sync": sync}
     for name in sorted(options()):
         given = getattr(config, name)
@@ -76,6 +75,7 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
 
 
 _BOUNDED_ONLY = ("staleness", "backup", "hop_max_gap", "hop_skip")
+_NOT_IN_SYNC = ("exchange_thread",)
 
 # A technique that is switched off leaves these options without a value.
 _SWITCHES: dict[str, tuple[str, tuple[str, ...]]] = {

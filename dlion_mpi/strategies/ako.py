@@ -36,7 +36,6 @@ class AkoState:
     missed: Missed
     effective: Vector
     start: int = 0
-    local: LocalGradient | None = None
 
 
 class Ako:
@@ -51,8 +50,9 @@ class Ako:
 
     name: ClassVar[str] = "ako"
     restates: ClassVar[bool] = False
+    beside: ClassVar[bool] = True
     sync_modes: ClassVar[tuple[str, ...]] = ("async", "bounded")
-    defaults: ClassVar[Mapping[str, object]] = {"staleness": 5, "ako_partitions": 0}
+    defaults: ClassVar[Mapping[str, object]] = {"staleness": 5, "ako_partitions": 0, "exchange_thread": "on"}
 
     def start(self, plan: Plan) -> AkoState:
         """See `Strategy.start`."""
@@ -63,7 +63,6 @@ class Ako:
         self, state: AkoState, local: LocalGradient, links: Mapping[int, LinkView]
     ) -> tuple[AkoState, dict[int, Outgoing]]:
         """This step's partition to everyone; to a link that takes no message, in `bounded`, a header."""
-        state.local = local
         if not links:
             return state, {}
         state.accumulated += local.vector
@@ -80,12 +79,11 @@ class Ako:
         return state, messages
 
     def incoming(
-        self, state: AkoState, weights: Callable[[], Vector], messages: Sequence[Message]
+        self, state: AkoState, local: LocalGradient, weights: Callable[[], Vector], messages: Sequence[Message]
     ) -> tuple[AkoState, Effect]:
         """``(1/n) (g + all that came)``."""
-        assert state.local is not None
         share = 1 / len(state.plan.ranks)
-        np.multiply(state.local.vector, np.float32(share), out=state.effective)
+        np.multiply(local.vector, np.float32(share), out=state.effective)
         for message in messages:
             message.entries.add_to(state.effective, share)
         return state, Effect(gradient=state.effective)

@@ -45,7 +45,7 @@ class AllReduce:
         return state, {}
 
     def incoming(
-        self, state: AllReduceState, weights: Callable[[], Vector], messages: Sequence[Message]
+        self, state: AllReduceState, local: LocalGradient, weights: Callable[[], Vector], messages: Sequence[Message]
     ) -> tuple[AllReduceState, Effect]:
         """The sum of everyone's shares."""
         return state, Effect(share=state.share)

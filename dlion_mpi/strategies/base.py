@@ -68,7 +68,7 @@ class LinkView:
 class LocalGradient:
     """The worker's own mean gradient of this step: (P,) float32, over ``lbs`` of ``gbs`` samples.
 
-    The vector is read-only and valid until the next step's `outgoing`.
+    The vector is read-only and valid until the next step's `outgoing` begins.
     """
 
     vector: Vector
@@ -195,8 +195,10 @@ class Strategy(Protocol):
     ) -> tuple[Any, dict[int, Outgoing]]:
         """What to send to whom after computing ``local``. ``links`` has the live peers."""
 
-    def incoming(self, state: Any, weights: Callable[[], Vector], messages: Sequence[Message]) -> tuple[Any, Effect]:
-        """What this step does to the replica, given what arrived for it."""
+    def incoming(
+        self, state: Any, local: LocalGradient, weights: Callable[[], Vector], messages: Sequence[Message]
+    ) -> tuple[Any, Effect]:
+        """What this step does to the replica, given ``local``, the own gradient, and what arrived for it."""
 
     def may_advance(self, state: Any, step: int, inbox: Inbox) -> bool:
         """Whether step ``step``, computed and posted, may be completed with what has arrived."""
@@ -213,6 +215,16 @@ class SendsFirst(Protocol):
 
         Asked again while the worker waits in that step, whenever something has come: other links may be free then.
         """
+
+
+@runtime_checkable
+class SelectsBeside(Protocol):
+    """A strategy that says whether its `outgoing` may run in a thread beside all that the loop does until the next:
+    `incoming`, `may_advance`, the optimizer, the next gradient."""
+
+    beside: ClassVar[bool]
+    """Whether `outgoing` changes nothing that those read, reads nothing that they change, and returns the state that it
+    was given."""
 
 
 @runtime_checkable

@@ -16,11 +16,10 @@ from dlion_mpi.wire import Message
 
 @dataclass(slots=True)
 class BaselineState:
-    """The plan, this step's own gradient, and the buffer of the effective gradient, (P,) float32."""
+    """The plan, and the buffer of the effective gradient, (P,) float32."""
 
     plan: Plan
     effective: Vector
-    local: LocalGradient | None = None
 
 
 class Baseline:
@@ -42,17 +41,15 @@ class Baseline:
         self, state: BaselineState, local: LocalGradient, links: Mapping[int, LinkView]
     ) -> tuple[BaselineState, dict[int, Outgoing]]:
         """The whole gradient to everyone."""
-        state.local = local
         whole = Outgoing(entries=Entries(state.plan.layout.size, local.vector), quality=100.0)
         return state, dict.fromkeys(links, whole)
 
     def incoming(
-        self, state: BaselineState, weights: Callable[[], Vector], messages: Sequence[Message]
+        self, state: BaselineState, local: LocalGradient, weights: Callable[[], Vector], messages: Sequence[Message]
     ) -> tuple[BaselineState, Effect]:
         """The mean of everyone's gradients."""
-        assert state.local is not None
         share = 1 / (1 + len(messages))
-        np.multiply(state.local.vector, np.float32(share), out=state.effective)
+        np.multiply(local.vector, np.float32(share), out=state.effective)
         for message in messages:
             message.entries.add_to(state.effective, share)
         return state, Effect(gradient=state.effective)

@@ -30,16 +30,12 @@ from dlion_mpi.wire import Message, ValueType
 
 @dataclass(slots=True)
 class DlionState:
-    """``unsent``: what was not sent yet, None if that is dropped. ``effective``: a (P,) float32 buffer.
-
-    ``local``: this step's own gradient.
-    """
+    """``unsent``: what was not sent yet, None if that is dropped. ``effective``: a (P,) float32 buffer."""
 
     plan: Plan
     unsent: Unsent | None
     selector: Selector
     effective: Vector
-    local: LocalGradient | None = None
 
 
 PAPER: Mapping[str, object] = {
@@ -62,6 +58,7 @@ class Dlion:
 
     name: ClassVar[str] = "dlion"
     restates: ClassVar[bool] = False
+    beside: ClassVar[bool] = True
     sync_modes: ClassVar[tuple[str, ...]] = ("bounded", "sync", "async")
     defaults: ClassVar[Mapping[str, object]] = {
         "staleness": 5,
@@ -73,6 +70,7 @@ class Dlion:
         "unsent": "accumulate",
         "value_type": "bfloat16",
         "exchange_share": 0.15,
+        "exchange_thread": "on",
         **TRANSFER,
         "transfer": "auto",
     }
@@ -89,7 +87,6 @@ class Dlion:
 
         Where somebody may be waiting for this worker's step, any other link gets a header that tells it.
         """
-        state.local = local
         config = state.plan.config
         budgets = {peer: _budget_bytes(link, config.sync) for peer, link in links.items()}
         told = [peer for peer, budget in budgets.items() if budget is not None or config.sync != "async"]
@@ -104,11 +101,10 @@ class Dlion:
         return state, messages
 
     def incoming(
-        self, state: DlionState, weights: Callable[[], Vector], messages: Sequence[Message]
+        self, state: DlionState, local: LocalGradient, weights: Callable[[], Vector], messages: Sequence[Message]
     ) -> tuple[DlionState, Effect]:
         """The weighted sum of the own gradient and of what arrived."""
-        assert state.local is not None
-        local, config, workers = state.local, state.plan.config, len(state.plan.ranks)
+        config, workers = state.plan.config, len(state.plan.ranks)
         own = coefficient(config.weighting, local.lbs, local.gbs, own_lbs=local.lbs, workers=workers)
         np.multiply(local.vector, np.float32(own), out=state.effective)
         for message in messages:

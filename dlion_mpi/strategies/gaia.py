@@ -29,7 +29,6 @@ class GaiaState:
     effective: Vector
     before: Vector | None = None
     told: int = -1
-    local: LocalGradient | None = None
 
 
 class Gaia:
@@ -46,7 +45,12 @@ class Gaia:
     name: ClassVar[str] = "gaia"
     restates: ClassVar[bool] = False
     sync_modes: ClassVar[tuple[str, ...]] = ("bounded", "async")
-    defaults: ClassVar[Mapping[str, object]] = {"staleness": 5, "gaia_threshold": 0.01, "gaia_barrier": "selective"}
+    defaults: ClassVar[Mapping[str, object]] = {
+        "staleness": 5,
+        "gaia_threshold": 0.01,
+        "gaia_barrier": "selective",
+        "exchange_thread": "on",
+    }
 
     def start(self, plan: Plan) -> GaiaState:
         """See `Strategy.start`."""
@@ -82,15 +86,13 @@ class Gaia:
         self, state: GaiaState, local: LocalGradient, links: Mapping[int, LinkView]
     ) -> tuple[GaiaState, dict[int, Outgoing]]:
         """Nothing: the gradient is no update yet."""
-        state.local = local
         return state, {}
 
     def incoming(
-        self, state: GaiaState, weights: Callable[[], Vector], messages: Sequence[Message]
+        self, state: GaiaState, local: LocalGradient, weights: Callable[[], Vector], messages: Sequence[Message]
     ) -> tuple[GaiaState, Effect]:
         """Others' updates to the weights, and ``g / n`` for the optimizer."""
-        assert state.local is not None
-        np.multiply(state.local.vector, np.float32(1 / len(state.plan.ranks)), out=state.effective)
+        np.multiply(local.vector, np.float32(1 / len(state.plan.ranks)), out=state.effective)
         before = state.before = weights()
         for message in messages:
             message.entries.add_to(before, 1.0)

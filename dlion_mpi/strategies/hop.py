@@ -28,7 +28,6 @@ class HopState:
     newest: dict[int, int] = field(default_factory=dict)
     sent: dict[int, int] = field(default_factory=dict)
     told: int = -1
-    local: LocalGradient | None = None
 
 
 class Hop:
@@ -54,6 +53,7 @@ class Hop:
         "hop_graph": "all",
         "hop_max_gap": 8,
         "hop_skip": 10,
+        "exchange_thread": "on",
     }
 
     def start(self, plan: Plan) -> HopState:
@@ -80,15 +80,13 @@ class Hop:
         self, state: HopState, local: LocalGradient, links: Mapping[int, LinkView]
     ) -> tuple[HopState, dict[int, Outgoing]]:
         """Nothing: gradients stay at home."""
-        state.local = local
         return state, {}
 
     def incoming(
-        self, state: HopState, weights: Callable[[], Vector], messages: Sequence[Message]
+        self, state: HopState, local: LocalGradient, weights: Callable[[], Vector], messages: Sequence[Message]
     ) -> tuple[HopState, Effect]:
         """The weighted mean of the parameters that have come, and the own gradient for the optimizer."""
-        assert state.local is not None
-        step, gradient = state.local.step, state.local.vector
+        step, gradient = local.step, local.vector
         arrived = {message.header.sender: message for message in messages}  # by step: the newest is the last
         state.newest |= {j: message.header.step for j, message in arrived.items()}
         skipped = _skipped(state, step)

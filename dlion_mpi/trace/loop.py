@@ -22,7 +22,6 @@ NAMES = {
     Phase.LEAVE: "leave together",
 }
 """The loop's phases, as the trace calls them."""
-BESIDE = (Phase.EVALUATE, Phase.TRANSFER)
 SLEEP = "sleep (paced)"
 
 
@@ -118,20 +117,31 @@ def _sleeps(rank: Rank, spans: Slices) -> Slices:
 def beside(events: Events, rank: Rank, spans: Array | None, window: Window) -> None:
     """The tracks of what goes on beside the loop. Without spans only when it ended is known, or was asked for."""
     pid = rank.rank + 1
+    if spans is not None:
+        _exchange(events, pid, spans[spans["phase"] == int(Phase.EXCHANGE)], window)
     tests, moves = rank.evaluations, rank.transfers
     start, end = _extents(tests["time_s"], spans, Phase.EVALUATE, by="start_s")
-    lanes = Lanes(events, pid, "evaluations", 1)
+    lanes = Lanes(events, pid, "evaluations", 2)
     for row in np.flatnonzero(window.shows(start, end)).tolist():
         a, b = int(start[row]), int(end[row])
         args = f'"step":{number(tests["step"][row])},"accuracy":{number(tests["accuracy"][row])}'
         events.slice(pid, lanes.take(a, b), a, b, "evaluate", args)
     start, end = _extents(moves["time_s"], spans, Phase.TRANSFER, by="end_s")
-    lanes = Lanes(events, pid, "knowledge transfers", 2)
+    lanes = Lanes(events, pid, "knowledge transfers", 3)
     for row in np.flatnonzero(window.shows(start, end)).tolist():
         a, b = int(start[row]), int(end[row])
         names = ("started_step", "step", "source", "merged", "payload_bytes")
         args = ",".join(f'"{name}":{number(moves[name][row])}' for name in names)
         events.slice(pid, lanes.take(a, b), a, b, "knowledge transfer", args)
+
+
+def _exchange(events: Events, pid: int, spans: Array, window: Window) -> None:
+    """The track of the thread that makes messages."""
+    lanes = Lanes(events, pid, "exchange", 1)
+    start, end = micros(spans["start_s"]), micros(spans["end_s"])
+    for row in np.flatnonzero(window.shows(start, end)).tolist():
+        a, b = int(start[row]), int(end[row])
+        events.slice(pid, lanes.take(a, b), a, b, NAMES[Phase.SELECT])
 
 
 def _extents(time_s: Array, spans: Array | None, phase: Phase, *, by: str) -> tuple[Micros, Micros]:

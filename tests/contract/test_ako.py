@@ -166,7 +166,7 @@ def test_what_comes_is_added_at_once_each_worker_s_with_the_same_weight() -> Non
     strategy, state = start()
     state, _ = strategy.outgoing(state, local(a), {1: FREE, 2: FREE})
     arrived = [arrival(1, b, lbs=8, step=3), arrival(1, c, lbs=8, step=4)]
-    _, effect = strategy.incoming(state, OPTIMUM.copy, arrived)
+    _, effect = strategy.incoming(state, local(a), OPTIMUM.copy, arrived)
     assert effect.weights is None
     np.testing.assert_allclose(effect.gradient, (a + b + c) / 3, rtol=1e-5, atol=1e-3)
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from dlion_mpi import wire
 from dlion_mpi.config import Config
+from dlion_mpi.exchange import MOST_STEPS_APART
 from dlion_mpi.flat import Vector
 from dlion_mpi.strategies import STRATEGIES, resolve
 from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, Plan, SendsFirst
-from dlion_mpi.train import MOST_STEPS_APART
 from dlion_mpi.wire import Header, Kind, Message, ValueType
 from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, every_message_mode, gradients, local, trained
 from tests.inmemory import Weather
@@ -28,7 +28,7 @@ def first_messages(settings: Config, links: dict[int, LinkView]) -> dict[int, Ou
     if isinstance(strategy, SendsFirst):
         state, _ = strategy.opening(state, 0, OPTIMUM.copy, links)
         state, _ = strategy.outgoing(state, local(OPTIMUM), links)
-        state, _ = strategy.incoming(state, OPTIMUM.copy, [])
+        state, _ = strategy.incoming(state, local(OPTIMUM), OPTIMUM.copy, [])
         state, messages = strategy.opening(state, 1, lambda: OPTIMUM * np.float32(2), links)
     return messages | strategy.outgoing(state, local(OPTIMUM), links)[1]
 
@@ -250,7 +250,7 @@ def applied(settings: Config, own: LocalGradient, messages: list[Message]) -> Ve
     strategy, resolved = resolve(settings)
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1, 2), layout=LAYOUT))
     state, _ = strategy.outgoing(state, own, {1: LinkView(True, 1e9), 2: LinkView(True, 1e9)})
-    effect = strategy.incoming(state, lambda: np.zeros(SIZE, np.float32), messages)[1]
+    effect = strategy.incoming(state, own, lambda: np.zeros(SIZE, np.float32), messages)[1]
     assert effect.gradient is not None
     return effect.gradient
 

@@ -39,8 +39,9 @@ class Gaia:
         return messages
 
     def finish(self, gradient: Vector, *arrived: Any) -> None:
-        self.state, _ = self.strategy.outgoing(self.state, local(gradient, step=self.step), {})
-        self.state, effect = self.strategy.incoming(self.state, self.w.copy, list(arrived))
+        own = local(gradient, step=self.step)
+        self.state, _ = self.strategy.outgoing(self.state, own, {})
+        self.state, effect = self.strategy.incoming(self.state, own, self.w.copy, list(arrived))
         if effect.weights is not None:
             self.w = effect.weights.copy()
         assert effect.gradient is not None

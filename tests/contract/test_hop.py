@@ -50,9 +50,10 @@ def mean_of(effect: Effect) -> Vector:
 def completed(step: int, own: float, *messages: Message, **options: Any) -> Effect:
     """The effect of step ``step`` on a worker whose parameters are all ``own``."""
     strategy, state = start(**options)
-    state, nothing = strategy.outgoing(state, local(OPTIMUM, step=step), {1: FREE})
+    gradient = local(OPTIMUM, step=step)
+    state, nothing = strategy.outgoing(state, gradient, {1: FREE})
     assert nothing == {}
-    return strategy.incoming(state, lambda: filled(own), sorted(messages, key=lambda m: m.header.step))[1]
+    return strategy.incoming(state, gradient, lambda: filled(own), sorted(messages, key=lambda m: m.header.step))[1]
 
 
 # ---- the graph
@@ -206,7 +207,7 @@ def test_nobody_goes_on_with_parameters_that_are_too_old(staleness: int) -> None
     assert strategy.may_advance(state, 4 + staleness, inbox)
     assert not strategy.may_advance(state, 5 + staleness, inbox)
     state, _ = strategy.outgoing(state, local(OPTIMUM, step=4), {1: FREE})
-    state, _ = strategy.incoming(state, OPTIMUM.copy, inbox.take(math.inf))
+    state, _ = strategy.incoming(state, local(OPTIMUM, step=4), OPTIMUM.copy, inbox.take(math.inf))
     assert strategy.may_advance(state, 4 + staleness, inbox)
     assert not strategy.may_advance(state, 5 + staleness, inbox)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import h5py
 import numpy as np
 import pytest
 
+from dlion_mpi import environments
 from dlion_mpi.config import Config, Every
 from dlion_mpi.data import Batches, Shard, load_shards
-from dlion_mpi.environments import Environment, Phase
+from dlion_mpi.environments import Environment
 from dlion_mpi.errors import UserError
 from dlion_mpi.model import Replica, build, optimizer
 from dlion_mpi.outcome import Outcome
@@ -22,6 +24,7 @@ from dlion_mpi.simulation import testbed as simulation_testbed
 from dlion_mpi.simulation.network import payload_bytes_per_s
 from dlion_mpi.simulation.run import prepare
 from dlion_mpi.strategies import STRATEGIES, resolve
+from dlion_mpi.timeline import Phase
 from dlion_mpi.wire import HEADER_BYTES, Message
 from dlion_mpi.worker import Worker
 from tests.contract.problem import every_message_mode
@@ -40,7 +43,7 @@ def config(**options: Any) -> Config:
 
 
 def cloud(cores: tuple[float, ...] = (24.0, 24.0, 24.0), mbit: float = 1000.0, **rest: Any) -> Environment:
-    phase = Phase(cores=cores, uplink_mbit=(mbit,) * len(cores))
+    phase = environments.Phase(cores=cores, uplink_mbit=(mbit,) * len(cores))
     return Environment(name="test", workers=len(cores), phases=(phase,), **rest)
 
 
@@ -232,6 +235,45 @@ def test_what_messages_cost_a_processor_takes_time(tmp_path: Path, monkeypatch: 
         np.testing.assert_allclose(own["steps/step_s"][1:], 0.24, atol=0.002)
 
 
+ALL_ENTRIES = {"max_n": 100.0, "exchange_share": 0.0, "batching": "fixed", "value_type": "float32"}
+"""Of dlion: a dense message to every peer at every step."""
+
+
+def spans(own: dict[str, Any], phase: Phase) -> list[tuple[float, float]]:
+    found = own["timeline/spans"]
+    return [(float(s["start_s"]), float(s["end_s"])) for s in found[found["phase"] == int(phase)]]
+
+
+@pytest.mark.parametrize(("thread", "step_s"), [("on", 0.22), ("off", 0.24)])
+def test_what_is_made_beside_the_loop_does_not_keep_it(
+    thread: str, step_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two messages takes 10 ms to make, and as long to take in."""
+    monkeypatch.setattr(simulation_testbed, "DENSE_S", 0.010 / PARAMETERS)
+    _, ranks = recorded(tmp_path, cloud(), exchange_thread=thread, steps=8, **ALL_ENTRIES)
+    for own in ranks:
+        np.testing.assert_allclose(own["steps/step_s"][2:], step_s, atol=0.002)
+        beside = spans(own, Phase.EXCHANGE)
+        assert [round(end - start, 4) for start, end in beside] == ([0.02] * 8 if thread == "on" else [])
+        sent = own["timeline/sent"]
+        sent = sent[sent["size_bytes"] > HEADER_BYTES]
+        made_s = [0.01, 0.02] if thread == "on" else [0.0, 0.0]
+        np.testing.assert_allclose(sent["posted_s"] - sent["computed_s"], made_s * 8, atol=1e-6)
+
+
+def test_the_next_messages_wait_for_those_that_are_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two messages takes 0.15 s to make; computing takes 0.2 s, and taking two in 0.3 s."""
+    monkeypatch.setattr(simulation_testbed, "DENSE_S", 0.15 / PARAMETERS)
+    monkeypatch.setattr(simulation_testbed, "RECEIVE_BUFFERS", 100)
+    _, ranks = recorded(tmp_path, cloud(), sync="async", window=64, steps=8, **ALL_ENTRIES)
+    for own in ranks:
+        making = spans(own, Phase.EXCHANGE)
+        assert len(making) == 8
+        assert all(start >= end for (_, end), (start, _) in itertools.pairwise(making))
+        waited = own["steps/select_encode_s"]
+        assert waited[1] == pytest.approx(0.1, abs=1e-3)  # of 0.3 s, 0.2 s are computed meanwhile
+
+
 def test_an_allreduce_step_is_the_slowest_worker_and_the_ring(tmp_path: Path) -> None:
     _, ranks = recorded(tmp_path, cloud((24.0, 12.0, 4.0), mbit=1.0), strategy="allreduce", steps=3)
     slowest_s = 0.02 + 32 * 0.18 / 32 * 6
@@ -253,8 +295,8 @@ def test_a_free_network_costs_nothing_and_balances(tmp_path: Path) -> None:
 
 def test_paces_and_rates_change_with_the_phase(tmp_path: Path) -> None:
     phases = (
-        Phase(cores=(24.0,) * 2, uplink_mbit=(1.0,) * 2, share=0.5),
-        Phase(cores=(12.0,) * 2, uplink_mbit=(4.0,) * 2, share=0.5),
+        environments.Phase(cores=(24.0,) * 2, uplink_mbit=(1.0,) * 2, share=0.5),
+        environments.Phase(cores=(12.0,) * 2, uplink_mbit=(4.0,) * 2, share=0.5),
     )
     environment = Environment(name="test", workers=2, phases=phases)
     _, (own, _) = recorded(tmp_path, environment, strategy="baseline", seconds=10.0)

@@ -76,10 +76,11 @@ def test_one_worker_alone_descends_as_plain_sgd(name: str, mode: str) -> None:
 def test_a_strategy_of_one_rank_sends_nothing_and_applies_its_own_gradient(name: str, mode: str) -> None:
     strategy, resolved = resolve(config(name, mode))
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0,), layout=LAYOUT))
-    state, outgoing = strategy.outgoing(state, local(OPTIMUM, lbs=8, gbs=8), {})
+    own = local(OPTIMUM, lbs=8, gbs=8)
+    state, outgoing = strategy.outgoing(state, own, {})
     assert outgoing == {}
     assert strategy.may_advance(state, 0, Inbox({}))
-    state, effect = strategy.incoming(state, lambda: np.zeros(SIZE, np.float32), [])
+    state, effect = strategy.incoming(state, own, lambda: np.zeros(SIZE, np.float32), [])
     if effect.gradient is not None:
         np.testing.assert_array_equal(effect.gradient, OPTIMUM)
 
@@ -259,7 +260,8 @@ def test_a_machine_that_slows_down_in_mid_run_gets_smaller_batches(mode: str) ->
     assert result.records[0][5].lbs == 40
     # 13 1/3, 53 1/3, 53 1/3: which of the three gets the sample that is left is not said
     assert result.records[0][-1].lbs in (13, 14)
-    assert sum(records[-1].lbs for records in result.records) == 120
+    # Where nobody waits, the last steps of two workers may be of two rounds, each of which gives it to someone else.
+    assert abs(sum(records[-1].lbs for records in result.records) - 120) <= (0 if mode == "sync" else 1)
 
 
 @pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)

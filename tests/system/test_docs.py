@@ -85,6 +85,7 @@ from turns import Turns
 
 
 class Raises(Turns):
+    BESIDE
     def outgoing(self, state, local, links):
         if dlion_mpi.rank() == 1 and local.step == 3:
             raise ZeroDivisionError("of the strategy")
@@ -98,8 +99,10 @@ print("not reached")
 """
 
 
-def test_an_exception_in_a_users_strategy_on_one_rank_ends_all(folder: Path) -> None:
-    (folder / "raises.py").write_text(RAISES, encoding="utf-8")
+@pytest.mark.parametrize("where", ["in the loop", "beside it"])
+def test_an_exception_in_a_users_strategy_on_one_rank_ends_all(folder: Path, where: str) -> None:
+    beside = 'beside, defaults = True, {"staleness": 5, "exchange_thread": "on"}' if where == "beside it" else ""
+    (folder / "raises.py").write_text(RAISES.replace("BESIDE", beside), encoding="utf-8")
     ended = run(2, "python", "raises.py", cwd=folder)
     assert ended.code != 0
     assert "not reached" not in ended.out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def test_a_trace_of_workers_that_exchange_messages(tmp_path: Path) -> None:
     run, trace = trained(tmp_path, 2, *options)
     for rank in run.ranks:
         check_seconds(rank, trace)
+        made = [s for s in trace.slices if s.rank == rank.rank and s.track == "exchange"]
+        assert len(made) == 40
+        assert all(b.start >= a.end for a, b in itertools.pairwise(made))
         assert len(trace.named("evaluate", rank.rank)) == len(rank.evaluations["step"]) > 3
         assert all(s.end > s.start for s in trace.named("evaluate", rank.rank))
         assert len(trace.named("knowledge transfer", rank.rank)) == len(rank.transfers["step"]) > 0

@@ -413,9 +413,13 @@ def test_staleness_is_for_bounded_alone(mode: str) -> None:
         ({"strategy": "baseline", "preset": "paper"}, "--preset paper is dlion's, not of --strategy baseline"),
         ({"strategy": "baseline", "staleness": 1}, "--staleness is not used by --strategy baseline"),
         ({"strategy": "baseline", "backup": 1}, "--sync sync, which has no options of its own: drop it"),
-        ({"strategy": "ako", "max_n": 9.0}, "--sync async, which has --ako-partitions: drop it"),
-        ({"strategy": "ako", "sync": "bounded", "max_n": 9.0}, "which has --staleness, --ako-partitions: drop it"),
-        ({"strategy": "gaia", "backup": 1}, "which has --staleness, --gaia-threshold, --gaia-barrier: drop it"),
+        ({"strategy": "ako", "max_n": 9.0}, "--sync async, which has --ako-partitions, --exchange-thread: drop it"),
+        ({"strategy": "ako", "sync": "bounded", "max_n": 9.0}, "which has --staleness, --ako-partitions, --exch"),
+        (
+            {"strategy": "gaia", "backup": 1},
+            "has --staleness, --gaia-threshold, --gaia-barrier, --exchange-thread: drop",
+        ),
+        ({"sync": "sync", "exchange_thread": "on"}, "--exchange-thread is not used by --strategy dlion --sync sync"),
         ({"strategy": "hop", "sync": "sync", "hop_skip": 1}, "--strategy hop --sync sync, which has --hop-graph: drop"),
     ],
 )

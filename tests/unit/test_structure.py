@@ -170,7 +170,7 @@ def test_strategies_know_neither_the_loop_nor_mpi_nor_the_clock(module: str) -> 
     assert not foreign & {"time", "datetime", "threading", "os", "socket", "mpi4py", "tensorflow", "keras"}
 
 
-@pytest.mark.parametrize("module", ["train", "worker", "rounds", "testbed"])
+@pytest.mark.parametrize("module", ["train", "exchange", "worker", "rounds", "testbed"])
 def test_the_loop_runs_on_any_testbed(module: str) -> None:
     assert not own(f"dlion_mpi.{module}") & TRAIN_MAY_NOT
     foreign = {name.split(".")[0] for name in imported(f"dlion_mpi.{module}")}

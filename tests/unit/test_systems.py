@@ -169,8 +169,8 @@ def test_what_is_expected_is_the_median_of_other_seeds_or_else_of_other_environm
     for env, time in (("homo-a", 90.0), ("dynamic-a", 110.0)):
         results.add(finished("ako", time, env=env))
     assert results.expected_s(small(3)) == 100.0
-    for seed, time in enumerate((100.0, 140.0, None)):
-        results.add(finished("ako", time, seed=seed))
+    for seed, to_80 in enumerate((100.0, 140.0, None)):
+        results.add(finished("ako", to_80, seed=seed))
     results.add(finished("gaia", 10.0))
     assert results.expected_s(small(3)) == 140.0
 
