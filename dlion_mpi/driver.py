@@ -49,11 +49,15 @@ class ExchangeThread:
         future.add_done_callback(lambda _: self._notify())
 
     def done(self) -> bool:
-        """Whether all that was begun is done."""
-        return all(future.done() for future in self._begun)
+        """Whether all that was begun is done. Raises what ``work`` raised, once."""
+        try:
+            return all(future.done() and future.result() for future in self._begun)
+        except BaseException:
+            self._begun = []
+            raise
 
     def take(self) -> list[Made]:
-        """What has been made since the last call. Raises what ``work`` raised."""
+        """What has been made since the last call."""
         begun, self._begun = self._begun, []
         return [future.result() for future in begun]
 

@@ -62,15 +62,20 @@ def local_gradient(w: Worker, computed: Computed) -> LocalGradient:
     return LocalGradient(vector=computed.gradient, step=w.step, lbs=w.status.lbs, gbs=w.status.gbs)
 
 
+def is_quiet(w: Worker) -> bool:
+    """Whether nothing is being made beside the loop. Raises what failed there."""
+    beside = _thread(w)
+    return beside is None or beside.done()
+
+
 def quiet(w: Worker) -> Generator[Until, None, None]:
     """Wait until nothing is being made beside the loop."""
-    beside = _thread(w)
-    if beside is not None and not beside.done():
-        yield Until(beside.done)
+    if not is_quiet(w):
+        yield Until(lambda: is_quiet(w))
 
 
 def settle(w: Worker, timings: Timings) -> Generator[Until, None, dict[int, float]]:
-    """Wait for what is being made beside the loop. Returns the N of each message with entries; raises what failed."""
+    """Wait for what is being made beside the loop. Returns the N of each message with entries."""
     beside = _thread(w)
     if beside is None:
         return {}

@@ -87,10 +87,10 @@ class Beside(Protocol):
         """Have ``work`` done after what was begun before."""
 
     def done(self) -> bool:
-        """Whether all that was begun is done."""
+        """Whether all that was begun is done. Raises what ``work`` raised, once."""
 
     def take(self) -> list[Made]:
-        """What has been made since the last call, once all is `done`. Raises what ``work`` raised."""
+        """What has been made since the last call, once all is `done`."""
 
 
 Loop = Generator[Compute | Until, Computed | None, None]

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 import numpy as np
 
 from dlion_mpi.errors import RunError
-from dlion_mpi.exchange import local_gradient, post, quiet, send_first, settle
+from dlion_mpi.exchange import is_quiet, local_gradient, post, quiet, send_first, settle
 from dlion_mpi.flat import Vector
 from dlion_mpi.metrics import StepRecord
 from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
@@ -104,6 +104,7 @@ def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until
         if w.may_complete():
             return True
         sent.update(send_first(w, timings, waiting=True))  # a link that was busy when the step began may be free now
+        is_quiet(w)  # what fails there must not be waited for
         return False
 
     if not ready():
