@@ -1,14 +1,17 @@
-"""Systems in micro-clouds by simulation: seconds to 70 % and 80 %, accuracy and spread at 120 s, bytes sent.
+"""Systems in micro-clouds, simulated or emulated: seconds to 70 % and 80 %, accuracy and spread at 120 s, bytes sent.
 
 Every finished run is a line of the results file at once. What the file has already is not run again, so a run that
 was cut off is started again with the same command. Run it from the root of the repository.
 
     python benchmarks/systems.py --results systems.jsonl
+    python benchmarks/systems.py --results systems.jsonl --emulated --seeds 0 --seconds 240 --jobs 1 \
+        --env homo-a homo-b hetero-sys-a hetero-sys-b --system dlion baseline ako gaia hop horovod
     python benchmarks/systems_table.py systems.jsonl --markdown
 
 A run tests every 20 steps, with 1,000 samples, until the mean over the workers reaches 80 %, or for `--seconds` or
 `--steps`, whichever comes first: a system whose many quick steps lead nowhere would take hours. The changes of the
-dynamic environments come at thirds of `--at`, whatever the length of the run.
+dynamic environments come at thirds of `--at`, whatever the length of the run. Emulated runs take as long as they say,
+need root, and the machine to themselves.
 """
 
 from __future__ import annotations
@@ -44,18 +47,21 @@ from dlion_mpi.outcome import commit, versions
 ENVIRONMENTS = tuple(name for name in environments.names() if not name.startswith("gpu-"))
 SYSTEMS = ("free-network", "allreduce", "dlion", "dlion --preset paper", "baseline", "ako", "gaia", "hop")
 TARGETS = (0.7, 0.8)
+SIMULATED, EMULATED = "simulated", "emulated"
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """What one line of the results file is about. ``system``: a strategy, and options after it."""
 
+    testbed: str
     environment: str
     system: str
     seed: int
     most_seconds: float
     most_steps: int
     at_seconds: float
+    learning_rate: float
 
     @classmethod
     def of(cls, run: dict[str, Any]) -> Case:
@@ -94,7 +100,7 @@ class Results:
     def expected_s(self, case: Case) -> float:
         """The seconds that the same system took to the last target: with another seed, or if there is none in other
         environments; infinite if not known."""
-        known = [run for run in list(self.runs) if run["system"] == case.system]
+        known = [run for run in list(self.runs) if (run["testbed"], run["system"]) == (case.testbed, case.system)]
         same = [run for run in known if run["environment"] == case.environment]
         times = [run["seconds_to"][_percent(TARGETS[-1])] for run in same or known]
         return statistics.median(time or math.inf for time in times) if times else math.inf
@@ -102,7 +108,7 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One simulated run. By worker: its tests, the times of its steps and the bytes it had sent by then."""
+    """One run. By worker: its tests, the times of its steps and the bytes it had sent by then."""
 
     tests: list[list[Evaluation]]
     times_s: list[np.ndarray]
@@ -142,19 +148,22 @@ class Unstable(Exception):
     """A run that ended itself, for example since its loss was no longer finite."""
 
 
-def simulated(case: Case, seconds: float, target: float) -> Measured:
+def measured(case: Case, seconds: float, target: float) -> Measured:
     """Run until ``target``, or for ``seconds``. Raises Unstable, and RuntimeError for anything else that went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         env, out = _fixed_phases(case, Path(folder)), Path(folder) / "run"
-        command = [sys.executable, "-m", "dlion_mpi", "simulate", "--env", env, "--strategy", *shlex.split(case.system)]
-        command += ["--evaluate-every", "20", "--test-samples", "1000", "--threads", "1", "--progress-every", "0"]
+        dlion = [sys.executable, "-m", "dlion_mpi"]
+        command = [*dlion, "simulate", "--env", env, "--threads", "1"]
+        if case.testbed == EMULATED:
+            command = [*dlion, "emulate", "run", "--env", env, "--name", "systems", "--", *dlion, "train"]
+        command += ["--learning-rate", str(case.learning_rate), "--strategy", *shlex.split(case.system)]
+        command += ["--evaluate-every", "20", "--test-samples", "1000", "--progress-every", "0"]
         command += ["--seed", str(case.seed), "--seconds", str(seconds), "--steps", str(case.most_steps)]
-        command += ["--target-accuracy", str(target)]
-        command += ["--out", str(out)]
+        command += ["--target-accuracy", str(target), "--out", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["said nothing"])[-1]
-            error = Unstable if done.returncode == 1 and "not finite" in said else RuntimeError
+            error = Unstable if done.returncode == 1 and "not finite" in done.stderr else RuntimeError
             raise error(f"{case.environment}, {case.system}, seed {case.seed}: code {done.returncode}: {said}")
         return Measured.of(out)
 
@@ -182,17 +191,17 @@ def covering(case: Case, expected_s: float) -> Measured:
     """
     short = None
     if expected_s <= case.at_seconds:
-        short = simulated(case, case.at_seconds, 1.0)
+        short = measured(case, case.at_seconds, 1.0)
         if short.reached_s(TARGETS[-1]) is not None:
             return short
-    long = simulated(case, case.most_seconds, TARGETS[-1])
+    long = measured(case, case.most_seconds, TARGETS[-1])
     if long.reached_s(TARGETS[-1]) is None or long.lasted_s() >= case.at_seconds:
         return long
-    return short or simulated(case, case.at_seconds, 1.0)
+    return short or measured(case, case.at_seconds, 1.0)
 
 
 def line(case: Case, expected_s: float) -> dict[str, Any]:
-    """Simulate a case: its line of the results file. Seconds are None where a target was not reached."""
+    """Run a case: its line of the results file. Seconds are None where a target was not reached."""
     run: dict[str, Any] = {
         **asdict(case),
         "commit": commit(),
@@ -207,19 +216,19 @@ def line(case: Case, expected_s: float) -> dict[str, Any]:
         "failed": None,
     }
     try:
-        measured = covering(case, expected_s)
+        made = covering(case, expected_s)
     except Unstable as failure:
         return run | {"failed": str(failure)}
-    reached = {_percent(target): measured.reached_s(target) for target in TARGETS}
-    accuracies = measured.accuracies(case.at_seconds)
+    reached = {_percent(target): made.reached_s(target) for target in TARGETS}
+    accuracies = made.accuracies(case.at_seconds)
     return run | {
         "seconds_to": {name: None if s is None else round(s, 2) for name, s in reached.items()},
-        "steps": [len(times) for times in measured.times_s],
-        "lasted_s": round(measured.lasted_s(), 2),
+        "steps": [len(times) for times in made.times_s],
+        "lasted_s": round(made.lasted_s(), 2),
         "accuracy_at": round(statistics.mean(accuracies), 4),
         "spread_at": round(statistics.pstdev(accuracies), 4),
-        "gigabytes_at": round(measured.gigabytes(case.at_seconds), 3),
-        "gigabytes_to_end": round(measured.gigabytes(reached[_percent(TARGETS[-1])] or math.inf), 3),
+        "gigabytes_at": round(made.gigabytes(case.at_seconds), 3),
+        "gigabytes_to_end": round(made.gigabytes(reached[_percent(TARGETS[-1])] or math.inf), 3),
     }
 
 
@@ -230,7 +239,10 @@ def _percent(target: float) -> str:
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     """Seed by seed, so that a cut leaves whole seeds."""
     for seed, env, system in product(args.seeds, args.env, args.system):
-        yield Case(env, shlex.join(shlex.split(system)), seed, args.seconds, args.steps, args.at)
+        testbed = EMULATED if args.emulated else SIMULATED
+        yield Case(
+            testbed, env, shlex.join(shlex.split(system)), seed, args.seconds, args.steps, args.at, args.learning_rate
+        )
 
 
 def run_all(results: Results, wanted: Iterable[Case], jobs: int) -> list[str]:
@@ -260,14 +272,20 @@ def run_all(results: Results, wanted: Iterable[Case], jobs: int) -> list[str]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Systems in micro-clouds by simulation, into a file of JSON lines.")
+    parser = argparse.ArgumentParser(description="Systems in micro-clouds, into a file of JSON lines.")
     parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="where runs are added")
+    parser.add_argument(
+        "--emulated", action="store_true", help="real ranks on shaped links, in the place of simulated ones"
+    )
     parser.add_argument("--env", nargs="+", default=list(ENVIRONMENTS))
     parser.add_argument("--system", nargs="+", default=list(SYSTEMS), help="strategies, each with its options, quoted")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=3000.0, help="most virtual seconds of a run")
     parser.add_argument("--steps", type=int, default=2000, help="most steps of a worker")
     parser.add_argument("--at", type=float, default=120.0, metavar="SECONDS", help="when accuracy is compared")
+    parser.add_argument(
+        "--learning-rate", type=float, default=0.1, help="of systems that have none among their options"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     args = parser.parse_args(words)
     if not 0 < args.at <= args.seconds:

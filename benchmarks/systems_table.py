@@ -1,6 +1,6 @@
 """The tables of `systems.py`: medians over the seeds, and ratios. Reads a results file, prints JSON or Markdown.
 
-    python benchmarks/systems_table.py FILE [--markdown]
+    python benchmarks/systems_table.py FILE [--markdown] [--emulated]
 
 Ratios are of medians of seconds, so above 1 the divisor is the faster. A run that did not reach its target counts as
 infinitely long; where one side of a ratio did not reach it, the ratio is bounded by how long that side was given.
@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-OURS, IDEAL, RING = "dlion", "free-network", "allreduce"
+OURS, IDEAL, RINGS = "dlion", "free-network", ("horovod", "allreduce")
 RIVALS = ("baseline", "ako", "gaia", "hop")
 NOTHING = "-"
 
@@ -119,9 +119,10 @@ def ratios(table: Sequence[Mapping[str, Any]], target: str) -> dict[str, dict[st
         # Of rivals that did not get there, any may have been the best: the one that was given least bounds it.
         best = min(rivals, key=lambda time: (time.seconds, time.given_s), default=None)
         ours = times.get(OURS)
+        ring = next((times[name] for name in RINGS if name in times), None)
         found[env] = {
             "best rival over dlion": Ratio.of(best, ours),
-            "allreduce over dlion": Ratio.of(times.get(RING), ours),
+            "all-reduce over dlion": Ratio.of(ring, ours),
             "dlion over free-network": Ratio.of(ours, times.get(IDEAL)),
         }
     return found
@@ -211,6 +212,7 @@ def as_json(runs: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables of what systems.py has measured.")
     parser.add_argument("results", type=Path, metavar="FILE")
+    parser.add_argument("--emulated", action="store_true", help="of emulated runs, in the place of simulated ones")
     parser.add_argument("--env", nargs="+", help="these only")
     parser.add_argument("--system", nargs="+", help="these only, each with its options, quoted")
     parser.add_argument("--markdown", action="store_true", help="tables to read in the place of JSON")
@@ -218,7 +220,9 @@ def main() -> None:
     runs = [
         run
         for run in read(args.results)
-        if (not args.env or run["environment"] in args.env) and (not args.system or run["system"] in args.system)
+        if run["testbed"] == ("emulated" if args.emulated else "simulated")
+        and (not args.env or run["environment"] in args.env)
+        and (not args.system or run["system"] in args.system)
     ]
     print(markdown(runs) if args.markdown else as_json(runs))
 

@@ -27,12 +27,14 @@ def finished(
 ) -> dict[str, Any]:
     """A line of the results file."""
     return {
+        "testbed": "simulated",
         "environment": env,
         "system": system,
         "seed": seed,
         "most_seconds": most,
         "most_steps": 2000,
         "at_seconds": 120.0,
+        "learning_rate": 0.1,
         "commit": "abc",
         "seconds_to": {"70%": None if to_80 is None else to_80 / 2, "80%": to_80},
         "lasted_s": most if to_80 is None else to_80,
@@ -52,7 +54,7 @@ def measured(times_to_accuracy: Sequence[tuple[float, float]], lasted_s: float) 
 
 
 def small(seed: int, env: str = "homo-b", system: str = "ako") -> Case:
-    return Case(env, system, seed, 3000.0, 2000, 120.0)
+    return Case("simulated", env, system, seed, 3000.0, 2000, 120.0, 0.1)
 
 
 # The results file.
@@ -87,9 +89,11 @@ def test_only_what_the_file_lacks_is_run_and_every_run_is_kept_at_once(
         small(1),
         small(0, env="homo-a"),
         small(0, system="ako --ako-partitions 4"),
-        Case("homo-b", "ako", 0, 300.0, 2000, 120.0),
-        Case("homo-b", "ako", 0, 3000.0, 900, 120.0),
-        Case("homo-b", "ako", 0, 3000.0, 2000, 60.0),
+        Case("emulated", "homo-b", "ako", 0, 3000.0, 2000, 120.0, 0.1),
+        Case("simulated", "homo-b", "ako", 0, 300.0, 2000, 120.0, 0.1),
+        Case("simulated", "homo-b", "ako", 0, 3000.0, 900, 120.0, 0.1),
+        Case("simulated", "homo-b", "ako", 0, 3000.0, 2000, 60.0, 0.1),
+        Case("simulated", "homo-b", "ako", 0, 3000.0, 2000, 120.0, 0.2),
     ],
 )
 def test_a_run_is_known_by_all_that_it_depends_on(tmp_path: Path, other: Case) -> None:
@@ -137,13 +141,13 @@ def test_a_second_run_is_made_only_where_one_does_not_do(
 ) -> None:
     made = []
 
-    def simulated(case: Case, seconds: float, target: float) -> Measured:
+    def run(case: Case, seconds: float, target: float) -> Measured:
         made.append("short" if seconds == 120.0 else "long")
         end_s = min(seconds, reached or math.inf) if target < 1 else seconds
         tests = [(10.0, 0.5), (100.0, 0.6)] + ([(reached, 0.8)] if reached is not None and reached <= end_s else [])
         return measured(sorted(tests), end_s)
 
-    monkeypatch.setattr(systems, "simulated", simulated)
+    monkeypatch.setattr(systems, "measured", run)
     result = systems.line(small(0), expected)
     assert made == runs
     assert result["seconds_to"]["80%"] == reached
@@ -153,10 +157,10 @@ def test_a_second_run_is_made_only_where_one_does_not_do(
 
 
 def test_a_run_that_ends_itself_is_kept_as_not_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def simulated(case: Case, seconds: float, target: float) -> Measured:
+    def run(case: Case, seconds: float, target: float) -> Measured:
         raise systems.Unstable("the loss is nan")
 
-    monkeypatch.setattr(systems, "simulated", simulated)
+    monkeypatch.setattr(systems, "measured", run)
     results = Results(tmp_path / "runs.jsonl")
     assert systems.run_all(results, [small(0)], jobs=1) == []
     assert results.runs[0]["failed"] == "the loss is nan"
@@ -231,13 +235,13 @@ def test_the_best_rival_is_the_fastest_of_all_with_any_options() -> None:
     found = systems_table.ratios(systems_table.rows(runs), "80%")
     assert {name: str(ratio) for name, ratio in found["homo-b"].items()} == {
         "best rival over dlion": "2.50",
-        "allreduce over dlion": "4.00",
+        "all-reduce over dlion": "4.00",
         "dlion over free-network": "2.00",
     }
     # A lower bound for the best of them: the one that was given less time may have needed little more.
     assert {name: str(ratio) for name, ratio in found["homo-a"].items()} == {
         "best rival over dlion": "> 5.00",
-        "allreduce over dlion": "-",
+        "all-reduce over dlion": "-",
         "dlion over free-network": "-",
     }
 
