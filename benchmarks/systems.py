@@ -45,7 +45,17 @@ from dlion_mpi.evaluate import Evaluation, target_reached_s
 from dlion_mpi.outcome import commit, versions
 
 ENVIRONMENTS = tuple(name for name in environments.names() if not name.startswith("gpu-"))
-SYSTEMS = ("free-network", "allreduce", "dlion", "dlion --preset paper", "baseline", "ako", "gaia", "hop")
+SYSTEMS = (
+    "free-network",
+    "allreduce",
+    "dlion",
+    "dlion --preset paper",
+    "baseline",
+    "ako --ako-partitions 16 --learning-rate 0.05",
+    "gaia --gaia-threshold 0.2",
+    "hop --hop-graph ring --staleness 20 --hop-max-gap 32",
+)
+"""The rivals with the best settings of a sweep over homo-b and hetero-sys-a; see results/sweep.jsonl."""
 TARGETS = (0.7, 0.8)
 SIMULATED, EMULATED = "simulated", "emulated"
 
