@@ -204,8 +204,8 @@ class Config:
     )
     exchange_share: float | None = _option(
         None,
-        "most processor time that the exchange may take, as a share of computing: where it would take more, "
-        "gradients are exchanged every few steps (not in sync); 0: no limit",
+        "most processor time that the exchange may take, as a share of that of computing, on all its threads: where it "
+        "would take more, gradients are exchanged every few steps (not in sync); 0: no limit",
         table="exchange",
     )
     exchange_thread: str | None = _option(

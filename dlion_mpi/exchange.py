@@ -135,10 +135,10 @@ def _charge(w: Worker, made: Made, timings: Timings) -> None:
 
 
 def _account(w: Worker, computed: Computed) -> None:
-    """Grant the exchange its share of computing this gradient, and charge what it has cost since the one before, MPI's
-    thread included."""
+    """Grant the exchange its share of the processor time in which this gradient was computed, and charge what it has
+    cost since the one before, MPI's thread included."""
     moved_cpu_s = w.links.cpu_s()
-    granted_s = (w.config.exchange_share or 0.0) * computed.seconds
+    granted_s = (w.config.exchange_share or 0.0) * computed.seconds * w.processors
     cost_s = w.exchange_cpu_s + moved_cpu_s - w.moved_cpu_s
     w.exchange_cpu_s, w.moved_cpu_s = 0.0, moved_cpu_s
     # Unused credit lapses after a step: a lull must not be followed by a burst.

@@ -90,7 +90,8 @@ def _run(
     loaded = load_checkpoint(ranks, start, report=report)
     pace_clock = together(ranks, lambda: PaceClock.from_environ(ranks.rank, run_seconds=config.seconds))
     shard = _merge(ranks, together(ranks, own_data or (lambda: _load(config, ranks))))
-    replica = together(ranks, lambda: _replica(config, ranks, shard, model))
+    threads = config.threads or startup.threads(ranks)
+    replica = together(ranks, lambda: _replica(config, ranks, shard, model, threads))
     replica.set_knowledge(startup.share_from_root(ranks, replica.knowledge()))
     recorder = _recorder(config, ranks, start, loaded, shard, pace_clock)
     _say_what(config, ranks, replica, shard, report)
@@ -111,6 +112,7 @@ def _run(
         now_s=clock.now_s,
         training_samples=shard.train_samples_global,
         cpu_s=time.thread_time,
+        processors=threads,
         beside=exchange.thread,
         reduce=exchange.reduce if ranks.size > 1 else None,
     )
@@ -248,8 +250,8 @@ def _merge(ranks: Ranks, shard: Shard) -> Shard:
     return shard.with_facts(*merge_facts([(int(classes), int(samples)) for classes, samples in facts]))
 
 
-def _replica(config: Config, ranks: Ranks, shard: Shard, model: Any) -> Replica:
-    tensorflow(config.threads or startup.threads(ranks), ranks.local_rank)
+def _replica(config: Config, ranks: Ranks, shard: Shard, model: Any, threads: int) -> Replica:
+    tensorflow(threads, ranks.local_rank)
     if model is None:
         model = build(config.model, shard.input_shape, shard.classes, config.seed)
     own = getattr(model, "optimizer", None)

@@ -56,7 +56,6 @@ def train(w: Worker) -> Loop:
         yield from converse(w, computed, timings)
         finish_step(w, computed, timings, sent, ages)
         if w.checkpoints is not None:
-            yield from quiet(w)
             yield from w.checkpoints.advance(w)
     yield from settle(w, Timings(w.now_s(), 0, 0))
     yield from leave(w)

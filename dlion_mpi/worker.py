@@ -123,6 +123,8 @@ class Worker:
     training_samples: int
     cpu_s: Callable[[], float] = lambda: 0.0
     """Processor time that the calling thread has used: what the exchange costs, however many share the cores."""
+    processors: int = 1
+    """How many compute the gradient: of their time the exchange is granted a share."""
     beside: Beside | None = None
     """Makes messages beside the loop; see `exchange`. While it does, it alone changes ``posted`` and the links."""
     reduce: Reduce | None = None

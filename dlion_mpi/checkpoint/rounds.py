@@ -32,6 +32,7 @@ from dlion_mpi.checkpoint.file import Written
 from dlion_mpi.checkpoint.folder import Part
 from dlion_mpi.checkpoint.preemption import Preemption
 from dlion_mpi.config import Config
+from dlion_mpi.exchange import quiet
 from dlion_mpi.strategies.base import Resumable
 from dlion_mpi.testbed import Collectives, Ticket, Until
 from dlion_mpi.wire import Kind, Message
@@ -138,6 +139,7 @@ class CheckpointRounds:
             if self._awaited:
                 yield Until(self._is_answered)
             if self._asking.done:
+                yield from quiet(w)  # a snapshot has all that was sent, or that is remembered as unsent
                 self._decide(w, ended=False)
         if self._asking is None and w.step < w.end_step and self._time_to_ask(w):
             self._ask(w, ended=False)

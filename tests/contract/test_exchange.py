@@ -17,6 +17,7 @@ from dlion_mpi.flat import Vector
 from dlion_mpi.strategies import STRATEGIES, resolve
 from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, Plan, SendsFirst
 from dlion_mpi.wire import Header, Kind, Message, ValueType
+from dlion_mpi.worker import Worker
 from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, every_message_mode, gradients, local, trained
 from tests.inmemory import Weather
 
@@ -232,6 +233,18 @@ def test_an_exchange_that_costs_too_much_is_done_every_few_steps(mode: str) -> N
     assert np.mean(sent) == (1 if mode == "sync" else pytest.approx(0.2, abs=0.06))
     free = trained(dataclasses.replace(settings, exchange_share=0.0), message_cpu_s=0.002)
     assert all(entries is not None for own in free.sent for step in own for _, entries in step.values())
+
+
+def test_what_an_exchange_may_cost_grows_with_the_processors_that_compute() -> None:
+    """A tenth of 8 ms of computing on five processors is what two messages take."""
+    settings = config("dlion", "bounded", steps=60, exchange_share=0.1, batching="fixed", transfer="none")
+
+    def prepare(worker: Worker) -> None:
+        worker.processors = 5
+
+    result = trained(settings, message_cpu_s=0.002, prepare=prepare)
+    sent = [entries is not None for own in result.sent for step in own for _, entries in step.values()]
+    assert np.mean(sent) > 0.95
 
 
 def test_an_exchange_that_costs_more_than_all_its_credit_is_not_put_off_for_ever() -> None:
