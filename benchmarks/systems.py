@@ -145,8 +145,9 @@ class Measured:
         return min((float(times[-1]) for times in self.times_s if len(times)), default=0.0)
 
     def accuracies(self, at_s: float) -> list[float]:
-        """By worker, of its newest test by then; 0 before the first."""
-        return [next((e.accuracy for e in reversed(tests) if e.time_s <= at_s), 0.0) for tests in self.tests]
+        """By worker, of its newest test by then; empty before everyone's first."""
+        newest = [[e.accuracy for e in tests if e.time_s <= at_s][-1:] for tests in self.tests]
+        return [own[0] for own in newest] if all(newest) else []
 
     def gigabytes(self, at_s: float) -> float:
         """Sent by all workers by then."""
@@ -235,8 +236,8 @@ def line(case: Case, expected_s: float) -> dict[str, Any]:
         "seconds_to": {name: None if s is None else round(s, 2) for name, s in reached.items()},
         "steps": [len(times) for times in made.times_s],
         "lasted_s": round(made.lasted_s(), 2),
-        "accuracy_at": round(statistics.mean(accuracies), 4),
-        "spread_at": round(statistics.pstdev(accuracies), 4),
+        "accuracy_at": round(statistics.mean(accuracies), 4) if accuracies else None,
+        "spread_at": round(statistics.pstdev(accuracies), 4) if accuracies else None,
         "gigabytes_at": round(made.gigabytes(case.at_seconds), 3),
         "gigabytes_to_end": round(made.gigabytes(reached[_percent(TARGETS[-1])] or math.inf), 3),
     }

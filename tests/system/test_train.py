@@ -189,10 +189,10 @@ from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.cli import main
 import sys
 original = Dlion.incoming
-def incoming(self, state, weights, messages):
-    if state.plan.rank == 1 and state.local.step == 7:
+def incoming(self, state, local, weights, messages):
+    if state.plan.rank == 1 and local.step == 7:
         raise ZeroDivisionError("planted")
-    return original(self, state, weights, messages)
+    return original(self, state, local, weights, messages)
 Dlion.incoming = incoming
 sys.exit(main(sys.argv[1:]))
 """

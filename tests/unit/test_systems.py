@@ -156,6 +156,13 @@ def test_a_second_run_is_made_only_where_one_does_not_do(
     assert result["gigabytes_to_end"] == {80.0: 8.0, 300.0: 30.0, None: 300.0}[reached]
 
 
+def test_before_everyone_s_first_test_no_accuracy_is_claimed() -> None:
+    late = Measured([[Evaluation(0, 100.0, 0.5)], [Evaluation(0, 130.0, 0.5), Evaluation(1, 140.0, 0.7)]], [], [])
+    assert late.accuracies(120.0) == []
+    assert late.accuracies(135.0) == [0.5, 0.5]
+    assert late.accuracies(150.0) == [0.5, 0.7]
+
+
 def test_a_run_that_ends_itself_is_kept_as_not_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def run(case: Case, seconds: float, target: float) -> Measured:
         raise systems.Unstable("the loss is nan")
