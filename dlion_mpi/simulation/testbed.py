@@ -157,13 +157,13 @@ class VirtualLinks:
             self._depart(link, header, _Parcel(Message(header, entries), size_bytes))
         return sizes
 
-    def beside(self, work: Callable[[], Made]) -> tuple[Made, float]:
-        """Messages that are made beside the loop, and when they will be: each sets out when its turn has come."""
+    def beside(self, work: Callable[[], Made]) -> Made:
+        """Messages that are made beside the loop, until ``end_s``: each sets out when it has been made."""
         self._free_s = max(self._free_s, self._events.now_s)
         self._beside = True
         made = work()
         self._beside = False
-        return dataclasses.replace(made, end_s=self._free_s), self._free_s
+        return dataclasses.replace(made, end_s=self._free_s)
 
     def _spend(self, seconds: float) -> None:
         """Processor time for messages: the loop's, or that of what makes them beside it."""
@@ -268,7 +268,8 @@ class VirtualExchangeThread:
 
     def begin(self, work: Callable[[], Made]) -> None:
         """Have ``work`` done after what was begun before."""
-        made, self._done_s = self._links.beside(work)
+        made = self._links.beside(work)
+        self._done_s = made.end_s
         self._made.append(made)
         self._events.at(self._done_s, self._wake)
 
