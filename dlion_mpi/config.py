@@ -193,6 +193,12 @@ class Config:
         table="exchange",
     )
     n_min: float | None = _option(None, "smallest N that a slow link may get", table="exchange")
+    link_share: float | None = _option(
+        None,
+        "how much of what a link can carry in a step a message uses; 1: links are full. Not given: 0.1 where the unsent "
+        "is remembered, so that messages arrive in time, else 1",
+        table="exchange",
+    )
     unsent: str | None = _option(
         None,
         "what was not sent: add it to the next gradient of that link, or drop it",
@@ -264,6 +270,8 @@ class Config:
             raise UserError("--momentum belongs to --optimizer sgd: drop it, or choose sgd")
         if self.max_n is not None and self.n_min is not None:
             raise UserError("--max-n fixes N and --n-min bounds a measured N: give one of them")
+        if self.max_n is not None and self.link_share is not None:
+            raise UserError("--max-n fixes N, --link-share measures it by the link: give one of them")
         if self.sync in ("sync", "async") and (self.staleness is not None or self.backup is not None):
             raise UserError(f"--staleness and --backup belong to --sync bounded, not to --sync {self.sync}")
         if self.gbs_schedule == "fixed":
@@ -342,6 +350,7 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "hop_skip": (0, math.inf, "0 (none) or a number of steps"),
     "max_n": (1e-6, 100, "in (0, 100]"),
     "n_min": (1e-6, 100, "in (0, 100]"),
+    "link_share": (1e-6, 1, "a share in (0, 1]"),
     "exchange_share": (0, math.inf, "0 (no limit) or a share such as 0.2"),
     "window": (1, 64, "in 1..64 messages"),
     "transfer_period": (1, math.inf, "at least 1 step"),

@@ -11,7 +11,7 @@ from dlion_mpi.strategies.ako import Ako
 from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.base import Strategy
 from dlion_mpi.strategies.baseline import Baseline
-from dlion_mpi.strategies.dlion import PAPER, Dlion
+from dlion_mpi.strategies.dlion import LINK_SHARE, PAPER, Dlion
 from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.hop import Hop
 
@@ -66,11 +66,13 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     if chosen("transfer") == "auto":
         asked = any(getattr(config, name) is not None for name in _SWITCHES["transfer"][1])
         values["transfer"] = "none" if chosen("unsent") == "accumulate" and not asked else "all"
+    if "link_share" in defaults and chosen("link_share") is None:
+        values["link_share"] = LINK_SHARE if chosen("unsent") == "accumulate" else 1.0
     for master, (off, rest) in _SWITCHES.items():
         if chosen(master) == off:
             values.update(dict.fromkeys(rest))
     if config.max_n is not None:
-        values["n_min"] = None
+        values.update(n_min=None, link_share=None)
     return strategy, dataclasses.replace(config, **values)  # type: ignore[arg-type]
 
 

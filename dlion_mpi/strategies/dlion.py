@@ -38,10 +38,14 @@ class DlionState:
     effective: Vector
 
 
+LINK_SHARE = 0.1
+"""``--link-share`` where what is not sent is remembered."""
+
 PAPER: Mapping[str, object] = {
     "batching": "proportional",
     "weighting": "paper",
     "unsent": "drop",
+    "link_share": 1.0,
     "value_type": "float32",
     "exchange_share": 0.0,
     "transfer": "all",
@@ -67,6 +71,7 @@ class Dlion:
         "weighting": "global",
         "max_n": None,
         "n_min": 0.85,
+        "link_share": None,
         "unsent": "accumulate",
         "value_type": "bfloat16",
         "exchange_share": 0.15,
@@ -88,7 +93,7 @@ class Dlion:
         Where somebody may be waiting for this worker's step, any other link gets a header that tells it.
         """
         config = state.plan.config
-        budgets = {peer: _budget_bytes(link, config.sync) for peer, link in links.items()}
+        budgets = {peer: _budget_bytes(link, config) for peer, link in links.items()}
         told = [peer for peer, budget in budgets.items() if budget is not None or config.sync != "async"]
         messages = {peer: Outgoing() for peer in told}
         if state.unsent is not None:
@@ -136,15 +141,16 @@ def _value_type(state: DlionState) -> ValueType:
     return state.plan.config.value_type or "float32"
 
 
-def _budget_bytes(link: LinkView, sync: str | None) -> float | None:
+def _budget_bytes(link: LinkView, config: Config) -> float | None:
     """What a message may have now; None if there should be none.
 
-    In `sync` no link has more than one message under way, since a step takes everyone's messages of the one before:
+    A part of what the link can take, so that it is there before the peer's next step ends. In `sync` no link has more than one message under way, since a step takes everyone's messages of the one before:
     whether its acknowledgement has come yet must not put this step's gradient off.
     """
-    if sync == "sync":
-        return link.budget_bytes
-    return min(link.budget_bytes, link.room_bytes) if link.ready and link.room_bytes > 0 else None
+    share = config.link_share or 1.0
+    if config.sync == "sync":
+        return share * link.budget_bytes
+    return share * min(link.budget_bytes, link.room_bytes) if link.ready and link.room_bytes > 0 else None
 
 
 def _largest(state: DlionState, gradient: Vector, budgets_bytes: Mapping[int, float | None]) -> dict[int, Choice]:

@@ -82,6 +82,7 @@ REAL: dict[str, tuple[float, float]] = {
     "gaia_threshold": (0, 1e30),
     "max_n": (1e-3, 100),
     "n_min": (1e-3, 100),
+    "link_share": (1e-3, 1),
     "exchange_share": (0, 1e30),
     "transfer_merge": (0, 1),
 }
