@@ -119,7 +119,7 @@ class Run:
         return np.concatenate(ages)
 
 
-def emulated(env: str, seconds: float, seed: int) -> Run:
+def emulated(env: str, seconds: float, seed: int, link_share: float) -> Run:
     """Train for some time in an emulation, reading the kernel's counters twice a second."""
     environment = environments.load(env)
     counters = Counters(environment.workers)
@@ -127,7 +127,16 @@ def emulated(env: str, seconds: float, seed: int) -> Run:
         out = Path(folder) / "run"
         dlion = [sys.executable, "-m", "dlion_mpi"]
         command = [*dlion, "emulate", "run", "--env", env, "--name", NAME, "--", *dlion, "train", "--out", str(out)]
-        command += ["--seconds", str(seconds), "--seed", str(seed), "--progress-every", "0"]
+        command += [
+            "--seconds",
+            str(seconds),
+            "--seed",
+            str(seed),
+            "--progress-every",
+            "0",
+            "--link-share",
+            str(link_share),
+        ]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
             while running.poll() is None:
                 counters.read()
@@ -143,9 +152,9 @@ def emulated(env: str, seconds: float, seed: int) -> Run:
     return Run(environment, counters, steps, ages, times, seconds)
 
 
-def steady(env: str, seconds: float, seed: int) -> dict[str, Any]:
+def steady(env: str, seconds: float, seed: int, link_share: float) -> dict[str, Any]:
     """Use, age, step times and balance once the run has settled."""
-    run = emulated(env, seconds, seed)
+    run = emulated(env, seconds, seed, link_share)
     use = run.use(WARM_UP_S, seconds)
     ages = run.ages(WARM_UP_S, seconds)
     own = [s["step_s"] - s["wait_s"] for s in run.steps]
@@ -165,13 +174,13 @@ def steady(env: str, seconds: float, seed: int) -> dict[str, Any]:
     }
 
 
-def changing(name: str, seconds: float, seed: int) -> dict[str, Any]:
+def changing(name: str, seconds: float, seed: int, link_share: float) -> dict[str, Any]:
     """Use and age from 5 s after all uplinks have changed their rate, and second by second after the change."""
     before, after = CHANGES[name]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "change.toml"
         path.write_text(CHANGING.format(before=before, after=after, change_s=CHANGE_S), encoding="utf-8")
-        run = emulated(str(path), seconds, seed)
+        run = emulated(str(path), seconds, seed, link_share)
     later = CHANGE_S + 5
     ages = run.ages(later, seconds)
     by_second = [(float(s), run.use(s, s + 1), run.ages(s, s + 1)) for s in np.arange(CHANGE_S, CHANGE_S + 10)]
@@ -191,6 +200,7 @@ def main() -> None:
     parser.add_argument("--change", nargs="*", default=list(CHANGES), choices=list(CHANGES))
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--link-share", type=float, default=1.0, help="1: full links; dlion's own default is 0.1")
     args = parser.parse_args()
     result = {
         "benchmark": "links",
@@ -202,8 +212,9 @@ def main() -> None:
         "versions": versions(),
         "commit": commit(),
         "seconds": args.seconds,
-        "steady": [steady(env, args.seconds, args.seed) for env in args.env],
-        "changing": [changing(name, args.seconds, args.seed) for name in args.change],
+        "link_share": args.link_share,
+        "steady": [steady(env, args.seconds, args.seed, args.link_share) for env in args.env],
+        "changing": [changing(name, args.seconds, args.seed, args.link_share) for name in args.change],
     }
     print(json.dumps(result))
 

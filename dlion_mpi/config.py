@@ -195,8 +195,8 @@ class Config:
     n_min: float | None = _option(None, "smallest N that a slow link may get", table="exchange")
     link_share: float | None = _option(
         None,
-        "how much of what a link can carry in a step a message uses; 1: links are full. Not given: 0.1 where the unsent "
-        "is remembered, so that messages arrive in time, else 1",
+        "how much a message uses of what its link can take, in 0..1; 1: links are full. Not given: 0.1 where what is "
+        "not sent is remembered, else 1",
         table="exchange",
     )
     unsent: str | None = _option(

@@ -144,8 +144,9 @@ def _value_type(state: DlionState) -> ValueType:
 def _budget_bytes(link: LinkView, config: Config) -> float | None:
     """What a message may have now; None if there should be none.
 
-    A part of what the link can take, so that it is there before the peer's next step ends. In `sync` no link has more than one message under way, since a step takes everyone's messages of the one before:
-    whether its acknowledgement has come yet must not put this step's gradient off.
+    A part of what the link can take, so that it is there before the peer's next step ends. In `sync` no link has more
+    than one message under way, since a step takes everyone's messages of the one before: whether its acknowledgement
+    has come yet must not put this step's gradient off.
     """
     share = config.link_share or 1.0
     if config.sync == "sync":

@@ -57,6 +57,9 @@ def test_what_a_link_gets_when_it_takes_no_message(name: str, mode: str) -> None
 
 
 def start_dlion(value_type: ValueType = "float32", **options: Any) -> tuple[Any, Any]:
+    """Messages may take all that the links offer, which is little in these tests."""
+    if "max_n" not in options:
+        options.setdefault("link_share", 1.0)
     strategy, resolved = resolve(Config(strategy="dlion", sync="async", value_type=value_type, **options))
     return strategy, strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1, 2), layout=LAYOUT))
 
@@ -215,9 +218,22 @@ def test_every_link_gets_its_own_n_and_a_slower_one_a_subset(budgets: tuple[floa
     np.testing.assert_array_equal(dense(alone[1]), fast)
 
 
+@pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)
+@pytest.mark.parametrize("unsent", ["drop", "accumulate"])
+def test_a_message_takes_its_share_of_what_the_link_offers(unsent: str, mode: str) -> None:
+    wide = {1: LinkView(True, 160.0), 2: LinkView(True, 160.0, room_bytes=144.0)}
+    narrow = {1: LinkView(True, 120.0), 2: LinkView(True, 120.0, room_bytes=108.0)}
+    parts = first_messages(config("dlion", mode, unsent=unsent, link_share=0.75), wide)
+    wholes = first_messages(config("dlion", mode, unsent=unsent, link_share=1.0), narrow)
+    full = first_messages(config("dlion", mode, unsent=unsent, link_share=1.0), wide)
+    for peer in wide:
+        np.testing.assert_array_equal(dense(parts[peer]), dense(wholes[peer]))
+        assert 0 < np.count_nonzero(dense(parts[peer])) < np.count_nonzero(dense(full[peer]))
+
+
 def test_slow_links_get_less_over_a_whole_run() -> None:
     weather = Weather(seed=1, budget=(100, 330))
-    result = trained(config("dlion", "bounded", steps=50), weather=weather)
+    result = trained(config("dlion", "bounded", steps=50, link_share=1.0), weather=weather)
     offered = [(view.budget_bytes, sent) for own in result.sent for step in own for view, sent in step.values()]
     tight = [sent for budget, sent in offered if budget < 150 and sent is not None]
     wide = [sent for budget, sent in offered if budget > 250 and sent is not None]

@@ -379,6 +379,25 @@ def test_knowledge_is_transferred_where_gradients_are_dropped_or_it_is_asked_for
     assert (resolved.transfer_merge is None) == (transfer == "none")
 
 
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({}, 0.1),
+        ({"sync": "sync"}, 0.1),
+        ({"unsent": "drop"}, 1.0),
+        ({"unsent": "drop", "link_share": 0.5}, 0.5),
+        ({"link_share": 1.0}, 1.0),
+        ({"preset": "paper"}, 1.0),
+        ({"max_n": 10.0}, None),
+        ({"strategy": "ako"}, None),
+    ],
+)
+def test_links_are_full_only_where_gradients_are_dropped_or_it_is_asked_for(
+    options: dict[str, Any], share: float | None
+) -> None:
+    assert resolve(Config(**options))[1].link_share == share
+
+
 def test_the_paper_s_preset_stands_behind_what_is_given() -> None:
     paper = resolve(Config(preset="paper"))[1]
     assert (paper.batching, paper.weighting, paper.unsent, paper.transfer) == ("proportional", "paper", "drop", "all")
