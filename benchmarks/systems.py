@@ -108,11 +108,15 @@ class Results:
             self.runs.append(run)
 
     def expected_s(self, case: Case) -> float:
-        """The seconds that the same system took to the last target: with another seed, or if there is none in other
-        environments; infinite if not known."""
-        known = [run for run in list(self.runs) if (run["testbed"], run["system"]) == (case.testbed, case.system)]
-        same = [run for run in known if run["environment"] == case.environment]
-        times = [run["seconds_to"][_percent(TARGETS[-1])] for run in same or known]
+        """The seconds that the same system took to the last target, from the runs that are most like it: another seed,
+        else the other testbed, else other environments; infinite if there are none."""
+        known = [run for run in list(self.runs) if run["system"] == case.system]
+
+        def likeness(run: dict[str, Any]) -> tuple[bool, bool]:
+            return run["environment"] == case.environment, run["testbed"] == case.testbed
+
+        most = max(map(likeness, known), default=None)
+        times = [run["seconds_to"][_percent(TARGETS[-1])] for run in known if likeness(run) == most]
         return statistics.median(time or math.inf for time in times) if times else math.inf
 
 

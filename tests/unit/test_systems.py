@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -183,6 +184,12 @@ def test_what_is_expected_is_the_median_of_other_seeds_or_else_of_other_environm
     for seed, to_80 in enumerate((100.0, 140.0, None)):
         results.add(finished("ako", to_80, seed=seed))
     results.add(finished("gaia", 10.0))
+    results.add(finished("ako", 500.0, env="homo-a") | {"testbed": "emulated"})
+    assert results.expected_s(small(3)) == 140.0
+    emulated = dataclasses.replace(small(3), testbed="emulated")
+    assert results.expected_s(emulated) == 140.0, "of the other testbed before that of other environments"
+    results.add(finished("ako", 160.0) | {"testbed": "emulated"})
+    assert results.expected_s(emulated) == 160.0
     assert results.expected_s(small(3)) == 140.0
 
 
