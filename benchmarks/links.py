@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--change", nargs="*", default=list(CHANGES), choices=list(CHANGES))
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--link-share", type=float, default=1.0, help="1: full links; dlion's own default is 0.1")
+    parser.add_argument("--link-share", type=float, default=1.0, help="1: full links; dlion's own default is 0.5")
     args = parser.parse_args()
     result = {
         "benchmark": "links",

@@ -195,7 +195,7 @@ class Config:
     n_min: float | None = _option(None, "smallest N that a slow link may get", table="exchange")
     link_share: float | None = _option(
         None,
-        "how much a message uses of what its link can take, in 0..1; 1: links are full. Not given: 0.1 where what is "
+        "how much a message uses of what its link can take, in 0..1; 1: links are full. Not given: 0.5 where what is "
         "not sent is remembered, else 1",
         table="exchange",
     )

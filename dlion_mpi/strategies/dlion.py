@@ -38,7 +38,7 @@ class DlionState:
     effective: Vector
 
 
-LINK_SHARE = 0.1
+LINK_SHARE = 0.5
 """``--link-share`` where what is not sent is remembered."""
 
 PAPER: Mapping[str, object] = {

@@ -382,10 +382,10 @@ def test_knowledge_is_transferred_where_gradients_are_dropped_or_it_is_asked_for
 @pytest.mark.parametrize(
     ("options", "share"),
     [
-        ({}, 0.1),
-        ({"sync": "sync"}, 0.1),
+        ({}, 0.5),
+        ({"sync": "sync"}, 0.5),
         ({"unsent": "drop"}, 1.0),
-        ({"unsent": "drop", "link_share": 0.5}, 0.5),
+        ({"unsent": "drop", "link_share": 0.1}, 0.1),
         ({"link_share": 1.0}, 1.0),
         ({"preset": "paper"}, 1.0),
         ({"max_n": 10.0}, None),
