@@ -175,13 +175,12 @@ def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
         return "No runs yet."
     table = rows(runs)
     seeds = _span(len(row["seeds"]) for row in table)
-    at, most = (
-        f"{runs[0]['at_seconds']:g}",
-        f"{runs[0]['most_seconds']:g} virtual seconds or {runs[0]['most_steps']} steps",
-    )
+    at, clock = f"{runs[0]['at_seconds']:g}", "virtual seconds" if runs[0]["testbed"] == "simulated" else "seconds"
+    given = _span(run["most_seconds"] for run in runs)
+    most = f"{given} {clock} or {runs[0]['most_steps']} steps"
     text = [f"Medians over {seeds} seed{'s' * (seeds != '1')}; `{NOTHING}`: not reached in {most}."]
     for target in reversed(runs[0]["seconds_to"]):
-        text += ["", f"Virtual seconds to {target.replace('%', ' %')}:", ""]
+        text += ["", f"{clock.capitalize()} to {target.replace('%', ' %')}:", ""]
         text += _grid(table, lambda row, target=target: _seconds(row, target), ratios(table, target))  # type: ignore[misc]
     text += ["", f"Test accuracy at {at} s in %, and its standard deviation between the workers in points:", ""]
     text += _grid(table, _accuracy, {})

@@ -265,6 +265,9 @@ def test_what_is_printed() -> None:
     runs += [finished("ako", None, seed=seed) for seed in range(2)] + [finished("dlion", None, env="homo-a")]
     text = systems_table.markdown(runs)
     assert "Medians over 1 to 3 seeds; `-`: not reached in 3000 virtual seconds or 2000 steps." in text
+    real = systems_table.markdown([finished("dlion", 50.0, most=most) | {"testbed": "emulated"} for most in (160, 300)])
+    assert "not reached in 160 to 300 seconds or 2000 steps." in real
+    assert "\nSeconds to 80 %:" in real
     assert "| homo-b | 101 | - | > 29.70 | - | - |" in text
     assert "| homo-a | - |  | - | - | - |" in text
     assert "| homo-b | 76.0, 1.0 | 75.5, 1.0 |" in text
