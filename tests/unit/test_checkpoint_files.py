@@ -121,6 +121,8 @@ def test_a_writer_that_is_killed_leaves_the_last_good_one(tmp_path: Path) -> Non
         for rank in range(2):
             arrays, _ = found.read(rank)
             np.testing.assert_array_equal(arrays["model/knowledge"], np.float32(found.step))
+        if found.step == step:  # on a busy machine a write takes longer than the first did
+            most_s *= 1.2
         step, sound = found.step, sound + 1
         for place in folder.incomplete(tmp_path):
             folder.remove(place)
