@@ -127,16 +127,8 @@ def emulated(env: str, seconds: float, seed: int, link_share: float) -> Run:
         out = Path(folder) / "run"
         dlion = [sys.executable, "-m", "dlion_mpi"]
         command = [*dlion, "emulate", "run", "--env", env, "--name", NAME, "--", *dlion, "train", "--out", str(out)]
-        command += [
-            "--seconds",
-            str(seconds),
-            "--seed",
-            str(seed),
-            "--progress-every",
-            "0",
-            "--link-share",
-            str(link_share),
-        ]
+        command += ["--seconds", str(seconds), "--seed", str(seed), "--link-share", str(link_share)]
+        command += ["--progress-every", "0"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
             while running.poll() is None:
                 counters.read()
