@@ -21,7 +21,7 @@ import numpy as np
 
 from dlion_mpi import wire
 from dlion_mpi.flat import Entries, Layout, Vector
-from dlion_mpi.unsent import Rules, Unsent
+from dlion_mpi.unsent import Budget, Rules, Unsent
 
 SIZES = (1_040_000, 25_000_000)  # the Cipher CNN, and a model of 100 MB
 SHARES = (0.0134, 0.08)  # of the bytes of a whole gradient: about 1 % and 6 % of the entries
@@ -47,7 +47,7 @@ def sending_ms(own: Sequence[Vector], shares: Sequence[float], steps: int) -> tu
         start = time.perf_counter()
         unsent.add(gradient)
         encoded: dict[int, wire.Bytes] = {}
-        choices = unsent.take({link: 4 * size * share for link, share in enumerate(shares)})
+        choices = unsent.take({link: Budget(4 * size * share, 4 * size * share) for link, share in enumerate(shares)})
         for buffer, choice in zip(buffers, choices.values(), strict=True):
             if id(choice.entries) in encoded:
                 wire.encode_again(HEADER, encoded[id(choice.entries)], buffer)

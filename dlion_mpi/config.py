@@ -83,6 +83,12 @@ class Config:
         table="run",
     )
     backup: int | None = _option(None, "bounded: go on without this many of the slowest workers", table="run")
+    patience: float | None = _option(
+        None,
+        "bounded: how long a worker waits for its peers' gradients of the same step before it goes on without, as a "
+        "share of the time that computing its own took",
+        table="run",
+    )
     steps: int | None = _option(None, "stop after this many steps (1000 if no end is given)", table="run")
     seconds: float | None = _option(None, "stop after this many seconds of training", table="run")
     target_accuracy: float | None = _option(
@@ -195,7 +201,7 @@ class Config:
     n_min: float | None = _option(None, "smallest N that a slow link may get", table="exchange")
     link_share: float | None = _option(
         None,
-        "how much a message uses of what its link can take, in 0..1; 1: links are full. Not given: 0.5 where what is "
+        "how much a message uses of what its link can take, in 0..1; 1: links are full. Not given: 0.05 where what is "
         "not sent is remembered, else 1",
         table="exchange",
     )
@@ -205,13 +211,20 @@ class Config:
         table="exchange",
         choices=("accumulate", "drop"),
     )
+    own_gradient: str | None = _option(
+        None,
+        "what a worker applies of its own gradient: all of it at once (whole), or what it sends, when it sends it, so "
+        "that all replicas stay alike (as-sent). Not given: as-sent where what is not sent is remembered, else whole",
+        table="exchange",
+        choices=("whole", "as-sent"),
+    )
     value_type: ValueType | None = _option(
         None, "values on the wire", table="exchange", choices=("float32", "float16", "bfloat16")
     )
     exchange_share: float | None = _option(
         None,
         "most processor time that the exchange may take, as a share of that of computing, on all its threads: where it "
-        "would take more, gradients are exchanged every few steps (not in sync); 0: no limit",
+        "would take more, messages get smaller, and in the end rarer (not in sync); 0: no limit",
         table="exchange",
     )
     exchange_thread: str | None = _option(
@@ -274,6 +287,10 @@ class Config:
             raise UserError("--max-n fixes N, --link-share measures it by the link: give one of them")
         if self.sync in ("sync", "async") and (self.staleness is not None or self.backup is not None):
             raise UserError(f"--staleness and --backup belong to --sync bounded, not to --sync {self.sync}")
+        if self.sync in ("sync", "async") and self.patience is not None:
+            raise UserError(f"--patience belongs to --sync bounded, not to --sync {self.sync}")
+        if self.unsent == "drop" and self.own_gradient == "as-sent":
+            raise UserError("--own-gradient as-sent needs --unsent accumulate: what is dropped would never be applied")
         if self.gbs_schedule == "fixed":
             for name in ("gbs_interval", "gbs_warmup_step", "gbs_warmup_limit", "gbs_speedup_factor", "gbs_limit"):
                 if getattr(self, name) is not None:
@@ -331,6 +348,7 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "keep_checkpoints": (1, math.inf, "at least 1"),
     "staleness": (0, math.inf, "0 or more steps"),
     "backup": (0, math.inf, "0 or more workers"),
+    "patience": (0, math.inf, "0 (none) or a share such as 0.5"),
     "seed": (0, 2**32 - 1, "in 0..4294967295"),
     "learning_rate": (1e-12, math.inf, "above 0"),
     "momentum": (0, 1 - 1e-9, "in [0, 1)"),

@@ -7,6 +7,7 @@ loop (``--exchange-thread``), which completes its step and computes the next gra
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import partial
 
 from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, SelectsBeside, SendsFirst
@@ -17,6 +18,11 @@ from dlion_mpi.worker import Timings, Worker, not_ready
 
 MOST_STEPS_APART = 8
 """However little the exchange may cost, gradients are exchanged every so many steps."""
+LEAST_SHARE = 0.01
+"""Of a gradient's bytes: messages are not made smaller than that for the processor's sake. What is then left of their
+cost is mostly that of looking at every entry."""
+ADAPTED = (0.25, 1.25)
+"""How fast messages get smaller, and larger again, from one exchange to the next."""
 
 Messages = dict[int, Outgoing]
 
@@ -50,8 +56,10 @@ def post(w: Worker, computed: Computed, timings: Timings) -> Generator[Until, No
     links = _affordable(w, w.link_views(w.step_s or computed.seconds))
     stamp = w.stamp(w.now_s())
     make = partial(_outgoing, w, local, links)
-    if _thread(w) is not None and not (isinstance(w.strategy, SelectsBeside) and w.strategy.beside):
+    if _thread(w) is not None and not (isinstance(w.strategy, SelectsBeside) and w.strategy.beside(w.config)):
+        start_s, start_cpu_s = w.now_s(), w.cpu_s()
         messages = make()
+        _charge(w, Made(start_s, w.now_s(), w.cpu_s() - start_cpu_s, {}), timings)
         return sent | _hand_over(w, lambda: messages, stamp, timings)
     return sent | _hand_over(w, make, stamp, timings)
 
@@ -141,20 +149,27 @@ def _account(w: Worker, computed: Computed) -> None:
     granted_s = (w.config.exchange_share or 0.0) * computed.seconds * w.processors
     cost_s = w.exchange_cpu_s + moved_cpu_s - w.moved_cpu_s
     w.exchange_cpu_s, w.moved_cpu_s = 0.0, moved_cpu_s
+    if w.exchanged_step == w.step - 1 and cost_s > 0:
+        least, most = ADAPTED
+        wanted_bytes = w.message_bytes * min(max(granted_s / cost_s, least), most)
+        w.message_bytes = min(max(wanted_bytes, LEAST_SHARE * w.whole_bytes), w.whole_bytes)
     # Unused credit lapses after a step: a lull must not be followed by a burst.
     w.exchange_credit_s = min(w.exchange_credit_s + granted_s - cost_s, granted_s)
 
 
 def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
-    """No link is ready while the exchange has taken more than its share of computing (``--exchange-share``).
+    """The links, with messages no larger than the exchange's share of computing (``--exchange-share``) pays for.
 
-    On a fast network the processor, not the link, is what a gradient costs. Where computing a step takes little
-    longer than exchanging one, gradients are then exchanged every few steps, and what was not sent is dealt with as
-    on a link that has not drained; but at least every MOST_STEPS_APART steps, since looking for messages alone may cost
-    more than the share of a tiny model. Not in `sync`, where everyone waits for everyone's message of every step.
+    On a fast network the processor, not the link, is what a gradient costs. Where the smallest messages still cost too
+    much, no link is ready until the exchange has taken no more than its share: gradients are then exchanged every few
+    steps, and what was not sent is dealt with as on a link that has not drained; but at least every MOST_STEPS_APART
+    steps, since looking for messages alone may cost more than the share of a tiny model. Not in `sync`, where everyone
+    waits for everyone's message of every step.
     """
-    overdue = w.step - w.exchanged_step >= MOST_STEPS_APART
-    if not w.config.exchange_share or w.config.sync == "sync" or w.exchange_credit_s >= 0 or overdue:
-        w.exchanged_step = w.step
+    if not w.config.exchange_share or w.config.sync == "sync":
         return links
-    return not_ready(links)
+    overdue = w.step - w.exchanged_step >= MOST_STEPS_APART
+    if w.exchange_credit_s < 0 and w.message_bytes <= LEAST_SHARE * w.whole_bytes and not overdue:
+        return not_ready(links)
+    w.exchanged_step = w.step
+    return {peer: replace(link, affordable_bytes=w.message_bytes) for peer, link in links.items()}

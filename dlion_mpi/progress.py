@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -47,12 +48,14 @@ class ProgressThread:
         self._thread = threading.Thread(target=self._run, args=(links, collectives), name="mpi-progress", daemon=True)
         self._thread.start()
 
-    def wait_until(self, ready: Callable[[], bool], timeout_s: float = float("inf")) -> bool:
-        """Wait until ``ready()``; it is asked again whenever something moved. False after ``timeout_s``.
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float = math.inf, ask_s: float = math.inf) -> bool:
+        """Wait until ``ready()``; it is asked again whenever something moved, and after ``ask_s`` seconds. False after
+        ``timeout_s``.
 
         Raises whatever ended the thread.
         """
-        deadline = time.monotonic() + timeout_s
+        started = time.monotonic()
+        deadline, asked = started + timeout_s, started + ask_s
         self._awaited = True
         try:
             while True:
@@ -60,10 +63,11 @@ class ProgressThread:
                 self.check()
                 if ready():
                     return True
-                if time.monotonic() >= deadline:
+                now = time.monotonic()
+                if now >= deadline:
                     return False
                 # Also ask again from time to time: readiness may come from a signal or another thread.
-                self._moved.wait(0.05)
+                self._moved.wait(min(0.05, asked - now) if asked > now else 0.05)
         finally:
             self._awaited = False
 

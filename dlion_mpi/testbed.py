@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -64,9 +65,11 @@ class LinkTotals:
 
 @dataclass(frozen=True, slots=True)
 class Until:
-    """The loop waits until ``ready()``. What drives the loop asks again whenever something has arrived."""
+    """The loop waits until ``ready()``. What drives the loop asks again whenever something has arrived, and at
+    ``asked_s`` of the run's clock."""
 
     ready: Callable[[], bool]
+    asked_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

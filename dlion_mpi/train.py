@@ -96,18 +96,20 @@ def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, 
 
 
 def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until, None, None]:
-    """Until the synchronisation mode lets this step be completed. ``sent``: of this step, for what goes meanwhile."""
+    """Until the synchronisation mode lets this step be completed, and a little longer for the peers' gradients of this
+    same step (``--patience``). ``sent``: of this step, for what goes meanwhile."""
     start_s, cpu_s, sending_s = w.now_s(), w.links.cpu_s(), timings.select_encode_s
+    patient_until_s = start_s + (w.config.patience or 0.0) * timings.compute_s
 
     def ready() -> bool:
-        if w.may_complete():
+        if w.may_complete() and (w.cut_short() or w.is_fresh() or w.now_s() >= patient_until_s):
             return True
         sent.update(send_first(w, timings, waiting=True))  # a link that was busy when the step began may be free now
         is_quiet(w)  # what fails there must not be waited for
         return False
 
     if not ready():
-        yield Until(ready)
+        yield Until(ready, patient_until_s)
     now_s = w.now_s()
     w.recorder.span(Phase.WAIT, w.step, start_s, now_s)
     timings.wait_s = now_s - start_s - (timings.select_encode_s - sending_s)

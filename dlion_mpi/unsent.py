@@ -42,6 +42,14 @@ class Rules:
     value_type: ValueType
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a message to one link should have, and the most that it may have to be the same as the widest link's."""
+
+    wanted_bytes: float
+    most_bytes: float
+
+
 @dataclass(slots=True)
 class Unsent:
     """The memory of one worker: ``common`` (P,) float32, what no link has been sent.
@@ -53,6 +61,8 @@ class Unsent:
     rules: Rules
     common: Vector = field(init=False)
     owed: dict[int, Vector] = field(init=False, default_factory=dict)
+    sent: Entries | None = field(init=False, default=None)
+    """What left `common` in the newest `take`, as its receivers see it; None if nothing did."""
     _selector: Selector = field(init=False)
     _largest: Vector = field(init=False)
     _clustering: float = 1.0
@@ -82,20 +92,29 @@ class Unsent:
         """Remember a gradient, (P,) float32."""
         self._largest = self._selector.measure(self.common, add=gradient)
 
-    def take(self, budgets_bytes: Mapping[int, float | None]) -> dict[int, Choice]:
+    def take(self, budgets: Mapping[int, Budget | None]) -> dict[int, Choice]:
         """What goes to each link: the largest entries that its budget pays for, or all within a fixed N.
 
-        ``budgets_bytes``: of every live link; None for one that takes no message now.
+        ``budgets``: of every live link; None for one that takes no message now. Where there is no link any more,
+        nobody has to be waited for: all of `common` leaves it.
         """
-        widest = max((budget for budget in budgets_bytes.values() if budget is not None), default=None)
+        if not budgets:
+            self.sent = Entries(self.layout.size, self.common.copy(), None)
+            self.common[:] = 0
+            return {}
+        self.sent = None
+        widest = max((budget.wanted_bytes for budget in budgets.values() if budget is not None), default=None)
         if widest is None:
             return {}
         shared = self._leave_common(self._select(widest))
+        self.sent = shared.entries
         indices = shared.entries.indices
         shared_bytes = encoded_bytes(indices, self.layout.size, self.rules.value_type)
         choices = {}
-        for peer, budget in budgets_bytes.items():
-            whole = budget is not None and (self.rules.max_n or budget == widest or shared_bytes <= budget)
+        for peer, budget in budgets.items():
+            whole = budget is not None and (
+                self.rules.max_n or budget.wanted_bytes == widest or shared_bytes <= budget.most_bytes
+            )
             if whole and peer not in self.owed:
                 choices[peer] = shared
                 continue
@@ -108,10 +127,10 @@ class Unsent:
                 choices[peer] = self._all(owed, shared)
             elif indices is None:
                 owed += shared.entries.values
-                choices[peer] = self._largest_of_all(owed, budget)
+                choices[peer] = self._largest_of_all(owed, budget.wanted_bytes)
             else:
-                count = int(len(indices) * budget / shared_bytes)
-                choices[peer] = self._largest_among(owed, shared.entries, budget, count)
+                count = int(len(indices) * budget.wanted_bytes / shared_bytes)
+                choices[peer] = self._largest_among(owed, shared.entries, budget.wanted_bytes, count)
         return choices
 
     def _select(self, budget_bytes: float) -> Selection:

@@ -149,6 +149,8 @@ class Worker:
     step_s: float = 0.0
     """Running mean of what a step takes without waiting: what a message may take to cross."""
     exchanged_step: int = -1
+    message_bytes: float = field(init=False)
+    """What a message may have so that the exchange keeps to its share of the processor."""
     exchange_credit_s: float = 0.0
     """Processor time that the exchange may still take: what `--exchange-share` grants, less what it has taken."""
     exchange_cpu_s: float = 0.0
@@ -175,12 +177,18 @@ class Worker:
         workers = len(self.members)
         self.alone = workers == 1
         self.end_step = self.config.last_step
+        self.message_bytes = self.whole_bytes
         self.inbox = Inbox(dict.fromkeys(self.members.peers(self.rank), -1))
         self.status = StatusRounds(self.config, self.rank, workers, self.training_samples, self.collectives)
         self.knowledge = KnowledgeRounds(self.config, self.rank, workers, self.collectives)
         self.state = self.strategy.start(
             Plan(config=self.config, rank=self.rank, ranks=self.members.ranks, layout=self.replica.layout)
         )
+
+    @property
+    def whole_bytes(self) -> float:
+        """A gradient with all its entries."""
+        return 4.0 * self.replica.layout.size
 
     @property
     def peers(self) -> tuple[int, ...]:
@@ -248,6 +256,10 @@ class Worker:
         """Whether this step can be completed, or will never be."""
         self.collect()
         return self.cut_short() or self.strategy.may_advance(self.state, self.step, self.inbox)
+
+    def is_fresh(self) -> bool:
+        """Whether every live peer's message of this step is here."""
+        return all(step >= self.step for step in self.inbox.newest.values())
 
 
 def not_ready(links: Mapping[int, LinkView]) -> dict[int, LinkView]:

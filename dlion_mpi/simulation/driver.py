@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -59,6 +60,8 @@ class Process:
                     return
                 if not request.ready():
                     self._ready = request.ready
+                    if self._events.now_s < request.asked_s < math.inf:
+                        self._events.at(request.asked_s, self.wake)
                     return
                 answer = None
         except StopIteration:

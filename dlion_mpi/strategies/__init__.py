@@ -68,6 +68,8 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
         values["transfer"] = "none" if chosen("unsent") == "accumulate" and not asked else "all"
     if "link_share" in defaults and chosen("link_share") is None:
         values["link_share"] = LINK_SHARE if chosen("unsent") == "accumulate" else 1.0
+    if "own_gradient" in defaults and chosen("own_gradient") is None:
+        values["own_gradient"] = "as-sent" if chosen("unsent") == "accumulate" else "whole"
     for master, (off, rest) in _SWITCHES.items():
         if chosen(master) == off:
             values.update(dict.fromkeys(rest))
@@ -76,7 +78,7 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     return strategy, dataclasses.replace(config, **values)  # type: ignore[arg-type]
 
 
-_BOUNDED_ONLY = ("staleness", "backup", "hop_max_gap", "hop_skip")
+_BOUNDED_ONLY = ("staleness", "backup", "patience", "hop_max_gap", "hop_skip")
 _NOT_IN_SYNC = ("exchange_thread",)
 
 # A technique that is switched off leaves these options without a value.

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from dlion_mpi.arrays import Array, Arrays, StateError, integer, integers, under, vector
+from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.strategies.base import (
     Effect,
@@ -50,9 +51,12 @@ class Ako:
 
     name: ClassVar[str] = "ako"
     restates: ClassVar[bool] = False
-    beside: ClassVar[bool] = True
     sync_modes: ClassVar[tuple[str, ...]] = ("async", "bounded")
     defaults: ClassVar[Mapping[str, object]] = {"staleness": 5, "ako_partitions": 0, "exchange_thread": "on"}
+
+    def beside(self, config: Config) -> bool:
+        """See `SelectsBeside.beside`."""
+        return True
 
     def start(self, plan: Plan) -> AkoState:
         """See `Strategy.start`."""

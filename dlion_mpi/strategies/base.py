@@ -56,12 +56,14 @@ class LinkView:
 
     ``idle``: nothing that was sent before is still under way. ``room_bytes``: what it can take now and have carried
     by about the next step, beside what is still under way and what goes over the other links; 0: nothing.
+    ``affordable_bytes``: what a message may have so that the exchange keeps to its share of the processor.
     """
 
     ready: bool
     budget_bytes: float
     idle: bool = True
     room_bytes: float = math.inf
+    affordable_bytes: float = math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,9 +224,9 @@ class SelectsBeside(Protocol):
     """A strategy that says whether its `outgoing` may run in a thread beside all that the loop does until the next:
     `incoming`, `may_advance`, the optimizer, the next gradient."""
 
-    beside: ClassVar[bool]
-    """Whether `outgoing` changes nothing that those read, reads nothing that they change, and returns the state that it
-    was given."""
+    def beside(self, config: Config) -> bool:
+        """Whether, with this Config, `outgoing` changes nothing that those read, reads nothing that they change, and
+        returns the state that it was given."""
 
 
 @runtime_checkable

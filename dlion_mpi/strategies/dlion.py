@@ -23,7 +23,7 @@ from dlion_mpi.strategies.base import (
     Plan,
     may_advance,
 )
-from dlion_mpi.unsent import Choice, Rules, Unsent
+from dlion_mpi.unsent import Budget, Choice, Rules, Unsent
 from dlion_mpi.update import coefficient
 from dlion_mpi.wire import Message, ValueType
 
@@ -38,14 +38,23 @@ class DlionState:
     effective: Vector
 
 
-LINK_SHARE = 0.5
+LINK_SHARE = 0.05
 """``--link-share`` where what is not sent is remembered."""
 
+LEAST, MOST = 0.005, 0.5
+"""Of a gradient's bytes: messages are made no smaller for `--link-share`'s sake, unless that is more than this part of
+what a link can take. Smaller ones save little time, and how fast a link is could not be told from them."""
+SLACK = 4.0
+"""Links that are up to so many times narrower than the widest get the same entries, if they can take them: budgets that
+differ a little, as measured ones do, would leave every link something owed, and the replicas would drift apart."""
+
 PAPER: Mapping[str, object] = {
+    "patience": 0.0,
     "batching": "proportional",
     "weighting": "paper",
     "unsent": "drop",
     "link_share": 1.0,
+    "own_gradient": "whole",
     "value_type": "float32",
     "exchange_share": 0.0,
     "transfer": "all",
@@ -62,10 +71,10 @@ class Dlion:
 
     name: ClassVar[str] = "dlion"
     restates: ClassVar[bool] = False
-    beside: ClassVar[bool] = True
     sync_modes: ClassVar[tuple[str, ...]] = ("bounded", "sync", "async")
     defaults: ClassVar[Mapping[str, object]] = {
         "staleness": 5,
+        "patience": 0.5,
         "backup": 0,
         **BATCHING,
         "weighting": "global",
@@ -73,12 +82,17 @@ class Dlion:
         "n_min": 0.85,
         "link_share": None,
         "unsent": "accumulate",
+        "own_gradient": None,
         "value_type": "bfloat16",
         "exchange_share": 0.15,
         "exchange_thread": "on",
         **TRANSFER,
         "transfer": "auto",
     }
+
+    def beside(self, config: Config) -> bool:
+        """See `SelectsBeside.beside`. What was sent is applied in the same step, so then it is selected before."""
+        return config.own_gradient != "as-sent"
 
     def start(self, plan: Plan) -> DlionState:
         """See `Strategy.start`."""
@@ -93,7 +107,7 @@ class Dlion:
         Where somebody may be waiting for this worker's step, any other link gets a header that tells it.
         """
         config = state.plan.config
-        budgets = {peer: _budget_bytes(link, config) for peer, link in links.items()}
+        budgets = {peer: _budget(link, config, state.plan.layout.size) for peer, link in links.items()}
         told = [peer for peer, budget in budgets.items() if budget is not None or config.sync != "async"]
         messages = {peer: Outgoing() for peer in told}
         if state.unsent is not None:
@@ -108,10 +122,15 @@ class Dlion:
     def incoming(
         self, state: DlionState, local: LocalGradient, weights: Callable[[], Vector], messages: Sequence[Message]
     ) -> tuple[DlionState, Effect]:
-        """The weighted sum of the own gradient and of what arrived."""
+        """The weighted sum of the own gradient, or of what was sent of it and of earlier ones, and of what arrived."""
         config, workers = state.plan.config, len(state.plan.ranks)
         own = coefficient(config.weighting, local.lbs, local.gbs, own_lbs=local.lbs, workers=workers)
-        np.multiply(local.vector, np.float32(own), out=state.effective)
+        if state.unsent is not None and config.own_gradient == "as-sent":
+            state.effective.fill(0)
+            if state.unsent.sent is not None:
+                state.unsent.sent.add_to(state.effective, own)
+        else:
+            np.multiply(local.vector, np.float32(own), out=state.effective)
         for message in messages:
             header = message.header
             share = coefficient(config.weighting, header.lbs, header.gbs, own_lbs=local.lbs, workers=workers)
@@ -141,23 +160,28 @@ def _value_type(state: DlionState) -> ValueType:
     return state.plan.config.value_type or "float32"
 
 
-def _budget_bytes(link: LinkView, config: Config) -> float | None:
-    """What a message may have now; None if there should be none.
+def _budget(link: LinkView, config: Config, size: int) -> Budget | None:
+    """What a message may have now, of a gradient of ``size`` entries; None if there should be none.
 
-    A part of what the link can take, so that it is there before the peer's next step ends. In `sync` no link has more
-    than one message under way, since a step takes everyone's messages of the one before: whether its acknowledgement
-    has come yet must not put this step's gradient off.
+    A part of what the link can take, so that it is there soon. In `sync` no link has more than one message under way,
+    since a step takes everyone's messages of the one before: whether its acknowledgement has come yet must not put
+    this step's gradient off.
     """
-    share = config.link_share or 1.0
     if config.sync == "sync":
-        return share * link.budget_bytes
-    return share * min(link.budget_bytes, link.room_bytes) if link.ready and link.room_bytes > 0 else None
+        can_bytes = link.budget_bytes
+    elif not link.ready or link.room_bytes <= 0:
+        return None
+    else:
+        can_bytes = min(link.budget_bytes, link.room_bytes)
+    least_bytes = min(LEAST * 4 * size, MOST * can_bytes)
+    wanted_bytes = min(max((config.link_share or 1.0) * can_bytes, least_bytes), link.affordable_bytes)
+    return Budget(wanted_bytes, min(SLACK * wanted_bytes, can_bytes))
 
 
-def _largest(state: DlionState, gradient: Vector, budgets_bytes: Mapping[int, float | None]) -> dict[int, Choice]:
+def _largest(state: DlionState, gradient: Vector, budgets: Mapping[int, Budget | None]) -> dict[int, Choice]:
     """Of this gradient alone, for every link that takes a message now."""
     config, selector = state.plan.config, state.selector
-    ready = {peer: budget for peer, budget in budgets_bytes.items() if budget is not None}
+    ready = {peer: budget.wanted_bytes for peer, budget in budgets.items() if budget is not None}
     if not ready:
         return {}
     largest = selector.measure(gradient)

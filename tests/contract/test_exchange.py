@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from dlion_mpi import wire
 from dlion_mpi.config import Config
 from dlion_mpi.exchange import MOST_STEPS_APART
-from dlion_mpi.flat import Vector
+from dlion_mpi.flat import Layout, Vector
 from dlion_mpi.strategies import STRATEGIES, resolve
 from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, Plan, SendsFirst
+from dlion_mpi.strategies.dlion import LEAST
 from dlion_mpi.wire import Header, Kind, Message, ValueType
 from dlion_mpi.worker import Worker
 from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, every_message_mode, gradients, local, trained
-from tests.inmemory import Weather
+from tests.inmemory import Network, Weather
 
 
 def first_messages(settings: Config, links: dict[int, LinkView]) -> dict[int, Outgoing]:
@@ -82,6 +83,43 @@ def test_accumulate_loses_nothing_bit_for_bit(seed: int, offers: list[Any]) -> N
             sent[peer] += dense(message)
     for peer in (1, 2):
         np.testing.assert_array_equal(sent[peer] + state.unsent.of(peer), np.sum(own, axis=0, dtype=np.float64))
+
+
+@pytest.mark.parametrize("value_type", ["float32", "bfloat16"])
+@given(seed=st.integers(0, 1000), offers=OFFERS)
+def test_the_own_gradient_is_applied_as_the_widest_link_gets_it(
+    value_type: ValueType, seed: int, offers: list[Any]
+) -> None:
+    """What was applied and what waits add up to all gradients; a peer whose link is as wide applies the same."""
+    strategy, state = start_dlion(value_type, unsent="accumulate")
+    applied = np.zeros(SIZE, np.float64)
+    own = gradients(seed, len(offers), whole=value_type == "float32")
+    for step, (gradient, offer) in enumerate(zip(own, offers, strict=True)):
+        views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
+        free = not state.unsent.owed
+        state, messages = strategy.outgoing(state, local(gradient, step=step), views)
+        state, effect = strategy.incoming(state, local(gradient, step=step, lbs=8, gbs=8), OPTIMUM.copy, [])
+        applied += effect.gradient
+        if free and messages:
+            widest = max(messages, key=lambda peer: views[peer].budget_bytes)
+            np.testing.assert_array_equal(effect.gradient, dense(messages[widest]))
+    total = np.sum(own, axis=0, dtype=np.float64)
+    rounding = 0 if value_type == "float32" else 1e-5 * np.abs(own).sum()
+    np.testing.assert_allclose(applied + state.unsent.common, total, rtol=0, atol=rounding)
+
+
+def test_who_is_left_alone_applies_its_own_gradient_at_once_and_all_it_kept() -> None:
+    strategy, state = start_dlion(unsent="accumulate")
+    first, second, third = gradients(5, 3, whole=True)
+    own = {"lbs": 8, "gbs": 8}
+    state, _ = strategy.outgoing(state, local(first, **own), {1: LinkView(False, 0.0)})
+    state, effect = strategy.incoming(state, local(first, **own), OPTIMUM.copy, [])
+    assert not effect.gradient.any()
+    for gradient, expected in ((second, first + second), (third, third)):
+        state, messages = strategy.outgoing(state, local(gradient, **own), {})
+        state, effect = strategy.incoming(state, local(gradient, **own), OPTIMUM.copy, [])
+        assert messages == {}
+        np.testing.assert_array_equal(effect.gradient, expected)
 
 
 @given(seed=st.integers(0, 1000), offers=OFFERS)
@@ -221,19 +259,80 @@ def test_every_link_gets_its_own_n_and_a_slower_one_a_subset(budgets: tuple[floa
 @pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)
 @pytest.mark.parametrize("unsent", ["drop", "accumulate"])
 def test_a_message_takes_its_share_of_what_the_link_offers(unsent: str, mode: str) -> None:
-    wide = {1: LinkView(True, 160.0), 2: LinkView(True, 160.0, room_bytes=144.0)}
-    narrow = {1: LinkView(True, 120.0), 2: LinkView(True, 120.0, room_bytes=108.0)}
-    parts = first_messages(config("dlion", mode, unsent=unsent, link_share=0.75), wide)
-    wholes = first_messages(config("dlion", mode, unsent=unsent, link_share=1.0), narrow)
-    full = first_messages(config("dlion", mode, unsent=unsent, link_share=1.0), wide)
+    wide = {1: LinkView(True, 240.0), 2: LinkView(True, 240.0, room_bytes=170.0)}
+    narrow = {1: LinkView(True, 180.0), 2: LinkView(True, 180.0, room_bytes=127.5)}
+    settings = config("dlion", mode, unsent=unsent, link_share=1.0, value_type="float32")
+    parts = first_messages(dataclasses.replace(settings, link_share=0.75), wide)
+    wholes = first_messages(settings, narrow)
+    full = first_messages(settings, wide)
     for peer in wide:
         np.testing.assert_array_equal(dense(parts[peer]), dense(wholes[peer]))
         assert 0 < np.count_nonzero(dense(parts[peer])) < np.count_nonzero(dense(full[peer]))
 
 
+def test_links_of_about_the_same_width_get_the_same_entries() -> None:
+    """Where messages leave links most of their time, unequal budgets are no reason for unequal replicas."""
+    strategy, state = start_dlion(unsent="accumulate", link_share=0.2)
+    wide, narrower, narrow = LinkView(True, 1000.0), LinkView(True, 300.0), LinkView(True, 150.0)
+    state, messages = strategy.outgoing(state, local(OPTIMUM), {1: wide, 2: narrower})
+    np.testing.assert_array_equal(dense(messages[1]), dense(messages[2]))
+    assert not state.unsent.owed
+    state, messages = strategy.outgoing(state, local(OPTIMUM), {1: wide, 2: narrow})
+    assert np.count_nonzero(dense(messages[2])) < np.count_nonzero(dense(messages[1]))
+    assert list(state.unsent.owed) == [2]
+
+
+def test_messages_are_not_made_very_small_where_links_have_room() -> None:
+    size = 10_000
+    layout = Layout.of([(size,)])
+    gradient = np.random.default_rng(3).normal(size=size).astype(np.float32)
+
+    def sent(budget_bytes: float, **options: Any) -> int:
+        strategy, resolved = resolve(Config(strategy="dlion", value_type="float32", n_min=1e-6, **options))
+        state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1), layout=layout))
+        _, messages = strategy.outgoing(state, local(gradient), {1: LinkView(True, budget_bytes)})
+        entries = messages[1].entries
+        assert entries is not None
+        return wire.encoded_bytes(entries.indices, size, "float32")
+
+    least = LEAST * 4 * size
+    for budget_bytes, expected in ((100 * least, 5 * least), (10 * least, least), (1.2 * least, 0.6 * least)):
+        assert sent(budget_bytes) == pytest.approx(expected, abs=30)
+    assert sent(10 * least, link_share=0.5) == pytest.approx(5 * least, abs=30)
+
+
+@pytest.mark.parametrize("unsent", ["drop", "accumulate"])
+def test_a_message_has_no_more_bytes_than_the_processor_affords(unsent: str) -> None:
+    afforded = {1: LinkView(True, 1e9, affordable_bytes=120.0), 2: LinkView(True, 120.0, affordable_bytes=1e9)}
+    settings = config("dlion", "bounded", unsent=unsent, link_share=1.0, value_type="float32")
+    messages = first_messages(settings, afforded)
+    np.testing.assert_array_equal(dense(messages[1]), dense(messages[2]))
+    assert 0 < np.count_nonzero(dense(messages[1])) < SIZE
+
+
+def test_messages_get_smaller_where_the_exchange_costs_too_much_and_larger_again() -> None:
+    """A tenth of 8 ms of computing is granted per step. A message costs 0.1 ms and 8 us a byte, then 1 us."""
+    sizes: list[float] = []
+
+    def cost(worker: Worker, _: Network) -> None:
+        if worker.step < 60:
+            worker.exchange_cpu_s += 1e-4 + 8e-6 * worker.message_bytes
+        else:
+            worker.exchange_cpu_s += 1e-6
+        if worker.rank == 0:
+            sizes.append(worker.message_bytes)
+
+    settings = config("dlion", "async", steps=90, exchange_share=0.1, batching="fixed", transfer="none")
+    trained(settings, on_step=cost)
+    assert sizes[0] == 4 * SIZE
+    assert np.mean(sizes[30:60]) == pytest.approx((8e-4 - 1e-4) / 8e-6, rel=0.25)
+    assert sizes[-1] == 4 * SIZE
+
+
 def test_slow_links_get_less_over_a_whole_run() -> None:
     weather = Weather(seed=1, budget=(100, 330))
-    result = trained(config("dlion", "bounded", steps=50, link_share=1.0), weather=weather)
+    settings = config("dlion", "bounded", steps=50, link_share=1.0, exchange_share=0.0)
+    result = trained(settings, weather=weather)
     offered = [(view.budget_bytes, sent) for own in result.sent for step in own for view, sent in step.values()]
     tight = [sent for budget, sent in offered if budget < 150 and sent is not None]
     wide = [sent for budget, sent in offered if budget > 250 and sent is not None]
@@ -267,8 +366,10 @@ def test_an_exchange_that_costs_more_than_all_its_credit_is_not_put_off_for_ever
     settings = config("dlion", "async", steps=60, exchange_share=1e-6, batching="fixed", transfer="none")
     for own in trained(settings, message_cpu_s=10.0).sent:
         steps = [i for i, step in enumerate(own) if any(entries is not None for _, entries in step.values())]
-        assert steps[0] == 0
-        assert set(np.diff(steps)) == {MOST_STEPS_APART}
+        smaller = steps.index(steps[-1] % MOST_STEPS_APART)  # before that, messages had not become the smallest yet
+        assert steps[:smaller] == list(range(smaller))
+        assert smaller <= 5
+        assert set(np.diff(steps[smaller:])) == {MOST_STEPS_APART}
 
 
 # ---- what arrives
@@ -287,7 +388,7 @@ def applied(settings: Config, own: LocalGradient, messages: list[Message]) -> Ve
 def test_dlion_weighs_gradients_by_their_batches() -> None:
     a, b, c = gradients(2, 3, whole=True)
     arrived = [arrival(1, b, lbs=4), arrival(2, c, lbs=12)]
-    settings = config("dlion", "bounded", weighting="global")
+    settings = config("dlion", "bounded", weighting="global", own_gradient="whole")
     effective = applied(settings, local(a, lbs=8), arrived)
     np.testing.assert_allclose(effective, (8 * a + 4 * b + 12 * c) / 24, rtol=1e-5, atol=1e-3)
     effective = applied(dataclasses.replace(settings, weighting="paper"), local(a, lbs=8), arrived)
@@ -296,7 +397,9 @@ def test_dlion_weighs_gradients_by_their_batches() -> None:
 
 def test_dlion_weighs_a_gradient_by_the_batches_of_when_it_was_computed() -> None:
     a, b, _ = gradients(2, 3, whole=True)
-    effective = applied(config("dlion", "bounded"), local(a, lbs=8, gbs=24), [arrival(1, b, lbs=10, gbs=100)])
+    effective = applied(
+        config("dlion", "bounded", own_gradient="whole"), local(a, lbs=8, gbs=24), [arrival(1, b, lbs=10, gbs=100)]
+    )
     np.testing.assert_allclose(effective, a * (8 / 24) + b * 0.1, rtol=1e-5, atol=1e-3)
 
 

@@ -92,7 +92,7 @@ def test_options_resolve_once_and_for_all(name: str, mode: str) -> None:
     assert resolve(resolved)[1] == resolved
     assert strategy.name == name
     assert resolved.sync == mode
-    bounded_only = {"staleness", "backup", "hop_max_gap", "hop_skip"} if mode != "bounded" else set()
+    bounded_only = {"staleness", "backup", "patience", "hop_max_gap", "hop_skip"} if mode != "bounded" else set()
     not_in_sync = {"exchange_thread"} & set(strategy.defaults) if mode == "sync" else set()
     unset = {option for option in strategy.defaults if getattr(resolved, option) is None}
     assert not_in_sync <= unset

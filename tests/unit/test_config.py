@@ -83,6 +83,7 @@ REAL: dict[str, tuple[float, float]] = {
     "max_n": (1e-3, 100),
     "n_min": (1e-3, 100),
     "link_share": (1e-3, 1),
+    "patience": (0, 1e300),
     "exchange_share": (0, 1e30),
     "transfer_merge": (0, 1),
 }
@@ -382,8 +383,8 @@ def test_knowledge_is_transferred_where_gradients_are_dropped_or_it_is_asked_for
 @pytest.mark.parametrize(
     ("options", "share"),
     [
-        ({}, 0.5),
-        ({"sync": "sync"}, 0.5),
+        ({}, 0.05),
+        ({"sync": "sync"}, 0.05),
         ({"unsent": "drop"}, 1.0),
         ({"unsent": "drop", "link_share": 0.1}, 0.1),
         ({"link_share": 1.0}, 1.0),
