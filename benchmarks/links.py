@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,8 @@ from dlion_mpi.outcome import commit, versions
 ENVIRONMENTS = ("hetero-net-a", "hetero-net-b", "hetero-sys-a", "homo-b")
 WARM_UP_S = 10.0
 SETTLED_STEP = 20
+FULL = "--link-share 1 --patience 0 --own-gradient whole"
+"""What dlion does not do by default: fill its links, and wait for nobody as long as it may."""
 NAME = "links"
 """Of the emulation."""
 CHANGE_S = 30.0
@@ -119,7 +122,7 @@ class Run:
         return np.concatenate(ages)
 
 
-def emulated(env: str, seconds: float, seed: int, link_share: float) -> Run:
+def emulated(env: str, seconds: float, seed: int, options: str) -> Run:
     """Train for some time in an emulation, reading the kernel's counters twice a second."""
     environment = environments.load(env)
     counters = Counters(environment.workers)
@@ -127,7 +130,7 @@ def emulated(env: str, seconds: float, seed: int, link_share: float) -> Run:
         out = Path(folder) / "run"
         dlion = [sys.executable, "-m", "dlion_mpi"]
         command = [*dlion, "emulate", "run", "--env", env, "--name", NAME, "--", *dlion, "train", "--out", str(out)]
-        command += ["--seconds", str(seconds), "--seed", str(seed), "--link-share", str(link_share)]
+        command += ["--seconds", str(seconds), "--seed", str(seed), *shlex.split(options)]
         command += ["--progress-every", "0"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
             while running.poll() is None:
@@ -144,9 +147,9 @@ def emulated(env: str, seconds: float, seed: int, link_share: float) -> Run:
     return Run(environment, counters, steps, ages, times, seconds)
 
 
-def steady(env: str, seconds: float, seed: int, link_share: float) -> dict[str, Any]:
+def steady(env: str, seconds: float, seed: int, options: str) -> dict[str, Any]:
     """Use, age, step times and balance once the run has settled."""
-    run = emulated(env, seconds, seed, link_share)
+    run = emulated(env, seconds, seed, options)
     use = run.use(WARM_UP_S, seconds)
     ages = run.ages(WARM_UP_S, seconds)
     own = [s["step_s"] - s["wait_s"] for s in run.steps]
@@ -166,13 +169,13 @@ def steady(env: str, seconds: float, seed: int, link_share: float) -> dict[str, 
     }
 
 
-def changing(name: str, seconds: float, seed: int, link_share: float) -> dict[str, Any]:
+def changing(name: str, seconds: float, seed: int, options: str) -> dict[str, Any]:
     """Use and age from 5 s after all uplinks have changed their rate, and second by second after the change."""
     before, after = CHANGES[name]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "change.toml"
         path.write_text(CHANGING.format(before=before, after=after, change_s=CHANGE_S), encoding="utf-8")
-        run = emulated(str(path), seconds, seed, link_share)
+        run = emulated(str(path), seconds, seed, options)
     later = CHANGE_S + 5
     ages = run.ages(later, seconds)
     by_second = [(float(s), run.use(s, s + 1), run.ages(s, s + 1)) for s in np.arange(CHANGE_S, CHANGE_S + 10)]
@@ -192,7 +195,7 @@ def main() -> None:
     parser.add_argument("--change", nargs="*", default=list(CHANGES), choices=list(CHANGES))
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--link-share", type=float, default=1.0, help="1: full links; dlion's own default is 0.5")
+    parser.add_argument("--options", default=FULL, help="of dlion, quoted (default: %(default)s)")
     args = parser.parse_args()
     result = {
         "benchmark": "links",
@@ -204,9 +207,9 @@ def main() -> None:
         "versions": versions(),
         "commit": commit(),
         "seconds": args.seconds,
-        "link_share": args.link_share,
-        "steady": [steady(env, args.seconds, args.seed, args.link_share) for env in args.env],
-        "changing": [changing(name, args.seconds, args.seed, args.link_share) for name in args.change],
+        "options": args.options,
+        "steady": [steady(env, args.seconds, args.seed, args.options) for env in args.env],
+        "changing": [changing(name, args.seconds, args.seed, args.options) for name in args.change],
     }
     print(json.dumps(result))
 

@@ -41,7 +41,7 @@ class DlionState:
 LINK_SHARE = 0.05
 """``--link-share`` where what is not sent is remembered."""
 
-LEAST, MOST = 0.005, 0.5
+LEAST, MOST = 0.0025, 0.5
 """Of a gradient's bytes: messages are made no smaller for `--link-share`'s sake, unless that is more than this part of
 what a link can take. Smaller ones save little time, and how fast a link is could not be told from them."""
 SLACK = 4.0

@@ -235,13 +235,53 @@ def test_what_messages_cost_a_processor_takes_time(tmp_path: Path, monkeypatch: 
         np.testing.assert_allclose(own["steps/step_s"][1:], 0.24, atol=0.002)
 
 
-ALL_ENTRIES = {"max_n": 100.0, "exchange_share": 0.0, "batching": "fixed", "value_type": "float32"}
-"""Of dlion: a dense message to every peer at every step."""
+ALL_ENTRIES = {
+    "max_n": 100.0,
+    "exchange_share": 0.0,
+    "batching": "fixed",
+    "value_type": "float32",
+    "own_gradient": "whole",
+}
+"""Of dlion: a dense message to every peer at every step, while the next one is computed."""
 
 
 def spans(own: dict[str, Any], phase: Phase) -> list[tuple[float, float]]:
     found = own["timeline/spans"]
     return [(float(s["start_s"]), float(s["end_s"])) for s in found[found["phase"] == int(phase)]]
+
+
+@pytest.mark.parametrize(("patience", "steps_late"), [(0.5, 0), (0.0, 1)])
+def test_patience_waits_for_the_gradients_of_the_same_step(patience: float, steps_late: int, tmp_path: Path) -> None:
+    """A message takes 30 ms of a step of 200."""
+    _, ranks = recorded(tmp_path, cloud(latency_s=0.03), patience=patience, batching="fixed", steps=10)
+    for own in ranks:
+        ages = own["links/age_steps"][2:]
+        assert set(ages[np.isfinite(ages)]) == {steps_late}
+        np.testing.assert_allclose(own["steps/wait_s"][1:], 0.0 if steps_late else 0.03, atol=0.005)
+
+
+@pytest.mark.parametrize(("patience", "late_s"), [(0.0, 0.0), (0.2, 0.04), (0.4, 0.08)])
+def test_patience_has_an_end(patience: float, late_s: float, tmp_path: Path) -> None:
+    """Messages take longer than any of these: every step waits for as long as it may, and no longer."""
+    _, ranks = recorded(tmp_path, cloud(latency_s=0.15), patience=patience, batching="fixed", steps=10)
+    for own in ranks:
+        np.testing.assert_allclose(own["steps/step_s"][1:], 0.2 + late_s, atol=0.003)
+
+
+def test_a_worker_does_not_wait_for_one_that_has_ended(tmp_path: Path, workers: list[Worker]) -> None:
+    """Of three, the fastest is done first; the others do their last steps without waiting for it."""
+    options = {"patience": 100.0, "staleness": 100, "batching": "fixed", "seconds": 3.0}
+    outcome, ranks = recorded(tmp_path, cloud((24.0, 24.0, 12.0)), **options)
+    assert outcome.exit_code == 0
+    assert max(own["steps/time_s"][-1] for own in ranks) < 3.6
+
+
+def test_replicas_that_get_everything_in_time_stay_the_same(tmp_path: Path, workers: list[Worker]) -> None:
+    simulate(config(steps=20, link_share=0.3, n_min=1e-3), cloud((24.0, 12.0, 4.0), mbit=3.0), report=False)
+    first, *others = (worker.replica.weights() for worker in workers)
+    assert all(worker.state.unsent.common.any() for worker in workers), "everything was sent at once"
+    for weights in others:
+        np.testing.assert_allclose(weights, first, atol=1e-6)
 
 
 @pytest.mark.parametrize(("thread", "step_s"), [("on", 0.22), ("off", 0.24)])
@@ -250,7 +290,7 @@ def test_what_is_made_beside_the_loop_does_not_keep_it(
 ) -> None:
     """Each of two messages takes 10 ms to make, and as long to take in."""
     monkeypatch.setattr(simulation_testbed, "DENSE_S", 0.010 / PARAMETERS)
-    _, ranks = recorded(tmp_path, cloud(), exchange_thread=thread, steps=8, **ALL_ENTRIES)
+    _, ranks = recorded(tmp_path, cloud(), exchange_thread=thread, patience=0.0, steps=8, **ALL_ENTRIES)
     for own in ranks:
         np.testing.assert_allclose(own["steps/step_s"][2:], step_s, atol=0.002)
         beside = spans(own, Phase.EXCHANGE)

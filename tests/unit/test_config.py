@@ -399,6 +399,40 @@ def test_links_are_full_only_where_gradients_are_dropped_or_it_is_asked_for(
     assert resolve(Config(**options))[1].link_share == share
 
 
+@pytest.mark.parametrize(
+    ("options", "own_gradient", "patience"),
+    [
+        ({}, "as-sent", 0.5),
+        ({"sync": "sync"}, "as-sent", None),
+        ({"sync": "async", "own_gradient": "whole"}, "whole", None),
+        ({"unsent": "drop"}, "whole", 0.5),
+        ({"preset": "paper"}, "whole", 0.0),
+        ({"preset": "paper", "unsent": "accumulate"}, "whole", 0.0),
+        ({"max_n": 10.0, "patience": 2.0}, "as-sent", 2.0),
+        ({"strategy": "gaia"}, None, None),
+    ],
+)
+def test_the_own_gradient_is_applied_as_sent_where_the_rest_is_remembered(
+    options: dict[str, Any], own_gradient: str | None, patience: float | None
+) -> None:
+    resolved = resolve(Config(**options))[1]
+    assert (resolved.own_gradient, resolved.patience) == (own_gradient, patience)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unsent": "drop", "own_gradient": "as-sent"}, "needs --unsent accumulate"),
+        ({"sync": "sync", "patience": 0.5}, "--patience belongs to --sync bounded"),
+        ({"strategy": "hop", "patience": 0.5}, "--patience is not used by --strategy hop"),
+        ({"preset": "paper", "own_gradient": "as-sent"}, "needs --unsent accumulate"),
+    ],
+)
+def test_what_would_never_be_applied_or_waited_for_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve(Config(**options))
+
+
 def test_the_paper_s_preset_stands_behind_what_is_given() -> None:
     paper = resolve(Config(preset="paper"))[1]
     assert (paper.batching, paper.weighting, paper.unsent, paper.transfer) == ("proportional", "paper", "drop", "all")
