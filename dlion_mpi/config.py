@@ -86,7 +86,7 @@ class Config:
     patience: float | None = _option(
         None,
         "bounded: how long a worker waits for its peers' gradients of the same step before it goes on without, as a "
-        "share of the time that computing its own took",
+        "share of the time that computing its own took. Not given: 0.5 where messages leave links time, else 0",
         table="run",
     )
     steps: int | None = _option(None, "stop after this many steps (1000 if no end is given)", table="run")
@@ -201,8 +201,8 @@ class Config:
     n_min: float | None = _option(None, "smallest N that a slow link may get", table="exchange")
     link_share: float | None = _option(
         None,
-        "how much a message uses of what its link can take, in 0..1; 1: links are full. Not given: 0.05 where what is "
-        "not sent is remembered, else 1",
+        "how much a message uses of what its link can take, in 0..1; 1: links are full; but at least 0.25 %% of a "
+        "gradient where links can take much more. Not given: 0.05 where what is not sent is remembered, else 1",
         table="exchange",
     )
     unsent: str | None = _option(
@@ -214,7 +214,7 @@ class Config:
     own_gradient: str | None = _option(
         None,
         "what a worker applies of its own gradient: all of it at once (whole), or what it sends, when it sends it, so "
-        "that all replicas stay alike (as-sent). Not given: as-sent where what is not sent is remembered, else whole",
+        "that replicas stay alike (as-sent). Not given: as-sent where the rest is remembered, but whole in async",
         table="exchange",
         choices=("whole", "as-sent"),
     )
@@ -229,8 +229,8 @@ class Config:
     )
     exchange_thread: str | None = _option(
         None,
-        "on: select and encode what is sent in a thread of its own, while the next gradient is computed (not in sync); "
-        "off: before",
+        "on: encode what is sent in a thread of its own, and select it there with --own-gradient whole, while the loop "
+        "goes on (not in sync); off: in the loop",
         table="exchange",
         choices=("on", "off"),
     )

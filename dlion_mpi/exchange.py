@@ -1,7 +1,7 @@
 """The loop's side of the exchange: what goes to whom, made in the loop or in a thread beside it.
 
-In `sync` everyone waits for everyone's message, so it is made at once. Else selecting and encoding go on beside the
-loop (``--exchange-thread``), which completes its step and computes the next gradient meanwhile.
+In `sync` everyone waits for everyone's message, so it is made at once. Else encoding goes on beside the loop
+(``--exchange-thread``), and selecting too where the step at hand does not depend on it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
 
+from dlion_mpi.bandwidth import SMALL_BYTES
 from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, SelectsBeside, SendsFirst
 from dlion_mpi.testbed import Beside, Computed, Made, Stamp, Until
 from dlion_mpi.timeline import Phase
@@ -152,9 +153,10 @@ def _account(w: Worker, computed: Computed) -> None:
     if w.exchanged_step == w.step - 1 and cost_s > 0:
         least, most = ADAPTED
         wanted_bytes = w.message_bytes * min(max(granted_s / cost_s, least), most)
-        w.message_bytes = min(max(wanted_bytes, LEAST_SHARE * w.whole_bytes), w.whole_bytes)
-    # Unused credit lapses after a step: a lull must not be followed by a burst.
-    w.exchange_credit_s = min(w.exchange_credit_s + granted_s - cost_s, granted_s)
+        w.message_bytes = min(max(wanted_bytes, _least_bytes(w)), w.whole_bytes)
+    # Unused credit lapses after a step: a lull must not be followed by a burst. Nor is more owed than can be put off.
+    credit_s = max(w.exchange_credit_s + granted_s - cost_s, -MOST_STEPS_APART * granted_s)
+    w.exchange_credit_s = min(credit_s, granted_s)
 
 
 def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
@@ -169,7 +171,13 @@ def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
     if not w.config.exchange_share or w.config.sync == "sync":
         return links
     overdue = w.step - w.exchanged_step >= MOST_STEPS_APART
-    if w.exchange_credit_s < 0 and w.message_bytes <= LEAST_SHARE * w.whole_bytes and not overdue:
+    smallest = w.message_bytes <= _least_bytes(w) or w.config.max_n is not None
+    if w.exchange_credit_s < 0 and smallest and not overdue:
         return not_ready(links)
     w.exchanged_step = w.step
     return {peer: replace(link, affordable_bytes=w.message_bytes) for peer, link in links.items()}
+
+
+def _least_bytes(w: Worker) -> float:
+    """What a message may have whatever it costs. Of smaller ones bandwidth could not be told either."""
+    return max(LEAST_SHARE * w.whole_bytes, 2 * SMALL_BYTES)

@@ -31,8 +31,8 @@ SMOOTHING = 0.2
 def train(w: Worker) -> Loop:
     """Train until the run ends: compute, post, complete, and now and then tell the others how it goes.
 
-    The exchange of a step, its selecting and encoding too, overlaps the computing of the next wherever the
-    synchronisation mode lets a worker go on. Raises RunError for a loss or gradient that is not finite, before it
+    The exchange of a step overlaps the computing of the next wherever the synchronisation mode and the strategy's
+    patience let a worker go on. Raises RunError for a loss or gradient that is not finite, before it
     could reach a peer.
     """
     if w.status.adapts and not w.status.fit.pairs:  # a resumed worker knows its machine

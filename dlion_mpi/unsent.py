@@ -14,6 +14,7 @@ Source: memory of the unsent as in Deep Gradient Compression (Lin et al. 2018); 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -65,6 +66,8 @@ class Unsent:
     """What left `common` in the newest `take`, as its receivers see it; None if nothing did."""
     _selector: Selector = field(init=False)
     _largest: Vector = field(init=False)
+    _widest_bytes: float = math.inf
+    """What the widest link's message could have when one was last made."""
     _clustering: float = 1.0
     """Bytes of the last selection over what they would be at random positions."""
 
@@ -96,16 +99,15 @@ class Unsent:
         """What goes to each link: the largest entries that its budget pays for, or all within a fixed N.
 
         ``budgets``: of every live link; None for one that takes no message now. Where there is no link any more,
-        nobody has to be waited for: all of `common` leaves it.
+        entries go on leaving `common` as for the last that there was.
         """
-        if not budgets:
-            self.sent = Entries(self.layout.size, self.common.copy(), None)
-            self.common[:] = 0
-            return {}
         self.sent = None
         widest = max((budget.wanted_bytes for budget in budgets.values() if budget is not None), default=None)
+        if not budgets:
+            widest = self._widest_bytes
         if widest is None:
             return {}
+        self._widest_bytes = widest
         shared = self._leave_common(self._select(widest))
         self.sent = shared.entries
         indices = shared.entries.indices

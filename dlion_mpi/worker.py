@@ -258,8 +258,9 @@ class Worker:
         return self.cut_short() or self.strategy.may_advance(self.state, self.step, self.inbox)
 
     def is_fresh(self) -> bool:
-        """Whether every live peer's message of this step is here."""
-        return all(step >= self.step for step in self.inbox.newest.values())
+        """Whether the message of this step is here of every live peer, `--backup` of the slowest left out."""
+        newest = sorted(self.inbox.newest.values())[self.config.backup or 0 :]
+        return all(step >= self.step for step in newest)
 
 
 def not_ready(links: Mapping[int, LinkView]) -> dict[int, LinkView]:

@@ -21,7 +21,7 @@ from dlion_mpi.model import Replica
 from dlion_mpi.startup import Ranks, together
 from dlion_mpi.worker import Worker
 
-FORMAT = "1"
+FORMAT = "2"
 """Of the arrays in a rank's file."""
 
 

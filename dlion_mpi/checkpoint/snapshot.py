@@ -66,6 +66,7 @@ def _progress(w: Worker) -> Arrays:
             time_s=w.now_s(),
             step_s=w.step_s,
             exchange_credit_s=w.exchange_credit_s,
+            message_bytes=w.message_bytes,
             evaluated_s=w.evaluated_s,
             **{name: getattr(spent, name) for name in SPENT},
         ),
@@ -164,6 +165,7 @@ def restore(w: Worker, arrays: Mapping[str, Array], steps: Mapping[int, int]) ->
 def _restore_progress(w: Worker, saved: Mapping[str, Array]) -> None:
     w.step, w.exchanged_step = integer(saved, "step"), integer(saved, "exchanged_step")
     w.step_s, w.exchange_credit_s = number(saved, "step_s"), number(saved, "exchange_credit_s")
+    w.message_bytes = number(saved, "message_bytes")
     w.evaluated_s = number(saved, "evaluated_s")
     w.spent = Spent(integer(saved, "samples"), *(number(saved, name) for name in SPENT))
     w.recent_losses.extend(array(saved, "recent_losses", np.float64, None).tolist())

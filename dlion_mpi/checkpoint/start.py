@@ -17,7 +17,7 @@ CHANGEABLE = {
     *ENDS,
     *("evaluate_every", "test_samples", "progress_every", "non_finite", "threads", "learning_rate"),
     *("checkpoint_every", "keep_checkpoints", "time_limit", "save_model", "save_model_of"),
-    *("exchange_share", "exchange_thread", "window", "lbs_max"),
+    *("exchange_share", "exchange_thread", "window", "lbs_max", "patience"),
 }
 """What the command line may change of a run that goes on."""
 

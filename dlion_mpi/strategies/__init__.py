@@ -11,7 +11,7 @@ from dlion_mpi.strategies.ako import Ako
 from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.base import Strategy
 from dlion_mpi.strategies.baseline import Baseline
-from dlion_mpi.strategies.dlion import LINK_SHARE, PAPER, Dlion
+from dlion_mpi.strategies.dlion import LINK_SHARE, PAPER, PATIENCE, Dlion
 from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.hop import Hop
 
@@ -69,7 +69,10 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     if "link_share" in defaults and chosen("link_share") is None:
         values["link_share"] = LINK_SHARE if chosen("unsent") == "accumulate" else 1.0
     if "own_gradient" in defaults and chosen("own_gradient") is None:
-        values["own_gradient"] = "as-sent" if chosen("unsent") == "accumulate" else "whole"
+        values["own_gradient"] = "as-sent" if chosen("unsent") == "accumulate" and sync != "async" else "whole"
+    if "patience" in defaults and chosen("patience") is None:
+        in_time = config.max_n is None and chosen("link_share") != 1
+        values["patience"] = PATIENCE if in_time else 0.0
     for master, (off, rest) in _SWITCHES.items():
         if chosen(master) == off:
             values.update(dict.fromkeys(rest))

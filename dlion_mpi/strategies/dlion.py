@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from dlion_mpi.arrays import Array, Arrays, part, under
+from dlion_mpi.bandwidth import SMALL_BYTES
 from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.select import Selection, Selector
@@ -41,9 +42,12 @@ class DlionState:
 LINK_SHARE = 0.05
 """``--link-share`` where what is not sent is remembered."""
 
-LEAST, MOST = 0.0025, 0.5
+PATIENCE = 0.5
+"""``--patience`` where messages can come in the same step, since they leave links most of their time."""
+LEAST, MOST = 0.0025, 0.4
 """Of a gradient's bytes: messages are made no smaller for `--link-share`'s sake, unless that is more than this part of
-what a link can take. Smaller ones save little time, and how fast a link is could not be told from them."""
+what a link can take, and comes too late for the patient. Smaller ones save little time, and how fast a link is could
+not be told from them."""
 SLACK = 4.0
 """Links that are up to so many times narrower than the widest get the same entries, if they can take them: budgets that
 differ a little, as measured ones do, would leave every link something owed, and the replicas would drift apart."""
@@ -63,10 +67,11 @@ PAPER: Mapping[str, object] = {
 
 
 class Dlion:
-    """``w_k <- w_k - eta sum_j c_j g_j``: own gradient whole, peers' the largest entries that their link carries.
+    """``w_k <- w_k - eta sum_j c_j g_j``: of every gradient the largest entries that links carry in time, the others
+    later; the own as it is sent, or whole.
 
     Source: DLion (HPDC 2021), sections on weighted dynamic batching and per-link prioritized gradient exchange;
-    the memory of the unsent follows Deep Gradient Compression (Lin et al. 2018).
+    remembering the unsent, and applying as it is sent, follow Deep Gradient Compression (Lin et al. 2018).
     """
 
     name: ClassVar[str] = "dlion"
@@ -74,7 +79,7 @@ class Dlion:
     sync_modes: ClassVar[tuple[str, ...]] = ("bounded", "sync", "async")
     defaults: ClassVar[Mapping[str, object]] = {
         "staleness": 5,
-        "patience": 0.5,
+        "patience": None,
         "backup": 0,
         **BATCHING,
         "weighting": "global",
@@ -173,7 +178,7 @@ def _budget(link: LinkView, config: Config, size: int) -> Budget | None:
         return None
     else:
         can_bytes = min(link.budget_bytes, link.room_bytes)
-    least_bytes = min(LEAST * 4 * size, MOST * can_bytes)
+    least_bytes = max(min(LEAST * 4 * size, MOST * can_bytes), min(2 * SMALL_BYTES, can_bytes))
     wanted_bytes = min(max((config.link_share or 1.0) * can_bytes, least_bytes), link.affordable_bytes)
     return Budget(wanted_bytes, min(SLACK * wanted_bytes, can_bytes))
 

@@ -11,6 +11,7 @@ from dlion_mpi.strategies.base import Strategy
 
 MODES = ("sync", "bounded", "async")
 METHODS = ("start", "outgoing", "incoming", "may_advance")
+OPTIONAL_METHODS = ("beside", "opening", "to_arrays", "from_arrays")
 
 
 def load(spec: str, *, built_in: str, options: Collection[str]) -> type[Strategy]:
@@ -33,7 +34,8 @@ def _problem(cls: Any, options: Collection[str]) -> str:
     missing = [name for name in ("name", "sync_modes", "defaults", *METHODS) if not hasattr(cls, name)]
     if missing:
         return f"the class lacks {', '.join(missing)}"
-    wrong = [name for name in METHODS if not callable(getattr(cls, name))]
+    given = [*METHODS, *(name for name in OPTIONAL_METHODS if hasattr(cls, name))]
+    wrong = [name for name in given if not callable(getattr(cls, name))]
     if wrong:
         return f"{', '.join(wrong)} must be methods"
     modes: Any = cls.sync_modes  # type: ignore[attr-defined]

@@ -268,12 +268,22 @@ def test_patience_has_an_end(patience: float, late_s: float, tmp_path: Path) -> 
         np.testing.assert_allclose(own["steps/step_s"][1:], 0.2 + late_s, atol=0.003)
 
 
-def test_a_worker_does_not_wait_for_one_that_has_ended(tmp_path: Path, workers: list[Worker]) -> None:
-    """Of three, the fastest is done first; the others do their last steps without waiting for it."""
-    options = {"patience": 100.0, "staleness": 100, "batching": "fixed", "seconds": 3.0}
-    outcome, ranks = recorded(tmp_path, cloud((24.0, 24.0, 12.0)), **options)
+def test_a_worker_does_not_wait_for_one_that_has_ended(tmp_path: Path) -> None:
+    """The two fast ones end in the step before the slow one's last, which it does without waiting for them."""
+    options = {"patience": 100.0, "staleness": 100, "batching": "fixed", "seconds": 3.06}
+    outcome, ranks = recorded(tmp_path, cloud((24.0, 24.0, 12.0), latency_s=0.05), **options)
     assert outcome.exit_code == 0
+    assert [len(own["steps/time_s"]) for own in ranks] == [8, 8, 9]
     assert max(own["steps/time_s"][-1] for own in ranks) < 3.6
+
+
+def test_patience_does_not_wait_for_those_that_backup_leaves_out(tmp_path: Path) -> None:
+    options = {"batching": "fixed", "seconds": 6.0, "staleness": 100}
+    environment = cloud((24.0, 24.0, 24.0, 3.0))
+    _, ranks = recorded(tmp_path / "a", environment, backup=1, **options)
+    assert len(ranks[0]["steps/step"]) > 28
+    _, ranks = recorded(tmp_path / "b", environment, backup=0, **options)
+    assert len(ranks[0]["steps/step"]) < 22
 
 
 def test_replicas_that_get_everything_in_time_stay_the_same(tmp_path: Path, workers: list[Worker]) -> None:

@@ -74,7 +74,7 @@ def test_one_worker_alone_descends_as_plain_sgd(name: str, mode: str) -> None:
 
 @every_mode
 def test_a_strategy_of_one_rank_sends_nothing_and_applies_its_own_gradient(name: str, mode: str) -> None:
-    strategy, resolved = resolve(config(name, mode))
+    strategy, resolved = resolve(config(name, mode, value_type="float32"))
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0,), layout=LAYOUT))
     own = local(OPTIMUM, lbs=8, gbs=8)
     state, outgoing = strategy.outgoing(state, own, {})
