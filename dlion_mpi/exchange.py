@@ -10,8 +10,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
 
-from dlion_mpi.bandwidth import SMALL_BYTES
-from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, SelectsBeside, SendsFirst
+from dlion_mpi.strategies.base import TELLING_BYTES, LinkView, LocalGradient, Outgoing, SelectsBeside, SendsFirst
 from dlion_mpi.testbed import Beside, Computed, Made, Stamp, Until
 from dlion_mpi.timeline import Phase
 from dlion_mpi.wire import Kind
@@ -180,4 +179,4 @@ def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
 
 def _least_bytes(w: Worker) -> float:
     """What a message may have whatever it costs. Of smaller ones bandwidth could not be told either."""
-    return max(LEAST_SHARE * w.whole_bytes, 2 * SMALL_BYTES)
+    return max(LEAST_SHARE * w.whole_bytes, TELLING_BYTES)

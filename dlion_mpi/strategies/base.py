@@ -50,6 +50,10 @@ class Plan:
     layout: Layout
 
 
+TELLING_BYTES = 2048
+"""A message of about this size, or larger, tells how fast its link is; smaller ones tell about its delay alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class LinkView:
     """A link as a strategy sees it: may it take a message now, and what it carries in a step.

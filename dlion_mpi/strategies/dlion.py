@@ -9,12 +9,12 @@ from typing import ClassVar
 import numpy as np
 
 from dlion_mpi.arrays import Array, Arrays, part, under
-from dlion_mpi.bandwidth import SMALL_BYTES
 from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.select import Selection, Selector
 from dlion_mpi.strategies.base import (
     BATCHING,
+    TELLING_BYTES,
     TRANSFER,
     Effect,
     Inbox,
@@ -178,7 +178,7 @@ def _budget(link: LinkView, config: Config, size: int) -> Budget | None:
         return None
     else:
         can_bytes = min(link.budget_bytes, link.room_bytes)
-    least_bytes = max(min(LEAST * 4 * size, MOST * can_bytes), min(2 * SMALL_BYTES, can_bytes))
+    least_bytes = max(min(LEAST * 4 * size, MOST * can_bytes), min(TELLING_BYTES, can_bytes))
     wanted_bytes = min(max((config.link_share or 1.0) * can_bytes, least_bytes), link.affordable_bytes)
     return Budget(wanted_bytes, min(SLACK * wanted_bytes, can_bytes))
 

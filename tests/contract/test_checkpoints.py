@@ -231,7 +231,8 @@ def kept_mass(checkpoint: Checkpoint, options: dict[str, Any]) -> list[np.ndarra
     A dlion worker that applies its own gradient as it is sent owes itself the rest.
     """
     strategy = options["strategy"]
-    own_later = strategy == "dlion" and options.get("own_gradient") != "whole"
+    default = "whole" if options["sync"] == "async" else "as-sent"
+    own_later = strategy == "dlion" and options.get("own_gradient", default) == "as-sent"
     files = [checkpoint.read(rank)[0] for rank in PEERS]
     totals = []
     for k in PEERS:

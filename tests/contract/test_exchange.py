@@ -262,7 +262,7 @@ def test_every_link_gets_its_own_n_and_a_slower_one_a_subset(budgets: tuple[floa
 def any_size_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the smallest message told how fast its link is: else none of so small a model would be small enough."""
     for module in (exchange, dlion):
-        monkeypatch.setattr(module, "SMALL_BYTES", 1)
+        monkeypatch.setattr(module, "TELLING_BYTES", 1)
 
 
 @pytest.mark.usefixtures("any_size_tells")
