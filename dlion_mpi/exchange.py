@@ -170,8 +170,7 @@ def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
     if not w.config.exchange_share or w.config.sync == "sync":
         return links
     overdue = w.step - w.exchanged_step >= MOST_STEPS_APART
-    smallest = w.message_bytes <= _least_bytes(w) or w.config.max_n is not None
-    if w.exchange_credit_s < 0 and smallest and not overdue:
+    if w.exchange_credit_s < 0 and w.message_bytes <= _least_bytes(w) and not overdue:
         return not_ready(links)
     w.exchanged_step = w.step
     return {peer: replace(link, affordable_bytes=w.message_bytes) for peer, link in links.items()}

@@ -66,10 +66,10 @@ class LinkTotals:
 @dataclass(frozen=True, slots=True)
 class Until:
     """The loop waits until ``ready()``. What drives the loop asks again whenever something has arrived, and at
-    ``asked_s`` of the run's clock."""
+    ``deadline_s`` of the run's clock."""
 
     ready: Callable[[], bool]
-    asked_s: float = math.inf
+    deadline_s: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)

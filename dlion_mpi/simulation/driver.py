@@ -60,8 +60,8 @@ class Process:
                     return
                 if not request.ready():
                     self._ready = request.ready
-                    if self._events.now_s < request.asked_s < math.inf:
-                        self._events.at(request.asked_s, self.wake)
+                    if self._events.now_s < request.deadline_s < math.inf:
+                        self._events.at(request.deadline_s, self.wake)
                     return
                 answer = None
         except StopIteration:

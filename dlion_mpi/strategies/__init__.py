@@ -61,7 +61,7 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
             )
 
     def chosen(name: str) -> object:
-        return values.get(name) or getattr(config, name)
+        return values.get(name, getattr(config, name))
 
     if chosen("transfer") == "auto":
         asked = any(getattr(config, name) is not None for name in _SWITCHES["transfer"][1])

@@ -44,10 +44,11 @@ LINK_SHARE = 0.05
 
 PATIENCE = 0.5
 """``--patience`` where messages can come in the same step, since they leave links most of their time."""
-LEAST, MOST = 0.0025, 0.4
-"""Of a gradient's bytes: messages are made no smaller for `--link-share`'s sake, unless that is more than this part of
-what a link can take, and comes too late for the patient. Smaller ones save little time, and how fast a link is could
-not be told from them."""
+LEAST = 0.0025
+"""Of a gradient's bytes: `--link-share` makes messages no smaller. Smaller ones save little time, and how fast a link
+is could not be told from them."""
+MOST = 0.4
+"""Of what a link can take: LEAST makes messages no larger. So they still come in time for PATIENCE."""
 SLACK = 4.0
 """Links that are up to so many times narrower than the widest get the same entries, if they can take them: budgets that
 differ a little, as measured ones do, would leave every link something owed, and the replicas would drift apart."""

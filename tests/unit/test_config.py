@@ -412,6 +412,7 @@ def test_links_are_full_only_where_gradients_are_dropped_or_it_is_asked_for(
         ({"max_n": 10.0}, "as-sent", 0.0),
         ({"preset": "paper"}, "whole", 0.0),
         ({"preset": "paper", "unsent": "accumulate"}, "whole", 0.0),
+        ({"preset": "paper", "link_share": 0.1}, "whole", 0.0),
         ({"max_n": 10.0, "patience": 2.0}, "as-sent", 2.0),
         ({"strategy": "gaia"}, None, None),
     ],
