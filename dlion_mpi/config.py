@@ -205,6 +205,12 @@ class Config:
         "gradient where links can take much more. Not given: 0.05 where what is not sent is remembered, else 1",
         table="exchange",
     )
+    message_limit: float | None = _option(
+        None,
+        "most that a message has of a gradient's bytes, in 0..1, however wide its link is; 1: no limit. Not "
+        "given: 0.01 where what is not sent is remembered and --link-share is not given, else 1",
+        table="exchange",
+    )
     unsent: str | None = _option(
         None,
         "what was not sent: add it to the next gradient of that link, or drop it",
@@ -283,8 +289,9 @@ class Config:
             raise UserError("--momentum belongs to --optimizer sgd: drop it, or choose sgd")
         if self.max_n is not None and self.n_min is not None:
             raise UserError("--max-n fixes N and --n-min bounds a measured N: give one of them")
-        if self.max_n is not None and self.link_share is not None:
-            raise UserError("--max-n fixes N, --link-share measures it by the link: give one of them")
+        for name in ("link_share", "message_limit"):
+            if self.max_n is not None and getattr(self, name) is not None:
+                raise UserError(f"--max-n fixes what a message has, {flag(name)} fits it to the link: give one of them")
         if self.sync in ("sync", "async") and (self.staleness is not None or self.backup is not None):
             raise UserError(f"--staleness and --backup belong to --sync bounded, not to --sync {self.sync}")
         if self.sync in ("sync", "async") and self.patience is not None:
@@ -369,6 +376,7 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "max_n": (1e-6, 100, "in (0, 100]"),
     "n_min": (1e-6, 100, "in (0, 100]"),
     "link_share": (1e-6, 1, "a share in (0, 1]"),
+    "message_limit": (1e-6, 1, "a share in (0, 1]"),
     "exchange_share": (0, math.inf, "0 (no limit) or a share such as 0.2"),
     "window": (1, 64, "in 1..64 messages"),
     "transfer_period": (1, math.inf, "at least 1 step"),

@@ -11,7 +11,7 @@ from dlion_mpi.strategies.ako import Ako
 from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.base import Strategy
 from dlion_mpi.strategies.baseline import Baseline
-from dlion_mpi.strategies.dlion import LINK_SHARE, PAPER, PATIENCE, Dlion
+from dlion_mpi.strategies.dlion import LINK_SHARE, MESSAGE_LIMIT, PAPER, PATIENCE, Dlion
 from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.hop import Hop
 
@@ -66,6 +66,9 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     if chosen("transfer") == "auto":
         asked = any(getattr(config, name) is not None for name in _SWITCHES["transfer"][1])
         values["transfer"] = "none" if chosen("unsent") == "accumulate" and not asked else "all"
+    if "message_limit" in defaults and chosen("message_limit") is None:
+        short = chosen("unsent") == "accumulate" and chosen("link_share") is None
+        values["message_limit"] = MESSAGE_LIMIT if short else 1.0
     if "link_share" in defaults and chosen("link_share") is None:
         values["link_share"] = LINK_SHARE if chosen("unsent") == "accumulate" else 1.0
     if "own_gradient" in defaults and chosen("own_gradient") is None:
@@ -77,7 +80,7 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
         if chosen(master) == off:
             values.update(dict.fromkeys(rest))
     if config.max_n is not None:
-        values.update(n_min=None, link_share=None)
+        values.update(n_min=None, link_share=None, message_limit=None)
     return strategy, dataclasses.replace(config, **values)  # type: ignore[arg-type]
 
 

@@ -41,6 +41,8 @@ class DlionState:
 
 LINK_SHARE = 0.05
 """``--link-share`` where what is not sent is remembered."""
+MESSAGE_LIMIT = 0.01
+"""``--message-limit`` there. On wide links larger messages cost the processor more than their entries bring."""
 
 PATIENCE = 0.5
 """``--patience`` where messages can come in the same step, since they leave links most of their time."""
@@ -59,6 +61,7 @@ PAPER: Mapping[str, object] = {
     "weighting": "paper",
     "unsent": "drop",
     "link_share": 1.0,
+    "message_limit": 1.0,
     "own_gradient": "whole",
     "value_type": "float32",
     "exchange_share": 0.0,
@@ -87,6 +90,7 @@ class Dlion:
         "max_n": None,
         "n_min": 0.85,
         "link_share": None,
+        "message_limit": None,
         "unsent": "accumulate",
         "own_gradient": None,
         "value_type": "bfloat16",
@@ -179,8 +183,12 @@ def _budget(link: LinkView, config: Config, size: int) -> Budget | None:
         return None
     else:
         can_bytes = min(link.budget_bytes, link.room_bytes)
-    least_bytes = max(min(LEAST * 4 * size, MOST * can_bytes), min(TELLING_BYTES, can_bytes))
-    wanted_bytes = min(max((config.link_share or 1.0) * can_bytes, least_bytes), link.affordable_bytes)
+    gradient_bytes = 4 * size
+    least_bytes = max(min(LEAST * gradient_bytes, MOST * can_bytes), min(TELLING_BYTES, can_bytes))
+    wanted_bytes = (config.link_share or 1.0) * can_bytes
+    if config.message_limit is not None and config.message_limit < 1:
+        wanted_bytes = min(wanted_bytes, config.message_limit * gradient_bytes)
+    wanted_bytes = min(max(wanted_bytes, least_bytes), link.affordable_bytes)
     return Budget(wanted_bytes, min(SLACK * wanted_bytes, can_bytes))
 
 

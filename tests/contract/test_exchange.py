@@ -17,7 +17,7 @@ from dlion_mpi.exchange import MOST_STEPS_APART
 from dlion_mpi.flat import Layout, Vector
 from dlion_mpi.strategies import STRATEGIES, dlion, resolve
 from dlion_mpi.strategies.base import LinkView, LocalGradient, Outgoing, Plan, SendsFirst
-from dlion_mpi.strategies.dlion import LEAST, MOST
+from dlion_mpi.strategies.dlion import LEAST, MESSAGE_LIMIT, MOST
 from dlion_mpi.wire import Header, Kind, Message, ValueType
 from dlion_mpi.worker import Worker
 from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, every_message_mode, gradients, local, trained
@@ -293,7 +293,7 @@ def test_links_of_about_the_same_width_get_the_same_entries() -> None:
     assert list(state.unsent.owed) == [2]
 
 
-def test_messages_are_not_made_very_small_where_links_have_room() -> None:
+def test_messages_are_made_neither_very_small_nor_very_large_where_links_have_room() -> None:
     def sent(size: int, budget_bytes: float, **options: Any) -> int:
         layout = Layout.of([(size,)])
         gradient = np.random.default_rng(3).normal(size=size).astype(np.float32)
@@ -306,9 +306,13 @@ def test_messages_are_not_made_very_small_where_links_have_room() -> None:
 
     size = 1_000_000
     least = LEAST * 4 * size
-    for budget_bytes, expected in ((100 * least, 5 * least), (10 * least, least), (1.2 * least, 1.2 * MOST * least)):
+    for budget_bytes, expected in ((60 * least, 3 * least), (10 * least, least), (1.2 * least, 1.2 * MOST * least)):
         assert sent(size, budget_bytes) == pytest.approx(expected, rel=0.04)
     assert sent(size, 10 * least, link_share=0.5) == pytest.approx(5 * least, rel=0.04)
+    limit = MESSAGE_LIMIT * 4 * size
+    assert sent(size, 1000 * least) == pytest.approx(limit, rel=0.04)
+    assert sent(size, 1000 * least, message_limit=0.05) == pytest.approx(5 * limit, rel=0.04)
+    assert sent(size, 10 * least, message_limit=1e-3) == pytest.approx(least, rel=0.04)
 
 
 @pytest.mark.parametrize(("budget_bytes", "least_bytes"), [(40_000, SMALL_BYTES), (4_000, SMALL_BYTES), (900, 800)])

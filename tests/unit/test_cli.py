@@ -67,7 +67,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--max-n", "-3"], "--max-n -3: must be in (0, 100]"),
     (["--n-min", "0"], "--n-min 0: must be in (0, 100]"),
     (["--n-min", "nan"], "--n-min nan: must be in (0, 100]"),
-    (["--max-n", "10", "--link-share", "1"], "--max-n fixes N, --link-share measures it by the link: give one of them"),
+    (
+        ["--max-n", "10", "--link-share", "1"],
+        "--max-n fixes what a message has, --link-share fits it to the link: give one of them",
+    ),
     (["--max-n", "10", "--n-min", "1"], "--max-n fixes N and --n-min bounds a measured N: give one of them"),
     (["--optimizer", "adam", "--momentum", "0.9"], "--momentum belongs to --optimizer sgd"),
     (["--batching", "fixed", "--rebalance-every", "5"], "--rebalance-every has no effect with --batching fixed"),

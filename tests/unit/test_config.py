@@ -83,6 +83,7 @@ REAL: dict[str, tuple[float, float]] = {
     "max_n": (1e-3, 100),
     "n_min": (1e-3, 100),
     "link_share": (1e-3, 1),
+    "message_limit": (1e-3, 1),
     "patience": (0, 1e300),
     "exchange_share": (0, 1e30),
     "transfer_merge": (0, 1),
@@ -381,22 +382,26 @@ def test_knowledge_is_transferred_where_gradients_are_dropped_or_it_is_asked_for
 
 
 @pytest.mark.parametrize(
-    ("options", "share"),
+    ("options", "share", "limit"),
     [
-        ({}, 0.05),
-        ({"sync": "sync"}, 0.05),
-        ({"unsent": "drop"}, 1.0),
-        ({"unsent": "drop", "link_share": 0.1}, 0.1),
-        ({"link_share": 1.0}, 1.0),
-        ({"preset": "paper"}, 1.0),
-        ({"max_n": 10.0}, None),
-        ({"strategy": "ako"}, None),
+        ({}, 0.05, 0.01),
+        ({"sync": "sync"}, 0.05, 0.01),
+        ({"unsent": "drop"}, 1.0, 1.0),
+        ({"unsent": "drop", "link_share": 0.1}, 0.1, 1.0),
+        ({"unsent": "drop", "message_limit": 0.1}, 1.0, 0.1),
+        ({"link_share": 1.0}, 1.0, 1.0),
+        ({"link_share": 1.0, "message_limit": 0.1}, 1.0, 0.1),
+        ({"preset": "paper"}, 1.0, 1.0),
+        ({"preset": "paper", "unsent": "accumulate"}, 1.0, 1.0),
+        ({"max_n": 10.0}, None, None),
+        ({"strategy": "ako"}, None, None),
     ],
 )
-def test_links_are_full_only_where_gradients_are_dropped_or_it_is_asked_for(
-    options: dict[str, Any], share: float | None
+def test_messages_are_short_unless_gradients_are_dropped_or_it_is_asked_for(
+    options: dict[str, Any], share: float | None, limit: float | None
 ) -> None:
-    assert resolve(Config(**options))[1].link_share == share
+    resolved = resolve(Config(**options))[1]
+    assert (resolved.link_share, resolved.message_limit) == (share, limit)
 
 
 @pytest.mark.parametrize(
