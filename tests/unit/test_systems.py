@@ -157,6 +157,16 @@ def test_a_second_run_is_made_only_where_one_does_not_do(
     assert result["gigabytes_to_end"] == {80.0: 8.0, 300.0: 30.0, None: 300.0}[reached]
 
 
+@pytest.mark.parametrize(("best", "beyond_s"), [(0.84, None), (0.86, 110.0)])
+def test_what_is_beyond_the_targets_is_noted_where_a_run_gets_there(
+    monkeypatch: pytest.MonkeyPatch, best: float, beyond_s: float | None
+) -> None:
+    monkeypatch.setattr(systems, "measured", lambda *_: measured([(60.0, 0.7), (90.0, 0.8), (110.0, best)], 120.0))
+    result = systems.line(small(0), 90.0)
+    assert result["seconds_to"] == {"70%": 60.0, "80%": 90.0}
+    assert result["seconds_beyond"] == {"85%": beyond_s}
+
+
 def test_before_everyone_s_first_test_no_accuracy_is_claimed() -> None:
     late = Measured([[Evaluation(0, 100.0, 0.5)], [Evaluation(0, 130.0, 0.5), Evaluation(1, 140.0, 0.7)]], [], [])
     assert late.accuracies(120.0) == []
