@@ -1,7 +1,8 @@
 """What an exchange costs a processor: remembering, selecting, encoding and decoding, for one and for many links.
 
 Prints one JSON object; each time is the median over steps, one core. `alike`: all links carry the same; `unlike`:
-from all of the share down to half of it. `handling` are the figures that the simulator charges.
+from all of the share down to half of it, each what it can take; `slack`: the same links, each the widest one's entries,
+as by default. `handling` are the figures that the simulator charges.
 
     python benchmarks/exchange.py
 """
@@ -21,6 +22,7 @@ import numpy as np
 
 from dlion_mpi import wire
 from dlion_mpi.flat import Entries, Layout, Vector
+from dlion_mpi.strategies.dlion import SLACK
 from dlion_mpi.unsent import Budget, Rules, Unsent
 
 SIZES = (1_040_000, 25_000_000)  # the Cipher CNN, and a model of 100 MB
@@ -36,7 +38,7 @@ def gradients(size: int) -> list[Vector]:
     return [random.standard_normal(size, dtype=np.float32) * scale for _ in range(3)]
 
 
-def sending_ms(own: Sequence[Vector], shares: Sequence[float], steps: int) -> tuple[float, float]:
+def sending_ms(own: Sequence[Vector], shares: Sequence[float], slack: float, steps: int) -> tuple[float, float]:
     """Milliseconds per step to add, select and encode for links that carry these shares; and of `numpy.max`."""
     size = len(own[0])
     unsent = Unsent(Layout.of([(size // 100,), (size - size // 100,)]), Rules(None, 0.85, "float32"))
@@ -47,7 +49,8 @@ def sending_ms(own: Sequence[Vector], shares: Sequence[float], steps: int) -> tu
         start = time.perf_counter()
         unsent.add(gradient)
         encoded: dict[int, wire.Bytes] = {}
-        choices = unsent.take({link: Budget(4 * size * share, 4 * size * share) for link, share in enumerate(shares)})
+        budgets = [4 * size * share for share in shares]
+        choices = unsent.take({link: Budget(budget, slack * budget) for link, budget in enumerate(budgets)})
         for buffer, choice in zip(buffers, choices.values(), strict=True):
             if id(choice.entries) in encoded:
                 wire.encode_again(HEADER, encoded[id(choice.entries)], buffer)
@@ -77,10 +80,10 @@ def measured(size: int, share: float, steps: int) -> dict[str, Any]:
     """All figures for one size and share."""
     own = gradients(size)
     result: dict[str, Any] = {"parameters": size, "share": share}
-    for name, least in (("alike", 1.0), ("unlike", 0.5)):
+    for name, least, slack in (("alike", 1.0, 1.0), ("unlike", 0.5, 1.0), ("slack", 0.5, SLACK)):
         for links in LINKS:
             shares = [share * float(part) for part in np.linspace(1.0, least, links)]
-            ms, max_ms = sending_ms(own, shares, steps)
+            ms, max_ms = sending_ms(own, shares, slack, steps)
             result[f"{name}_{links}_ms"] = round(ms, 3)
             result[f"{name}_{links}_over_one"] = round(ms / result[f"{name}_1_ms"], 2)
             if links == 1:

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import mpi4py
@@ -27,6 +28,8 @@ T = TypeVar("T")
 ROUND_TRIPS = 10
 """Ping-pongs per rank to place its clock; the fastest counts."""
 CLOCK_TAG = 1
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Linux: the same for all that runs on one machine, also in containers and namespaces with host names of their own."""
 
 
 def _import_mpi() -> None:
@@ -212,7 +215,10 @@ def _offset_to_root_s(ranks: Ranks) -> float:
 
 def threads(ranks: Ranks) -> int:
     """This rank's share of the cores it may run on: a core that several local ranks may use is divided."""
-    node = f"{platform.node()}:"
+    try:
+        node = f"{BOOT_ID.read_text(encoding='ascii').strip()}:"
+    except OSError:
+        node = f"{platform.node()}:"
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     texts = gather_text(ranks.communicator, node + ",".join(map(str, cores)))
     neighbours = [set(t.removeprefix(node).split(",")) for t in texts if t.startswith(node)]

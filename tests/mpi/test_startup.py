@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 
 import numpy as np
@@ -61,7 +62,13 @@ def test_the_common_clock_reads_alike_everywhere(world: MPI.Intracomm) -> None:
 
 
 @pytest.mark.mpi
-def test_threads_divide_the_cores_that_ranks_share(world: MPI.Intracomm) -> None:
+@pytest.mark.parametrize("host_names", ["one", "own"])
+def test_threads_divide_the_cores_that_ranks_share(
+    world: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, host_names: str
+) -> None:
+    """Also where ranks on one machine have host names of their own, as in containers and in emulations."""
+    if host_names == "own":
+        monkeypatch.setattr(platform, "node", lambda: f"worker-{world.rank}")
     ranks = startup.begin(world)
     own = startup.gather_numbers(ranks.communicator, startup.threads(ranks))[:, 0]
     cores = os.cpu_count() or 1
