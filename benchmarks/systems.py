@@ -155,6 +155,18 @@ class Measured:
         newest = [[e.accuracy for e in tests if e.time_s <= at_s][-1:] for tests in self.tests]
         return [own[0] for own in newest] if all(newest) else []
 
+    def mean_accuracy(self, until_s: float) -> float:
+        """Over the time until then, and over the workers, each by its newest test; none before its first.
+
+        Steadier than when a target is reached, which a single lucky test decides.
+        """
+        means = []
+        for tests in self.tests:
+            own = [e for e in tests if e.time_s < until_s]
+            times = np.array([e.time_s for e in own] + [until_s])
+            means.append(float(np.diff(times) @ np.array([e.accuracy for e in own])) / until_s if own else 0.0)
+        return statistics.mean(means)
+
     def gigabytes(self, at_s: float) -> float:
         """Sent by all workers by then."""
         counts = [int(np.searchsorted(times, at_s, side="right")) for times in self.times_s]
@@ -229,6 +241,7 @@ def line(case: Case, expected_s: float) -> dict[str, Any]:
         "lasted_s": None,
         "accuracy_at": None,
         "spread_at": None,
+        "mean_accuracy_to": None,
         "gigabytes_at": None,
         "gigabytes_to_end": None,
         "failed": None,
@@ -248,6 +261,7 @@ def line(case: Case, expected_s: float) -> dict[str, Any]:
         "lasted_s": round(made.lasted_s(), 2),
         "accuracy_at": round(statistics.mean(accuracies), 4) if accuracies else None,
         "spread_at": round(statistics.pstdev(accuracies), 4) if accuracies else None,
+        "mean_accuracy_to": round(made.mean_accuracy(case.at_seconds), 4) if accuracies else None,
         "gigabytes_at": round(made.gigabytes(case.at_seconds), 3),
         "gigabytes_to_end": round(made.gigabytes(reached[_percent(TARGETS[-1])] or math.inf), 3),
     }

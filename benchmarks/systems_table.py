@@ -78,8 +78,8 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "seconds_to": {target: _finite(_time(own, target)) for target in own[0]["seconds_to"]},
             "seconds_given": _finite(_given_s(own)),
         }
-        for name in ("accuracy_at", "spread_at", "gigabytes_at", "gigabytes_to_end"):
-            known = [run[name] for run in own if run[name] is not None]
+        for name in ("accuracy_at", "spread_at", "mean_accuracy_to", "gigabytes_at", "gigabytes_to_end"):
+            known = [run[name] for run in own if run.get(name) is not None]  # older runs have no mean accuracy
             row[name] = statistics.median(known) if known else None
         table.append(row)
     return table
@@ -158,6 +158,11 @@ def _accuracy(row: Mapping[str, Any]) -> str:
     return f"{100 * row['accuracy_at']:.1f}, {100 * row['spread_at']:.1f}" if known else NOTHING
 
 
+def _mean_accuracy(row: Mapping[str, Any]) -> str:
+    known = row["mean_accuracy_to"] is not None
+    return f"{100 * row['mean_accuracy_to']:.1f}" if known else NOTHING
+
+
 def _gigabytes(row: Mapping[str, Any]) -> str:
     known = row["gigabytes_at"] is not None
     return f"{row['gigabytes_at']:.2f}, {row['gigabytes_to_end']:.2f}" if known else NOTHING
@@ -184,6 +189,8 @@ def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
         text += _grid(table, lambda row, target=target: _seconds(row, target), ratios(table, target))  # type: ignore[misc]
     text += ["", f"Test accuracy at {at} s in %, and its standard deviation between the workers in points:", ""]
     text += _grid(table, _accuracy, {})
+    text += ["", f"Mean test accuracy over the first {at} s in %:", ""]
+    text += _grid(table, _mean_accuracy, {})
     text += ["", f"GB sent by all workers, by {at} s and until the last target (or the end):", ""]
     text += _grid(table, _gigabytes, {})
     return "\n".join(text)

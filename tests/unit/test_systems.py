@@ -174,6 +174,12 @@ def test_before_everyone_s_first_test_no_accuracy_is_claimed() -> None:
     assert late.accuracies(150.0) == [0.5, 0.7]
 
 
+def test_mean_accuracy_is_over_time_and_workers() -> None:
+    early = [Evaluation(0, 10.0, 0.4), Evaluation(1, 60.0, 0.8), Evaluation(2, 100.0, 0.9)]
+    made = Measured([early, [Evaluation(0, 50.0, 0.6)], []], [], [])
+    assert made.mean_accuracy(100.0) == pytest.approx((0.4 * 0.5 + 0.8 * 0.4 + 0.6 * 0.5 + 0.0) / 3)
+
+
 def test_a_run_that_ends_itself_is_kept_as_not_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def run(case: Case, seconds: float, target: float) -> Measured:
         raise systems.Unstable("the loss is nan")
