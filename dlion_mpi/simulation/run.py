@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import json
 import math
 import os
@@ -47,6 +48,8 @@ class Finish:
 
 MOST_SNAPSHOTS = 3
 """Snapshots of one worker that wait to be tested."""
+MOST_KNOWN = 256
+"""Accuracies that are remembered, of workers that may have the same snapshot."""
 
 
 @dataclass(kw_only=True)
@@ -66,14 +69,14 @@ class VirtualRun:
     pool: ThreadPoolExecutor
     test_pool: ThreadPoolExecutor
     meter: Meter
-    test_rows: tuple[Any, Any] = field(init=False)
-    """Images and labels to test with."""
+    accuracies: Accuracies = field(init=False)
     complete: bool = False
     """Whether it has ended as it should; the recorders say so."""
     _collector: tuple[int, int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.test_rows = rows_to_test(self.shards[0].x_test, self.shards[0].y_test, self.config.test_samples)
+        x, y = rows_to_test(self.shards[0].x_test, self.shards[0].y_test, self.config.test_samples)
+        self.accuracies = Accuracies(self.shared, x, y, self.test_pool)
 
     def __enter__(self) -> VirtualRun:
         # Looking for garbage took an eighth of the time: a million objects of TensorFlow's stay anyway, and what a
@@ -99,7 +102,7 @@ class VirtualRun:
     def evaluator(self) -> VirtualEvaluator:
         """What tests one worker's snapshots."""
         at_once = self.config.target_accuracy is not None
-        return VirtualEvaluator(self.shared, *self.test_rows, self.test_pool, at_once=at_once)
+        return VirtualEvaluator(self.accuracies, at_once=at_once)
 
 
 def prepare(
@@ -177,15 +180,32 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Accuracies:
+    """Tests snapshots of all workers in threads of their own; the same snapshot only once."""
+
+    def __init__(self, shared: SharedReplica, x: Any, y: Any, pool: ThreadPoolExecutor) -> None:
+        self._shared, self._x, self._y, self._pool = shared, x, y, pool
+        self._known: dict[bytes, Future[float]] = {}
+
+    def of(self, knowledge: Vector) -> Future[float]:
+        """Of this snapshot, which must not be changed any more."""
+        digest = hashlib.blake2b(knowledge.data, digest_size=16).digest()
+        if digest not in self._known:
+            if len(self._known) == MOST_KNOWN:
+                del self._known[next(iter(self._known))]
+            self._known[digest] = self._pool.submit(self._shared.accuracy, knowledge, self._x, self._y)
+        return self._known[digest]
+
+
 class VirtualEvaluator:
-    """Tests one worker's snapshots in threads of their own; in virtual time that takes no time.
+    """Tests one worker's snapshots; in virtual time that takes no time.
 
     ``at_once``: results must be there at the next `poll`, since the run may end by them; else when they are ready,
     so that nobody waits for them. See `evaluate.BackgroundEvaluator`.
     """
 
-    def __init__(self, shared: SharedReplica, x: Any, y: Any, pool: ThreadPoolExecutor, *, at_once: bool) -> None:
-        self._shared, self._x, self._y, self._pool, self._at_once = shared, x, y, pool, at_once
+    def __init__(self, accuracies: Accuracies, *, at_once: bool) -> None:
+        self._accuracies, self._at_once = accuracies, at_once
         self._submitted: deque[tuple[int, float, Future[float]]] = deque()
 
     def busy(self) -> bool:
@@ -196,8 +216,7 @@ class VirtualEvaluator:
         """Test this snapshot; it must not be changed any more."""
         if len(self._submitted) == MOST_SNAPSHOTS:
             self._submitted[0][2].exception()  # wait: snapshots are as large as the model
-        future = self._pool.submit(self._shared.accuracy, knowledge, self._x, self._y)
-        self._submitted.append((step, time_s, future))
+        self._submitted.append((step, time_s, self._accuracies.of(knowledge)))
 
     def poll(self, *, wait: bool = False) -> list[Evaluation]:
         """What has been tested since the last call; with ``wait``, all that was submitted."""

@@ -132,19 +132,26 @@ class Dlion:
     def incoming(
         self, state: DlionState, local: LocalGradient, weights: Callable[[], Vector], messages: Sequence[Message]
     ) -> tuple[DlionState, Effect]:
-        """The weighted sum of the own gradient, or of what was sent of it and of earlier ones, and of what arrived."""
+        """The weighted sum of the own gradient, or of what was sent of it and of earlier ones, and of what arrived.
+
+        What was sent is added in the order of ranks, the own in its place: so everyone's sum of the same is the same
+        float32 for float32.
+        """
         config, workers = state.plan.config, len(state.plan.ranks)
-        own = coefficient(config.weighting, local.lbs, local.gbs, own_lbs=local.lbs, workers=workers)
+
+        def share(lbs: int, gbs: int) -> float:
+            return coefficient(config.weighting, lbs, gbs, own_lbs=local.lbs, workers=workers)
+
+        own = share(local.lbs, local.gbs)
+        addends = [(m.header.sender, m.entries, share(m.header.lbs, m.header.gbs)) for m in messages]
         if state.unsent is not None and config.own_gradient == "as-sent":
             state.effective.fill(0)
             if state.unsent.sent is not None:
-                state.unsent.sent.add_to(state.effective, own)
+                addends.append((state.plan.rank, state.unsent.sent, own))
         else:
             np.multiply(local.vector, np.float32(own), out=state.effective)
-        for message in messages:
-            header = message.header
-            share = coefficient(config.weighting, header.lbs, header.gbs, own_lbs=local.lbs, workers=workers)
-            message.entries.add_to(state.effective, share)
+        for _, entries, weight in sorted(addends, key=lambda addend: addend[0]):
+            entries.add_to(state.effective, weight)
         return state, Effect(gradient=state.effective)
 
     def may_advance(self, state: DlionState, step: int, inbox: Inbox) -> bool:

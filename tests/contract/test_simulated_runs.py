@@ -16,6 +16,7 @@ from dlion_mpi.config import Config, Every
 from dlion_mpi.data import Batches, Shard, load_shards
 from dlion_mpi.environments import Environment
 from dlion_mpi.errors import UserError
+from dlion_mpi.flat import Vector
 from dlion_mpi.model import Replica, build, optimizer
 from dlion_mpi.outcome import Outcome
 from dlion_mpi.simulate import simulate
@@ -23,6 +24,7 @@ from dlion_mpi.simulation import driver as simulation_driver
 from dlion_mpi.simulation import testbed as simulation_testbed
 from dlion_mpi.simulation.network import payload_bytes_per_s
 from dlion_mpi.simulation.run import prepare
+from dlion_mpi.simulation.seats import SharedReplica
 from dlion_mpi.strategies import STRATEGIES, resolve
 from dlion_mpi.timeline import Phase
 from dlion_mpi.wire import HEADER_BYTES, Message
@@ -290,8 +292,24 @@ def test_replicas_that_get_everything_in_time_stay_the_same(tmp_path: Path, work
     simulate(config(steps=20, link_share=0.3, n_min=1e-3), cloud((24.0, 12.0, 4.0), mbit=3.0), report=False)
     first, *others = (worker.replica.weights() for worker in workers)
     assert all(worker.state.unsent.common.any() for worker in workers), "everything was sent at once"
-    for weights in others:
-        np.testing.assert_allclose(weights, first, atol=1e-6)
+    assert all(weights.tobytes() == first.tobytes() for weights in others)
+
+
+@pytest.mark.parametrize(("own_gradient", "tests"), [("as-sent", 2), ("whole", 6)])
+def test_what_workers_have_in_common_is_tested_once(
+    own_gradient: str, tests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested = []
+    accuracy = SharedReplica.accuracy
+
+    def counted(shared: SharedReplica, knowledge: Vector, *rows: Any) -> float:
+        tested.append(knowledge)
+        return accuracy(shared, knowledge, *rows)
+
+    monkeypatch.setattr(SharedReplica, "accuracy", counted)
+    _, ranks = recorded(tmp_path, cloud(mbit=3.0), steps=20, n_min=1e-3, own_gradient=own_gradient)
+    assert len(tested) == tests
+    assert all(own["evaluations/step"].tolist() == [10, 20, 20] for own in ranks)
 
 
 @pytest.mark.parametrize(("thread", "step_s"), [("on", 0.22), ("off", 0.24)])

@@ -1,0 +1,172 @@
+"""Weighted dynamic batching: how even the workers' iterations are, from the start and after every change; its cost.
+
+Runs dlion in emulated (or, with `--simulated`, simulated) environments and prints one JSON object. Emulated runs need
+root, and the machine to themselves: two and a half minutes.
+
+    python benchmarks/balance.py > benchmarks/results/balance.json
+
+The limits are those of issue 4: within 20 iterations of the start, and within 15 of a change, the slowest worker's
+iteration takes at most 1.10 of the median worker's, and stays there; the global batch is met at every step; what is
+not exchanging or computing takes at most 1 % of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from dlion_mpi import environments
+from dlion_mpi.outcome import commit, versions
+from dlion_mpi.timeline import Phase
+
+RUNS = {"hetero-sys-a": 40.0, "dynamic-a": 90.0}
+"""Seconds by environment: of a dynamic one, for its three phases."""
+LIMIT = 1.10
+NAME = "balance"
+"""Of the emulation."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Per worker and iteration, (workers, iterations): when it began, what computing took, LBS and GBS."""
+
+    began_s: np.ndarray
+    compute_s: np.ndarray
+    lbs: np.ndarray
+    gbs: np.ndarray
+    profile_s: list[float]
+    """Per worker: from the start of training to its first iteration, in which two batch sizes are timed."""
+    agree_s: list[float]
+    """Per worker: for how long it stood still for everyone's throughput."""
+    other_share: list[float]
+    """Per worker: of all iterations, what was neither computing, selecting, waiting nor applying."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Run:
+        """Read the metrics that a run has left: the iterations that all workers have made."""
+        workers: list[dict[str, np.ndarray]] = []
+        agree_s = []
+        for path in sorted(folder.glob("metrics-*.h5")):
+            with h5py.File(path) as file:
+                workers.append({name: column[:] for name, column in file["steps"].items()})
+                spans = file["timeline/spans"][:]
+                agreeing = spans[spans["phase"] == Phase.AGREE]
+                agree_s.append(float((agreeing["end_s"] - agreeing["start_s"]).sum()))
+        made = min(len(own["step"]) for own in workers)
+        named = ("compute_s", "select_encode_s", "wait_s", "apply_s")
+
+        def column(name: str) -> np.ndarray:
+            return np.array([own[name][:made] for own in workers])
+
+        began_s = column("time_s") - column("step_s")
+        return cls(
+            began_s=began_s,
+            compute_s=column("compute_s"),
+            lbs=column("lbs"),
+            gbs=column("gbs"),
+            profile_s=began_s[:, 0].tolist(),
+            agree_s=agree_s,
+            other_share=[float(1 - sum(own[name].sum() for name in named) / own["step_s"].sum()) for own in workers],
+        )
+
+    def slowest_over_median(self) -> np.ndarray:
+        """By iteration: what the slowest worker's computing took over what the median worker's took."""
+        return self.compute_s.max(axis=0) / np.median(self.compute_s, axis=0)
+
+    def first_of(self, start_s: float) -> int:
+        """The first iteration that any worker began at or after a time."""
+        return int(np.argmax((self.began_s >= start_s).any(axis=0)))
+
+
+def trained(env: str, seconds: float, seed: int, simulated: bool) -> Run:
+    """dlion in this environment, with its defaults."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        dlion = [sys.executable, "-m", "dlion_mpi"]
+        command = [*dlion, "simulate", "--env", env]
+        if not simulated:
+            command = [*dlion, "emulate", "run", "--env", env, "--name", NAME, "--", *dlion, "train"]
+        command += ["--seconds", str(seconds), "--seed", str(seed), "--progress-every", "0", "--out", str(out)]
+        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+            sys.exit(f"the run in {env} failed")
+        return Run.of(out)
+
+
+def balanced_after(ratios: np.ndarray) -> int | None:
+    """The iteration from which on the ratio is within the limit in nineteen of twenty; None if there is none."""
+    within = ratios <= LIMIT
+    for k in range(len(within)):
+        if within[k] and within[k:].mean() >= 0.95:
+            return k
+    return None
+
+
+def measured(env: str, seconds: float, seed: int, simulated: bool) -> dict[str, Any]:
+    """One environment: by phase how soon iterations are even and how even they stay, and what balancing costs."""
+    run = trained(env, seconds, seed, simulated)
+    ratios = run.slowest_over_median()
+    firsts = [run.first_of(start_s) for start_s in environments.load(env).phase_starts_s(seconds)]
+    phases = []
+    for first, after in zip(firsts, [*firsts[1:], len(ratios)], strict=True):
+        own = ratios[first:after]
+        settled = balanced_after(own)
+        later = own[settled:] if settled is not None else own
+        phases.append(
+            {
+                "first_iteration": first,
+                "iterations": after - first,
+                "balanced_after": settled,
+                "then_median": round(float(np.median(later)), 3),
+                "then_p95": round(float(np.percentile(later, 95)), 3),
+                "first_20": [round(float(ratio), 2) for ratio in own[:20]],
+            }
+        )
+    missed = run.lbs.sum(axis=0) != run.gbs.max(axis=0)
+    length_s = float(run.began_s[:, -1].max())
+    return {
+        "environment": env,
+        "seconds": seconds,
+        "phases": phases,
+        "iterations_off_the_global_batch": int(missed.sum()),
+        "off_by_most_samples": int(np.abs(run.lbs.sum(axis=0) - run.gbs.max(axis=0)).max()),
+        "profile_s": round(statistics.median(run.profile_s), 2),
+        "standing_still_share": round(max(run.agree_s) / length_s, 4),
+        "other_share": round(statistics.median(run.other_share), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How even the workers' iterations are, as one JSON object.")
+    parser.add_argument("--simulated", action="store_true", help="in virtual time")
+    parser.add_argument("--env", nargs="+", default=list(RUNS))
+    parser.add_argument("--seconds", type=float, help="of every run (default: by environment)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    about = {
+        "benchmark": "balance",
+        "date": date.today().isoformat(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "commit": commit(),
+        "simulated": args.simulated,
+    }
+    runs = [measured(env, args.seconds or RUNS.get(env, 90.0), args.seed, args.simulated) for env in args.env]
+    print(json.dumps(about | {"runs": runs}))
+
+
+if __name__ == "__main__":
+    main()
