@@ -75,8 +75,8 @@ class Run:
         return cls(
             began_s=began_s,
             compute_s=column("compute_s"),
-            lbs=column("lbs"),
-            gbs=column("gbs"),
+            lbs=column("lbs").astype(np.int64),
+            gbs=column("gbs").astype(np.int64),
             profile_s=began_s[:, 0].tolist(),
             agree_s=agree_s,
             other_share=[float(1 - sum(own[name].sum() for name in named) / own["step_s"].sum()) for own in workers],
