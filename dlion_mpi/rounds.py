@@ -3,7 +3,7 @@
 Two kinds of rounds run beside the exchange of gradients: `StatusRounds` gathers everyone's measured throughput
 and shares out the global batch; `KnowledgeRounds` finds the best worker and brings its weights to the others.
 In `sync` a stage that was started at one step is awaited at the end of the next, so that it takes effect at the
-same step everywhere; otherwise it takes effect whenever it is done.
+same step everywhere; otherwise it takes effect when it is done, shares no sooner than everybody can have them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from dlion_mpi.flat import Vector
 from dlion_mpi.testbed import Collectives, Ticket, Until
 
 NO_LIMIT = 1 << 30
+EFFECT_STEPS = 2
+"""Where nobody waits for a round of shares, they are taken no sooner than so many steps after it was asked for: then all
+have it, and take them at the same step, so that the shares of every step add up to the global batch."""
 LEFT = math.nan
 """What a worker that has left contributes to a round that others have started."""
 
@@ -30,7 +33,8 @@ LEFT = math.nan
 class StatusRounds:
     """Gathers (alpha, beta, most samples, latest accuracy) and solves for everyone's batch size.
 
-    Every worker solves the same problem from the same table, so the shares sum to GBS exactly.
+    Every worker solves the same problem from the same table, so the shares sum to GBS exactly; of a single step, if all
+    have the table when it is to take effect (always in `sync`).
     """
 
     channel = "status"
@@ -77,7 +81,7 @@ class StatusRounds:
         if self._ticket is not None:
             if self._awaited:
                 yield Until(self._is_done)
-            if self._ticket.done:
+            if self._ticket.done and (self._awaited or step >= self._asked_step + EFFECT_STEPS):
                 self._take()
         if self._period and step % self._period <= skipped and self._ticket is None:
             self._ask(step)

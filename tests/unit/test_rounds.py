@@ -99,7 +99,7 @@ def test_a_global_batch_beyond_all_limits_is_cut_to_them() -> None:
         timed(r, 0.0, 0.001)
         list(r.advance(10))
     for r in rounds:
-        list(r.advance(11))
+        list(r.advance(12))
     assert [(r.lbs, r.gbs) for r in rounds] == [(60, 180)] * 3
 
 
@@ -127,9 +127,27 @@ def test_without_waiting_a_share_changes_when_the_round_is_done() -> None:
     assert waits(rounds[0].advance(6)) == []
     assert rounds[0].lbs == 40
     list(rounds[2].advance(5))
-    list(rounds[0].advance(7))
-    list(rounds[2].advance(6))
-    assert [r.lbs for r in rounds] == [60, 40, 30]  # rank 1 has not looked yet
+    list(rounds[0].advance(9))
+    assert [r.lbs for r in rounds] == [60, 40, 40]  # ranks 1 and 2 have not looked yet
+    list(rounds[1].advance(6))
+    assert rounds[1].lbs == 40, "before the step at which all are to take it"
+    for r in rounds[1:]:
+        list(r.advance(7))
+    assert [r.lbs for r in rounds] == [60, 30, 30]
+
+
+def test_shares_of_a_step_add_up_to_the_global_batch_also_if_one_worker_is_behind() -> None:
+    rounds, _ = status_rounds(resolved(rebalance_every=5))
+    for r, beta in zip(rounds, (0.001, 0.002, 0.002), strict=True):
+        timed(r, 0.0, beta)
+    after: dict[int, list[int]] = {step: [] for step in range(1, 12)}
+    for step in range(1, 13):
+        for r, behind in zip(rounds, (0, 0, 1), strict=True):
+            if step - behind in after:
+                list(r.advance(step - behind))
+                after[step - behind].append(r.lbs)
+    assert {sum(shares) for shares in after.values()} == {120}
+    assert after[11] == [60, 30, 30]
 
 
 def test_in_sync_the_round_of_a_step_is_awaited_at_the_next() -> None:
@@ -178,7 +196,7 @@ def test_the_schedule_is_that_of_the_step_at_which_everyone_asked() -> None:
     for r in rounds:
         timed(r, 0.0, 0.001)
         list(r.advance(10))
-    for r, step in zip(rounds, (11, 19, 29), strict=True):
+    for r, step in zip(rounds, (12, 19, 29), strict=True):
         list(r.advance(step))
     assert [(r.lbs, r.gbs) for r in rounds] == [(44, 132)] * 3
 
@@ -203,7 +221,7 @@ def test_the_target_is_reached_by_the_mean_of_all() -> None:
             timed(r, 0.0, 0.001).accuracy = accuracy
             list(r.advance(step))
         for r in rounds:
-            list(r.advance(step + 1))
+            list(r.advance(step + 2))
         assert [r.target_reached for r in rounds] == [reached] * 3
 
 
