@@ -24,8 +24,8 @@ from dlion_mpi.testbed import Collectives, Ticket, Until
 
 NO_LIMIT = 1 << 30
 EFFECT_STEPS = 2
-"""Where nobody waits for a round of shares, they are taken no sooner than so many steps after it was asked for: then all
-have it, and take them at the same step, so that the shares of every step add up to the global batch."""
+"""Where nobody waits for a round of shares, they are taken no sooner than so many steps after it was asked for: then
+all have it, and take them at the same step, so that the shares of every step add up to the global batch."""
 LEFT = math.nan
 """What a worker that has left contributes to a round that others have started."""
 
