@@ -1,7 +1,7 @@
 """Weighted dynamic batching: how even the workers' iterations are, from the start and after every change; its cost.
 
 Runs dlion in emulated (or, with `--simulated`, simulated) environments and prints one JSON object. Emulated runs need
-root, and the machine to themselves: two and a half minutes.
+root, and the machine to themselves: three minutes.
 
     python benchmarks/balance.py > benchmarks/results/balance.json
 

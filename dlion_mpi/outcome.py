@@ -183,7 +183,10 @@ class Stoppable(Protocol):
 
 @contextlib.contextmanager
 def stopped_by_signals(workers: Sequence[Stoppable], numbers: Sequence[signal.Signals] = STOPPING) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the workers' run after the step at hand; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the workers' run after the step at hand; a second Ctrl-C ends it at once.
+
+    A second SIGTERM, which launchers send, changes nothing.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
