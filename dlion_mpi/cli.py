@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -129,6 +130,9 @@ def _train(args: argparse.Namespace) -> int:
     from dlion_mpi.run import run
 
     outcome = run(config, start=start)
+    if outcome.exit_code:  # perhaps stopped by a signal, which launchers repeat
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
     if outcome.rank == 0:
         if outcome.exit_code == EXIT_CODE:
             say(f"dlion: {outcome.result['stopped']}")

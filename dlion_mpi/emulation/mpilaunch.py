@@ -20,6 +20,10 @@ from dlion_mpi.emulation import netns
 from dlion_mpi.emulation.records import Emulation
 from dlion_mpi.errors import UserError
 
+BEFORE_START_S = 0.1
+"""How long a rank waits, under Open MPI, before it becomes its program: mpirun (5.0.11) can wait for ever for a program
+that ends while others are still being launched. On busy cores it did so in a third of the runs of `true`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
@@ -110,13 +114,14 @@ def launch_command(
     hosts = [netns.hostname(worker) for worker in range(emulation.workers)]
     agent = str(Path(emulation.folder) / "agent")
     enter = [netns.which("nsenter") or "nsenter", f"--net={netns.NAMESPACES / netns.hub(emulation.name)}"]
-    ranks = ["-n", str(emulation.workers), *options, *command]
+    many = ["-n", str(emulation.workers), *options]
     if launcher.kind == "hydra":  # passes its whole environment on, and so one TMPDIR, which it does not mind
         where = ["-hosts", ",".join(hosts), "-ppn", "1", "-localhost", netns.HUB_ADDRESS, "-bind-to", "none"]
-        return [*enter, launcher.path, "-launcher", "ssh", "-launcher-exec", agent, *where, *ranks]
+        return [*enter, launcher.path, "-launcher", "ssh", "-launcher-exec", agent, *where, *many, *command]
     prte = {"plm": "ssh", "plm_ssh_agent": f"sh {agent}", "plm_ssh_no_tree_spawn": "1"}
     # Ranks that wait poll; all of them share this machine's cores, which mpirun takes for one machine each.
     mca = {"pml": "ob1", "btl": "tcp,self", "btl_tcp_if_include": "eth0", "mpi_yield_when_idle": "1"}
+    after_a_wait = [netns.which("sh") or "sh", "-c", f'sleep {BEFORE_START_S}; exec "$0" "$@"']
     return [
         *enter,
         launcher.path,
@@ -125,5 +130,7 @@ def launch_command(
         *(word for key, value in mca.items() for word in ("--mca", key, value)),
         *("--host", ",".join(f"{host}:1" for host in hosts), "--map-by", "node", "--bind-to", "none"),
         *(word for variable in forward for word in ("-x", variable)),
-        *ranks,
+        *many,
+        *after_a_wait,
+        *command,
     ]

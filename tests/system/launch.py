@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+_started: list[subprocess.Popen[str]] = []
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def command(ranks: int | None, *words: str) -> list[str]:
 def start(ranks: int | None, *words: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start it, in a process group of its own; the project's root can be imported from."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command(ranks, *words),
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": path, **(env or {})},
@@ -49,6 +51,20 @@ def start(ranks: int | None, *words: str, cwd: Path = ROOT, env: dict[str, str] 
         text=True,
         start_new_session=True,
     )
+    _started.append(process)
+    return process
+
+
+def end_all() -> None:
+    """End what was started and still runs: it would take the processors from the tests that follow."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            process.terminate()  # mpirun then ends its ranks
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen[str], timeout_s: float = 90) -> Ended:
@@ -74,15 +90,26 @@ def complaints(ended: Ended) -> list[str]:
 
 def processes_with(word: str) -> list[str]:
     """The command lines of live processes that contain ``word``."""
-    found = []
+    return [" ".join(words) for words in _processes().values() if word in " ".join(words)]
+
+
+def ranks_with(word: str) -> list[int]:
+    """The process ids of the ranks of `dlion train` whose command line contains ``word``."""
+    return [
+        pid
+        for pid, words in _processes().items()
+        if "python" in words[0] and "train" in words and word in " ".join(words)
+    ]
+
+
+def _processes() -> dict[int, list[str]]:
+    """The command lines of live processes, but for this one's."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if word in line:
-                found.append(line)
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
+                found[int(entry.name)] = words
     return found
 
 

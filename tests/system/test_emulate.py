@@ -272,6 +272,19 @@ def test_the_next_emulation_clears_what_a_killed_run_left(place: Place, action: 
     assert place.left() == []
 
 
+def test_a_command_that_ends_at_once_on_busy_cores(place: Place) -> None:
+    """Open MPI's mpirun can miss the end of a rank that ends while others are being launched."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        for _ in range(8):
+            done = place.call(*place.run_words("true"))
+            assert done.returncode == 0, done.stderr
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
 def test_two_side_by_side(place: Place) -> None:
     first, second = f"{place.mark}-a", f"{place.mark}-b"
     process = place.start(*place.run_words(*place.sleeper(), name=first))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.launch import complaints, end, processes_with, run, start
+from tests.system.launch import complaints, end, processes_with, ranks_with, run, start
 from tests.system.test_train import SMALL, result_of, started_run, steps_in, wait_for
 
 pytestmark = pytest.mark.timeout(200)
@@ -74,7 +74,7 @@ def test_ctrl_c_ends_all_ranks(strategy: str, tmp_path: Path) -> None:
 @both
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(strategy: str, tmp_path: Path) -> None:
     process = started_run(tmp_path / "run", 3, "--strategy", strategy)
-    os.kill(max(_ranks(tmp_path)), signal.SIGTERM)
+    os.kill(max(ranks_with(str(tmp_path))), signal.SIGTERM)
     ended = end(process, 60)
     assert result_of(ended)["stopped"] == "SIGTERM"
     assert ended.code == 128 + signal.SIGTERM
@@ -84,25 +84,11 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(strategy: str, tmp_pa
 @both
 def test_a_killed_rank_ends_all(strategy: str, tmp_path: Path) -> None:
     process = started_run(tmp_path / "run", 3, "--strategy", strategy)
-    os.kill(max(_ranks(tmp_path)), signal.SIGKILL)
+    os.kill(max(ranks_with(str(tmp_path))), signal.SIGKILL)
     ended = end(process, 30)
     assert ended.code != 0
     wait_for(lambda: not processes_with(str(tmp_path)), 10)
     assert all(steps_in(tmp_path / "run", rank) > 0 for rank in range(3))
-
-
-def _ranks(folder: Path) -> list[int]:
-    """The process ids of the ranks of a run that writes to ``folder``."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if str(folder).encode() in line and b"train" in line and b"mpirun" not in line:
-                found.append(int(entry.name))
-    return found
 
 
 FAILING = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.shards import write_shard
-from tests.system.launch import Ended, complaints, end, processes_with, run, start
+from tests.system.launch import Ended, complaints, end, processes_with, ranks_with, run, start
 
 pytestmark = pytest.mark.timeout(200)
 SMALL = ("--data", "digits", "--model", "tests.nets:dense", "--progress-every", "0")
@@ -153,10 +154,7 @@ def test_a_signal_to_mpirun_ends_all_ranks_with_whole_metrics(tmp_path: Path, nu
 def test_a_signal_to_one_rank_ends_all_in_good_order(tmp_path: Path) -> None:
     """What a batch system's `scancel --signal` to one task does: the run ends everywhere, and is summed up."""
     process = started_run(tmp_path / "run")
-    pids = [
-        int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _is_rank(entry, str(tmp_path))
-    ]
-    os.kill(max(pids), signal.SIGTERM)
+    os.kill(max(ranks_with(str(tmp_path))), signal.SIGTERM)
     ended = end(process, 60)
     assert result_of(ended)["stopped"] == "SIGTERM"
     assert ended.code == 128 + signal.SIGTERM
@@ -165,18 +163,24 @@ def test_a_signal_to_one_rank_ends_all_in_good_order(tmp_path: Path) -> None:
             assert file["steps/step"].shape[0] > 0
 
 
-def _is_rank(entry: Path, word: str) -> bool:
-    try:
-        line = (entry / "cmdline").read_bytes()
-    except OSError:
-        return False
-    return word.encode() in line and b"train" in line and b"mpirun" not in line
+def test_a_signal_that_is_repeated_until_the_end_costs_nothing(tmp_path: Path) -> None:
+    """`srun` and `scancel` repeat theirs; one may come while the run is summed up, or after."""
+    process = started_run(tmp_path / "run")
+    pids = ranks_with(str(tmp_path))
+    assert len(pids) == 2
+    while process.poll() is None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(0.002)
+    ended = end(process, 60)
+    assert result_of(ended)["stopped"] == "SIGTERM"
+    assert ended.code == 128 + signal.SIGTERM
 
 
 def test_a_killed_rank_ends_all_and_its_metrics_can_be_read(tmp_path: Path) -> None:
     process = started_run(tmp_path / "run", 3)
-    pids = [int(e.name) for e in Path("/proc").iterdir() if e.name.isdigit() and _is_rank(e, str(tmp_path))]
-    os.kill(max(pids), signal.SIGKILL)
+    os.kill(max(ranks_with(str(tmp_path))), signal.SIGKILL)
     ended = end(process, 30)
     assert ended.code != 0
     wait_for(lambda: not processes_with(str(tmp_path)), 10)
