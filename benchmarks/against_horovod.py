@@ -21,13 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import h5py
-
-from dlion_mpi.outcome import commit, versions
+from heading import heading
 
 RANKS = (2, 4)
 STEPS, WARM_UP = 60, 15
@@ -152,15 +150,9 @@ def main() -> None:
     if args.inside:
         inside(args.turns, names)
         return
-    load_before = os.getloadavg()[0]
+    about = heading("against_horovod")
     results = {f"{ranks}_ranks": measured(ranks, args.turns, names) for ranks in RANKS}
-    about = {
-        "benchmark": "against_horovod",
-        "date": date.today().isoformat(),
-        "cores": os.cpu_count(),
-        "load_before": round(load_before, 2),
-        "versions": versions(),
-        "commit": commit(),
+    about |= {
         "limits_of_allreduce": [0.9, 1.1],
         "within": {
             name: 0.9 <= own["allreduce"]["to_horovod"] <= 1.1 for name, own in results.items() if "allreduce" in own

@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import h5py
-
-from dlion_mpi.outcome import commit, versions
+from heading import heading
 
 LIMITS = {"iterations": 0.10, "bytes": 0.10, "accuracy_points": 2.0}
 
@@ -104,18 +100,8 @@ def main() -> None:
         for path in args.reuse
         for result in json.loads(Path(path).read_text(encoding="utf-8"))["results"]
     }
+    about = heading("agreement") | {"seconds": args.seconds, "limits": LIMITS}
     results = [compared(env, name, args.seconds, args.seeds, earlier) for name in args.strategy for env in args.env]
-    about = {
-        "benchmark": "agreement",
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": versions(),
-        "commit": commit(),
-        "seconds": args.seconds,
-        "limits": LIMITS,
-    }
     print(json.dumps(about | {"results": results}))
 
 

@@ -14,22 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+from heading import heading
 
 from dlion_mpi import environments
-from dlion_mpi.outcome import commit, versions
 from dlion_mpi.timeline import Phase
 
 RUNS = {"hetero-sys-a": 40.0, "dynamic-a": 90.0}
@@ -155,15 +152,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="of every run (default: by environment)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    about = {
-        "benchmark": "balance",
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "versions": versions(),
-        "commit": commit(),
-        "simulated": args.simulated,
-    }
+    about = heading("balance") | {"simulated": args.simulated}
     runs = [measured(env, args.seconds or RUNS.get(env, 90.0), args.seed, args.simulated) for env in args.env]
     print(json.dumps(about | {"runs": runs}))
 

@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from heading import heading
 
 from dlion_mpi import live
 from dlion_mpi import run as runner
@@ -161,9 +160,7 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         result = {
-            "date": date.today().isoformat(),
-            "machine": platform.platform(),
-            "cores": os.cpu_count(),
+            **heading("checkpoint"),
             "files": speeds(scratch, args.megabytes),
             "steps": step_times(scratch / "run", args.megabytes * 1_000_000 // 8, args.steps),
         }

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Sequence
-from datetime import date
 from typing import Any
 
 import numpy as np
+from heading import heading
 
 from dlion_mpi import wire
 from dlion_mpi.flat import Entries, Layout, Vector
@@ -105,14 +104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What an exchange costs a processor, as one JSON object.")
     parser.add_argument("--steps", type=int, default=30, help="per figure; a third above 10 M parameters")
     steps = parser.parse_args().steps
+    about = heading("exchange")
     results = [measured(size, share, steps if size < 1e7 else steps // 3) for size in SIZES for share in SHARES]
-    about = {
-        "benchmark": "exchange",
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
     print(json.dumps(about | {"results": results}))
 
 

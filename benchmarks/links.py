@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -24,17 +22,16 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+from heading import heading
 
 from dlion_mpi import environments
 from dlion_mpi.emulation import netns, records
 from dlion_mpi.environments import Environment
-from dlion_mpi.outcome import commit, versions
 
 ENVIRONMENTS = ("hetero-net-a", "hetero-net-b", "hetero-sys-a", "homo-b")
 WARM_UP_S = 10.0
@@ -198,14 +195,7 @@ def main() -> None:
     parser.add_argument("--options", default=FULL, help="of dlion, quoted (default: %(default)s)")
     args = parser.parse_args()
     result = {
-        "benchmark": "links",
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "versions": versions(),
-        "commit": commit(),
+        **heading("links"),
         "seconds": args.seconds,
         "options": args.options,
         "steady": [steady(env, args.seconds, args.seed, args.options) for env in args.env],

@@ -11,17 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shlex
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import date
 from typing import Any
 
-from dlion_mpi.outcome import commit, versions
+from heading import heading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +79,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How fast virtual runs are, as one JSON object.")
     parser.add_argument("--only", choices=sorted(CASES), help="one case")
     only = parser.parse_args().only
+    about = heading("simulate")
     results = {name: measured(case) for name, case in CASES.items() if only in (None, name)}
-    about = {
-        "benchmark": "simulate",
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "versions": versions(),
-        "commit": commit(),
-    }
     print(json.dumps(about | {"results": results}))
 
 

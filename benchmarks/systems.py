@@ -219,9 +219,10 @@ def covering(case: Case, expected_s: float) -> Measured:
     is expected, the one that is more likely to be enough is made first.
     """
     short = None
-    if expected_s <= case.at_seconds:
+    no_longer = case.most_seconds <= case.at_seconds
+    if no_longer or expected_s <= case.at_seconds:
         short = measured(case, case.at_seconds, 1.0)
-        if short.reached_s(TARGETS[-1]) is not None:
+        if no_longer or short.reached_s(TARGETS[-1]) is not None:
             return short
     long = measured(case, case.most_seconds, TARGETS[-1])
     if long.reached_s(TARGETS[-1]) is None or long.lasted_s() >= case.at_seconds:

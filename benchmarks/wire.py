@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from typing import Any
 
 import numpy as np
+from heading import heading
 
 from dlion_mpi import wire
 from dlion_mpi.flat import Entries, Vector
@@ -67,20 +66,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a message costs, as one JSON object.")
     parser.add_argument("--repeats", type=int, default=51, help="per figure; a tenth above 10 M parameters")
     repeats = parser.parse_args().repeats
-    results = []
+    about, results = heading("wire"), []
     for size in SIZES:
         out = np.zeros(wire.capacity_bytes(size), np.uint8)
         for density, entries in selections(size):
             for value_type in wire.VALUE_TYPES:
                 times = repeats if size < 10_000_000 else max(1, repeats // 10)
                 results.append({"density": density} | measured(entries, value_type, out, times))
-    about = {
-        "benchmark": "wire",
-        "date": date.today().isoformat(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }
     print(json.dumps(about | {"results": results}))
 
 

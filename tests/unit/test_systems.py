@@ -157,6 +157,22 @@ def test_a_second_run_is_made_only_where_one_does_not_do(
     assert result["gigabytes_to_end"] == {80.0: 8.0, 300.0: 30.0, None: 300.0}[reached]
 
 
+@pytest.mark.parametrize("reached", [80.0, None])
+def test_one_run_does_where_none_may_last_longer_than_the_comparison(
+    monkeypatch: pytest.MonkeyPatch, reached: float | None
+) -> None:
+    made = []
+
+    def run(case: Case, seconds: float, target: float) -> Measured:
+        made.append((seconds, target))
+        return measured([(10.0, 0.5)] + ([(reached, 0.8)] if reached else []), seconds)
+
+    monkeypatch.setattr(systems, "measured", run)
+    result = systems.line(dataclasses.replace(small(0), most_seconds=120.0), math.inf)
+    assert made == [(120.0, 1.0)]
+    assert result["seconds_to"]["80%"] == reached
+
+
 @pytest.mark.parametrize(("best", "beyond_s"), [(0.84, None), (0.86, 110.0)])
 def test_what_is_beyond_the_targets_is_noted_where_a_run_gets_there(
     monkeypatch: pytest.MonkeyPatch, best: float, beyond_s: float | None

@@ -1,0 +1,133 @@
+"""Direct knowledge transfer: what a step costs while one is under way, and what it does for the workers' accuracies.
+
+Runs dlion where gradients are dropped, so that there is something to transfer, with transfers and without. Prints one
+JSON object. Runs are emulated, which needs root and the machine to themselves for six minutes, or `--simulated`.
+
+    python benchmarks/transfer.py > benchmarks/results/transfer.json
+
+The limit is that of issue 4: a step during which a transfer is under way takes at most 1.05 of one without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from heading import heading
+
+from dlion_mpi.timeline import Phase
+
+ENVIRONMENTS = ("homo-b", "hetero-sys-a")
+OPTIONS = ("--unsent", "drop", "--transfer-period", "50")
+POLICIES = ("all", "none")
+SETTLED_S = 10.0
+"""Of a run's start, left out of the times: bandwidth is measured first."""
+NAME = "transfer"
+"""Of the emulation."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Per worker: the times of its steps while a transfer was under way and while none was, and what else is told."""
+
+    with_s: list[np.ndarray]
+    without_s: list[np.ndarray]
+    transfer_s: list[float]
+    """How long each transfer took, from the asking to the merging, all workers' in one list."""
+    payload_bytes: int
+    gradient_bytes: int
+    accuracies: list[float]
+    """Per worker, of its last test."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Run:
+        """Read the metrics that a run has left. A step counts as with a transfer if at least half of it was."""
+        with_s, without_s, transfer_s, accuracies = [], [], [], []
+        payload = sent = 0
+        for path in sorted(folder.glob("metrics-*.h5")):
+            with h5py.File(path) as file:
+                ends_s, step_s = file["steps/time_s"][:], file["steps/step_s"][:]
+                spans = file["timeline/spans"][:]
+                accuracies.append(float(file["evaluations/accuracy"][-1]))
+                payload += int(file["transfers/payload_bytes"][:].sum())
+                sent += int(file["links/bytes_sent"][-1].sum())
+            spans = spans[spans["phase"] == Phase.TRANSFER]
+            transfer_s += (spans["end_s"] - spans["start_s"]).tolist()
+            starts_s = ends_s - step_s
+            overlap_s = np.zeros(len(ends_s))
+            for span in spans:
+                overlap_s += np.maximum(0, np.minimum(ends_s, span["end_s"]) - np.maximum(starts_s, span["start_s"]))
+            under_way, settled = overlap_s >= step_s / 2, starts_s >= SETTLED_S
+            with_s.append(step_s[settled & under_way])
+            without_s.append(step_s[settled & ~under_way])
+        return cls(with_s, without_s, transfer_s, payload, sent, accuracies)
+
+    def cost(self) -> dict[str, Any]:
+        """A step with a transfer under way over one without: medians over the workers of the quotients of their own."""
+        both = [(a, b) for a, b in zip(self.with_s, self.without_s, strict=True) if len(a) and len(b)]
+        return {
+            "steps_with": sum(len(a) for a in self.with_s),
+            "steps_without": sum(len(b) for b in self.without_s),
+            "of_medians": _median([float(np.median(a) / np.median(b)) for a, b in both]),
+            "of_means": _median([float(a.mean() / b.mean()) for a, b in both]),
+            "transfer_s": _median(self.transfer_s),
+        }
+
+
+def _median(values: list[float]) -> float | None:
+    return round(statistics.median(values), 3) if values else None
+
+
+def trained(env: str, policy: str, seconds: float, seed: int, simulated: bool) -> Run:
+    """dlion in this environment, where what is not sent is dropped."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        dlion = [sys.executable, "-m", "dlion_mpi"]
+        command = [*dlion, "simulate", "--env", env]
+        if not simulated:
+            command = [*dlion, "emulate", "run", "--env", env, "--name", NAME, "--", *dlion, "train"]
+        command += [*OPTIONS, "--transfer", policy, "--learning-rate", "0.1", "--seconds", str(seconds)]
+        command += ["--seed", str(seed), "--progress-every", "0", "--out", str(out)]
+        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+            sys.exit(f"the run in {env} failed")
+        return Run.of(out)
+
+
+def measured(env: str, policy: str, seconds: float, seed: int, simulated: bool) -> dict[str, Any]:
+    """One run's figures."""
+    run = trained(env, policy, seconds, seed, simulated)
+    return {
+        "environment": env,
+        "transfer": policy,
+        **run.cost(),
+        "transferred_megabytes": round(run.payload_bytes / 1e6, 1),
+        "gradient_megabytes": round(run.gradient_bytes / 1e6, 1),
+        "accuracy": round(statistics.mean(run.accuracies), 4),
+        "spread": round(statistics.pstdev(run.accuracies), 4),
+        "worst": round(min(run.accuracies), 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a knowledge transfer costs and does, as one JSON object.")
+    parser.add_argument("--simulated", action="store_true", help="in virtual time")
+    parser.add_argument("--env", nargs="+", default=list(ENVIRONMENTS))
+    parser.add_argument("--seconds", type=float, default=75.0, help="of every run")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    about = heading("transfer") | {"seconds": args.seconds, "options": list(OPTIONS), "simulated": args.simulated}
+    runs = [measured(env, policy, args.seconds, args.seed, args.simulated) for env in args.env for policy in POLICIES]
+    print(json.dumps(about | {"runs": runs}))
+
+
+if __name__ == "__main__":
+    main()
