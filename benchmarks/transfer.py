@@ -1,7 +1,7 @@
-"""Direct knowledge transfer: what a step costs while one is under way, and what it does for the workers' accuracies.
+"""Direct knowledge transfer: what a step costs while one is under way.
 
-Runs dlion where gradients are dropped, so that there is something to transfer, with transfers and without. Prints one
-JSON object. Runs are emulated, which needs root and the machine to themselves for six minutes, or `--simulated`.
+Runs dlion where gradients are dropped, so that there is something to transfer, and prints one JSON object. Runs are
+emulated, which needs root and the machine to themselves for three minutes, or `--simulated`.
 
     python benchmarks/transfer.py > benchmarks/results/transfer.json
 
@@ -28,7 +28,6 @@ from dlion_mpi.timeline import Phase
 
 ENVIRONMENTS = ("homo-b", "hetero-sys-a")
 OPTIONS = ("--unsent", "drop", "--transfer-period", "50")
-POLICIES = ("all", "none")
 SETTLED_S = 10.0
 """Of a run's start, left out of the times: bandwidth is measured first."""
 NAME = "transfer"
@@ -45,19 +44,16 @@ class Run:
     """How long each transfer took, from the asking to the merging, all workers' in one list."""
     payload_bytes: int
     gradient_bytes: int
-    accuracies: list[float]
-    """Per worker, of its last test."""
 
     @classmethod
     def of(cls, folder: Path) -> Run:
         """Read the metrics that a run has left. A step counts as with a transfer if at least half of it was."""
-        with_s, without_s, transfer_s, accuracies = [], [], [], []
+        with_s, without_s, transfer_s = [], [], []
         payload = sent = 0
         for path in sorted(folder.glob("metrics-*.h5")):
             with h5py.File(path) as file:
                 ends_s, step_s = file["steps/time_s"][:], file["steps/step_s"][:]
                 spans = file["timeline/spans"][:]
-                accuracies.append(float(file["evaluations/accuracy"][-1]))
                 payload += int(file["transfers/payload_bytes"][:].sum())
                 sent += int(file["links/bytes_sent"][-1].sum())
             spans = spans[spans["phase"] == Phase.TRANSFER]
@@ -69,7 +65,7 @@ class Run:
             under_way, settled = overlap_s >= step_s / 2, starts_s >= SETTLED_S
             with_s.append(step_s[settled & under_way])
             without_s.append(step_s[settled & ~under_way])
-        return cls(with_s, without_s, transfer_s, payload, sent, accuracies)
+        return cls(with_s, without_s, transfer_s, payload, sent)
 
     def cost(self) -> dict[str, Any]:
         """A step with a transfer under way over one without: medians over the workers of the quotients of their own."""
@@ -87,7 +83,7 @@ def _median(values: list[float]) -> float | None:
     return round(statistics.median(values), 3) if values else None
 
 
-def trained(env: str, policy: str, seconds: float, seed: int, simulated: bool) -> Run:
+def trained(env: str, seconds: float, seed: int, simulated: bool) -> Run:
     """dlion in this environment, where what is not sent is dropped."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -95,37 +91,33 @@ def trained(env: str, policy: str, seconds: float, seed: int, simulated: bool) -
         command = [*dlion, "simulate", "--env", env]
         if not simulated:
             command = [*dlion, "emulate", "run", "--env", env, "--name", NAME, "--", *dlion, "train"]
-        command += [*OPTIONS, "--transfer", policy, "--learning-rate", "0.1", "--seconds", str(seconds)]
+        command += [*OPTIONS, "--learning-rate", "0.1", "--seconds", str(seconds)]
         command += ["--seed", str(seed), "--progress-every", "0", "--out", str(out)]
         if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
             sys.exit(f"the run in {env} failed")
         return Run.of(out)
 
 
-def measured(env: str, policy: str, seconds: float, seed: int, simulated: bool) -> dict[str, Any]:
+def measured(env: str, seconds: float, seed: int, simulated: bool) -> dict[str, Any]:
     """One run's figures."""
-    run = trained(env, policy, seconds, seed, simulated)
+    run = trained(env, seconds, seed, simulated)
     return {
         "environment": env,
-        "transfer": policy,
         **run.cost(),
         "transferred_megabytes": round(run.payload_bytes / 1e6, 1),
         "gradient_megabytes": round(run.gradient_bytes / 1e6, 1),
-        "accuracy": round(statistics.mean(run.accuracies), 4),
-        "spread": round(statistics.pstdev(run.accuracies), 4),
-        "worst": round(min(run.accuracies), 4),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a knowledge transfer costs and does, as one JSON object.")
+    parser = argparse.ArgumentParser(description="What a knowledge transfer costs, as one JSON object.")
     parser.add_argument("--simulated", action="store_true", help="in virtual time")
     parser.add_argument("--env", nargs="+", default=list(ENVIRONMENTS))
     parser.add_argument("--seconds", type=float, default=75.0, help="of every run")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     about = heading("transfer") | {"seconds": args.seconds, "options": list(OPTIONS), "simulated": args.simulated}
-    runs = [measured(env, policy, args.seconds, args.seed, args.simulated) for env in args.env for policy in POLICIES]
+    runs = [measured(env, args.seconds, args.seed, args.simulated) for env in args.env]
     print(json.dumps(about | {"runs": runs}))
 
 

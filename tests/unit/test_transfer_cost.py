@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlion_mpi.evaluate import Evaluation
 from dlion_mpi.metrics import Recorder, StepRecord
 from dlion_mpi.timeline import Phase
 
@@ -26,7 +25,6 @@ def test_steps_are_told_apart_by_whether_half_of_them_was_in_a_transfer(tmp_path
     recorder.span(Phase.TRANSFER, 4, 12.0, 13.5)
     recorder.span(Phase.TRANSFER, 5, 13.5, 16.5)  # with the one before: all of the fifth, half of the sixth
     recorder.span(Phase.EVALUATE, 6, 10.0, 19.0)
-    recorder.evaluation(Evaluation(6, 18.0, 0.75))
     for step, (length_s, end_s) in enumerate(zip(LENGTHS_S, ENDS_S, strict=True)):
         recorder.step(
             StepRecord(
@@ -48,7 +46,6 @@ def test_steps_are_told_apart_by_whether_half_of_them_was_in_a_transfer(tmp_path
     assert run.with_s[0].tolist() == [3.0, 3.0]
     assert run.without_s[0].tolist() == [1.0, 1.0, 1.0]
     assert run.transfer_s == pytest.approx([5.4, 1.5, 3.0])
-    assert run.accuracies == [0.75]
     assert run.cost() == {
         "steps_with": 2,
         "steps_without": 3,
@@ -59,7 +56,7 @@ def test_steps_are_told_apart_by_whether_half_of_them_was_in_a_transfer(tmp_path
 
 
 def test_without_transfers_there_is_no_quotient() -> None:
-    run = transfer.Run([np.array([])], [np.array([1.0])], [], 0, 0, [0.5])
+    run = transfer.Run([np.array([])], [np.array([1.0])], [], 0, 0)
     assert run.cost() == {
         "steps_with": 0,
         "steps_without": 1,
