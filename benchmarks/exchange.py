@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from heading import heading
@@ -37,16 +37,27 @@ def gradients(size: int) -> list[Vector]:
     return [random.standard_normal(size, dtype=np.float32) * scale for _ in range(3)]
 
 
-def sending_ms(own: Sequence[Vector], shares: Sequence[float], slack: float, steps: int) -> tuple[float, float]:
-    """Milliseconds per step to add, select and encode for links that carry these shares; and of `numpy.max`."""
+class Sending(NamedTuple):
+    """Milliseconds per step."""
+
+    whole: float
+    """To remember a gradient, and to select and encode for all links."""
+    select_encode: float
+    numpy_max: float
+    """Of the same gradient."""
+
+
+def sending_ms(own: Sequence[Vector], shares: Sequence[float], slack: float, steps: int) -> Sending:
+    """What sending costs for links that carry these shares: medians."""
     size = len(own[0])
     unsent = Unsent(Layout.of([(size // 100,), (size - size // 100,)]), Rules(None, 0.85, "float32"))
     buffers = [np.zeros(wire.capacity_bytes(size), np.uint8) for _ in shares]
-    times, maxima = [], []
+    times = []
     for step in range(steps):
         gradient = own[step % len(own)]
         start = time.perf_counter()
         unsent.add(gradient)
+        remembered = time.perf_counter()
         encoded: dict[int, wire.Bytes] = {}
         budgets = [4 * size * share for share in shares]
         choices = unsent.take({link: Budget(budget, slack * budget) for link, budget in enumerate(budgets)})
@@ -55,11 +66,10 @@ def sending_ms(own: Sequence[Vector], shares: Sequence[float], slack: float, ste
                 wire.encode_again(HEADER, encoded[id(choice.entries)], buffer)
             else:
                 encoded[id(choice.entries)] = buffer[: wire.encode(HEADER, choice.entries, buffer)]
-        times.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        encoded_at = time.perf_counter()
         gradient.max()
-        maxima.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[2:]), 1e3 * statistics.median(maxima)
+        times.append((encoded_at - start, encoded_at - remembered, time.perf_counter() - encoded_at))
+    return Sending(*(1e3 * statistics.median(column) for column in zip(*times[2:], strict=True)))
 
 
 def receiving_ms(entries: Entries, steps: int) -> float:
@@ -82,11 +92,12 @@ def measured(size: int, share: float, steps: int) -> dict[str, Any]:
     for name, least, slack in (("alike", 1.0, 1.0), ("unlike", 0.5, 1.0), ("slack", 0.5, SLACK)):
         for links in LINKS:
             shares = [share * float(part) for part in np.linspace(1.0, least, links)]
-            ms, max_ms = sending_ms(own, shares, slack, steps)
-            result[f"{name}_{links}_ms"] = round(ms, 3)
-            result[f"{name}_{links}_over_one"] = round(ms / result[f"{name}_1_ms"], 2)
+            ms = sending_ms(own, shares, slack, steps)
+            result[f"{name}_{links}_ms"] = round(ms.whole, 3)
+            result[f"{name}_{links}_over_one"] = round(ms.whole / result[f"{name}_1_ms"], 2)
             if links == 1:
-                result["over_numpy_max"] = round(ms / max_ms, 1)
+                result["over_numpy_max"] = round(ms.whole / ms.numpy_max, 1)
+                result["select_encode_over_numpy_max"] = round(ms.select_encode / ms.numpy_max, 1)
     count = int(size * share / 1.3)
     indices = np.sort(np.random.default_rng(2).choice(size, count, replace=False)).astype(np.uint32)
     receive_ms = receiving_ms(Entries(size, own[0][indices], indices), steps)

@@ -19,8 +19,8 @@ RANKED = 1 << 12
 """Candidates that are ranked to place a link's threshold, of however many."""
 MARGIN = 1.25
 """Candidates wanted over entries needed, since a sample places the first threshold."""
-BLOCK = 1 << 16
-"""Entries worked on at a time: with its scratch space, a block stays in a core's cache."""
+BLOCK = 1 << 18
+"""Entries worked on at a time: many, for every block costs some calls, but what is read twice has to stay cached."""
 CAUTION = 0.98
 """Share of a budget to aim at where a sample places the threshold: to miss costs another try."""
 
@@ -48,6 +48,7 @@ class Selector:
         self._sampled_variable = np.searchsorted(stops, positions, side="right")
         self._starts = np.array([segment.start for segment in self._segments], np.intp)
         self._scratch = np.empty(min(BLOCK, layout.size), np.float32)
+        self._mask = np.empty(len(self._scratch), np.bool_)
 
     def measure(self, vector: Vector, add: Vector | None = None) -> Vector:
         """The largest magnitude of every variable that has entries, (V,) float32, of ``vector``, (P,) float32.
@@ -120,20 +121,23 @@ class Selector:
 
     def _above(self, vector: Vector, largest: Vector, threshold: float) -> tuple[Indices, Vector]:
         """The entries, not zero, of a relative magnitude >= threshold: indices ascending, and those magnitudes."""
-        found = []
+        places, magnitudes = [], []
         for segment, scale in zip(self._segments, largest, strict=True):
             if scale > 0:
                 # A little too low, so that rounding leaves no entry out; what is too small goes below.
                 limit = np.nextafter(np.float32(threshold * float(scale) * (1 - 1e-6)), np.float32(0))
                 for block in blocks(segment, BLOCK):
-                    magnitudes = np.abs(vector[block], out=self._scratch[: block.stop - block.start])
-                    places = np.flatnonzero(magnitudes >= limit if limit > 0 else magnitudes > 0)
-                    if len(places):
-                        found.append((places + block.start, magnitudes.take(places) / scale))
-        if not found:
+                    entries = block.stop - block.start
+                    all_magnitudes = np.abs(vector[block], out=self._scratch[:entries])
+                    compare = np.greater_equal if limit > 0 else np.greater
+                    (found,) = compare(all_magnitudes, limit, out=self._mask[:entries]).nonzero()
+                    if len(found):
+                        magnitudes.append(all_magnitudes.take(found) / scale)
+                        places.append(np.add(found, block.start, out=found))
+        if not places:
             return np.empty(0, np.uint32), np.empty(0, np.float32)
-        relative = np.concatenate([magnitudes for _, magnitudes in found])
-        indices = np.concatenate([places for places, _ in found]).astype(np.uint32)
+        relative = np.concatenate(magnitudes)
+        indices = np.concatenate(places, dtype=np.uint32, casting="unsafe")
         keep = relative >= np.float32(threshold) if threshold > 0 else relative > 0
         return (indices, relative) if keep.all() else (indices[keep], relative[keep])
 
