@@ -15,9 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from typing import Any
 import h5py
 import numpy as np
 from heading import heading
+from training import trained
 
 from dlion_mpi import environments
 from dlion_mpi.timeline import Phase
@@ -32,8 +30,6 @@ from dlion_mpi.timeline import Phase
 RUNS = {"hetero-sys-a": 40.0, "dynamic-a": 90.0}
 """Seconds by environment: of a dynamic one, for its three phases."""
 LIMIT = 1.10
-NAME = "balance"
-"""Of the emulation."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +84,6 @@ class Run:
         return int(np.argmax((self.began_s >= start_s).any(axis=0)))
 
 
-def trained(env: str, seconds: float, seed: int, simulated: bool) -> Run:
-    """dlion in this environment, with its defaults."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        dlion = [sys.executable, "-m", "dlion_mpi"]
-        command = [*dlion, "simulate", "--env", env]
-        if not simulated:
-            command = [*dlion, "emulate", "run", "--env", env, "--name", NAME, "--", *dlion, "train"]
-        command += ["--seconds", str(seconds), "--seed", str(seed), "--progress-every", "0", "--out", str(out)]
-        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-            sys.exit(f"the run in {env} failed")
-        return Run.of(out)
-
-
 def balanced_after(ratios: np.ndarray) -> int | None:
     """The iteration from which on the ratio is within the limit in nineteen of twenty; None if there is none."""
     within = ratios <= LIMIT
@@ -113,7 +95,8 @@ def balanced_after(ratios: np.ndarray) -> int | None:
 
 def measured(env: str, seconds: float, seed: int, simulated: bool) -> dict[str, Any]:
     """One environment: by phase how soon iterations are even and how even they stay, and what balancing costs."""
-    run = trained(env, seconds, seed, simulated)
+    with trained(env, [], seconds=seconds, seed=seed, simulated=simulated) as folder:
+        run = Run.of(folder)
     ratios = run.slowest_over_median()
     firsts = [run.first_of(start_s) for start_s in environments.load(env).phase_starts_s(seconds)]
     phases = []

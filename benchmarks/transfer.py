@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from typing import Any
 import h5py
 import numpy as np
 from heading import heading
+from training import trained
 
 from dlion_mpi.timeline import Phase
 
@@ -30,8 +28,6 @@ ENVIRONMENTS = ("homo-b", "hetero-sys-a")
 OPTIONS = ("--unsent", "drop", "--transfer-period", "50")
 SETTLED_S = 10.0
 """Of a run's start, left out of the times: bandwidth is measured first."""
-NAME = "transfer"
-"""Of the emulation."""
 
 
 @dataclass(frozen=True)
@@ -83,24 +79,10 @@ def _median(values: list[float]) -> float | None:
     return round(statistics.median(values), 3) if values else None
 
 
-def trained(env: str, seconds: float, seed: int, simulated: bool) -> Run:
-    """dlion in this environment, where what is not sent is dropped."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        dlion = [sys.executable, "-m", "dlion_mpi"]
-        command = [*dlion, "simulate", "--env", env]
-        if not simulated:
-            command = [*dlion, "emulate", "run", "--env", env, "--name", NAME, "--", *dlion, "train"]
-        command += [*OPTIONS, "--learning-rate", "0.1", "--seconds", str(seconds)]
-        command += ["--seed", str(seed), "--progress-every", "0", "--out", str(out)]
-        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-            sys.exit(f"the run in {env} failed")
-        return Run.of(out)
-
-
 def measured(env: str, seconds: float, seed: int, simulated: bool) -> dict[str, Any]:
     """One run's figures."""
-    run = trained(env, seconds, seed, simulated)
+    with trained(env, [*OPTIONS, "--learning-rate", "0.1"], seconds=seconds, seed=seed, simulated=simulated) as folder:
+        run = Run.of(folder)
     return {
         "environment": env,
         **run.cost(),
