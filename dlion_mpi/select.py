@@ -126,10 +126,10 @@ class Selector:
             if scale > 0:
                 # A little too low, so that rounding leaves no entry out; what is too small goes below.
                 limit = np.nextafter(np.float32(threshold * float(scale) * (1 - 1e-6)), np.float32(0))
+                compare = np.greater_equal if limit > 0 else np.greater
                 for block in blocks(segment, BLOCK):
                     entries = block.stop - block.start
                     all_magnitudes = np.abs(vector[block], out=self._scratch[:entries])
-                    compare = np.greater_equal if limit > 0 else np.greater
                     (found,) = compare(all_magnitudes, limit, out=self._mask[:entries]).nonzero()
                     if len(found):
                         magnitudes.append(all_magnitudes.take(found) / scale)

@@ -116,8 +116,9 @@ def test_open_mpi_command(place: Emulation) -> None:
         launcher, place, ["/bin/run", "a b"], forward=["DLION_X"], options=["--with-ft", "ulfm"]
     )
     text = " ".join(line)
-    assert "-x DLION_X -n 2 --with-ft ulfm " in text
-    assert line[-2:] == ["/bin/run", "a b"]
+    waits = line.index("ulfm") + 1
+    assert text.endswith(" ".join(["-x DLION_X -n 2 --with-ft ulfm", *line[waits : waits + 3], "/bin/run a b"]))
+    assert line[waits + 1 :] == ["-c", f'sleep {mpilaunch.BEFORE_START_S}; exec "$0" "$@"', "/bin/run", "a b"]
     assert "--host w0:1,w1:1 --map-by node --bind-to none" in text
     assert "--net=/run/netns/dlion-ab-hub /v/mpirun" in text
     assert f"sh {place.folder}/agent" in line
