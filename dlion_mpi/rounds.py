@@ -3,7 +3,7 @@
 Two kinds of rounds run beside the exchange of gradients: `StatusRounds` gathers everyone's measured throughput
 and shares out the global batch; `KnowledgeRounds` finds the best worker and brings its weights to the others.
 In `sync` a stage that was started at one step is awaited at the end of the next, so that it takes effect at the
-same step everywhere; otherwise it takes effect when it is done, shares no sooner than everybody can have them.
+same step everywhere; otherwise it takes effect when it is done, but shares in `bounded` at the same step everywhere.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from dlion_mpi.testbed import Collectives, Ticket, Until
 
 NO_LIMIT = 1 << 30
 EFFECT_STEPS = 2
-"""Where nobody waits for a round of shares, they are taken no sooner than so many steps after it was asked for: then
-all have it, and take them at the same step, so that the shares of every step add up to the global batch."""
+"""But in `sync`, shares are taken so many steps after they were asked for. Then most workers have them in time; who has
+not waits in `bounded` (`StatusRounds.awaits`), so that the shares of every step add up to the global batch, and takes
+them later in `async`."""
 LEFT = math.nan
 """What a worker that has left contributes to a round that others have started."""
 
@@ -33,8 +34,8 @@ LEFT = math.nan
 class StatusRounds:
     """Gathers (alpha, beta, most samples, latest accuracy) and solves for everyone's batch size.
 
-    Every worker solves the same problem from the same table, so the shares sum to GBS exactly; of a single step, if all
-    have the table when it is to take effect (always in `sync`).
+    Every worker solves the same problem from the same table, so the shares sum to GBS exactly; of a single step in
+    `sync`, and in `bounded` unless it goes on without the slowest (``--backup``).
     """
 
     channel = "status"
@@ -49,6 +50,7 @@ class StatusRounds:
         self._ticket: Ticket | None = None
         self._record: list[float] = []
         self._asked_step = 0
+        self._in_step = config.sync == "bounded" and not config.backup and self.adapts
         self._schedule = _schedule(config, workers, training_samples)
         self.fit = ThroughputFit()
         self.started = 0
@@ -67,11 +69,17 @@ class StatusRounds:
         if self.adapts:
             self.fit.add(samples, seconds)
 
-    def first(self) -> Iterator[Until]:
-        """Before the first step: share out the batch by the timings that `fit` has already."""
-        self._ask(0)
+    def first(self, step: int) -> Iterator[Until]:
+        """Before a run's first step, ``step``: share out the batch by the timings that `fit` has already."""
+        self._ask(step)
         yield Until(self._is_done)
         self._take()
+
+    def awaits(self, step: int) -> bool:
+        """Whether shares that everyone takes after step ``step`` are still under way."""
+        if not self._in_step or self._ticket is None:
+            return False
+        return step >= self._asked_step + EFFECT_STEPS and not self._ticket.done
 
     def advance(self, step: int, skipped: int = 0) -> Iterator[Until]:
         """After step ``step``, and ``skipped`` before it left out: take a finished round, start one that is due."""
@@ -83,7 +91,8 @@ class StatusRounds:
                 yield Until(self._is_done)
             if self._ticket.done and (self._awaited or step >= self._asked_step + EFFECT_STEPS):
                 self._take()
-        if self._period and step % self._period <= skipped and self._ticket is None:
+        due = self._period and step % self._period <= skipped
+        if due and self._ticket is None and (step > self._asked_step or not self._in_step):
             self._ask(step)
 
     def to_arrays(self) -> Arrays:
@@ -98,14 +107,19 @@ class StatusRounds:
             **begun,
         }
 
-    def from_arrays(self, arrays: Mapping[str, Array]) -> None:
-        """Go on from what `to_arrays` gave. Raises StateError."""
+    def from_arrays(self, arrays: Mapping[str, Array], farthest_step: int) -> None:
+        """Go on from what `to_arrays` gave; ``farthest_step``: where the worker goes on that is ahead of all others.
+
+        Raises StateError.
+        """
         samples = array(arrays, "samples", np.float64, None)
         seconds = array(arrays, "seconds", np.float64, len(samples))
         self.fit.pairs.extend((int(b), float(t)) for b, t in zip(samples, seconds, strict=True))
         self.fit.off, self._asked_step = integer(arrays, "off"), integer(arrays, "asked_step")
         self.lbs, self.gbs = integer(arrays, "lbs"), integer(arrays, "gbs")
         self.accuracy = number(arrays, "accuracy")
+        if self._in_step:  # some may have taken shares that others were to take: new ones for all, at the same step
+            self._ask(farthest_step - 1)
         if "begun" in arrays:
             self._gather(array(arrays, "begun", np.float64, 4).tolist())
 

@@ -7,7 +7,7 @@ what drives it waits in real time (`driver.py`) or advances a virtual clock. Eve
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def profile(w: Worker) -> Loop:
             assert computed is not None
             if attempt:  # the first of a size pays for allocation
                 w.status.fit.add(size, computed.seconds)
-    yield from w.status.first()
+    yield from w.status.first(w.step)
     w.recorder.span(Phase.PROFILE, w.step, start_s, w.now_s())
 
 
@@ -96,8 +96,9 @@ def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, 
 
 
 def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until, None, None]:
-    """Until the synchronisation mode lets this step be completed, and a little longer for the peers' gradients of this
-    same step (``--patience``). ``sent``: of this step, for what goes meanwhile."""
+    """Until the synchronisation mode lets this step be completed, a little longer for the peers' gradients of this
+    same step (``--patience``), and until shares of the batch that everyone takes after it are here. ``sent``: of this
+    step, for what goes meanwhile."""
     start_s, cpu_s, sending_s = w.now_s(), w.links.cpu_s(), timings.select_encode_s
     patient_until_s = start_s + (w.config.patience or 0.0) * timings.compute_s
 
@@ -110,10 +111,23 @@ def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until
 
     if not ready():
         yield Until(ready, patient_until_s)
+    w.recorder.span(Phase.WAIT, w.step, start_s, w.now_s())
+    yield from _agree(w, _shares_under_way(w))
     now_s = w.now_s()
-    w.recorder.span(Phase.WAIT, w.step, start_s, now_s)
     timings.wait_s = now_s - start_s - (timings.select_encode_s - sending_s)
     w.moved_cpu_s += w.links.cpu_s() - cpu_s  # while the loop waits, moving messages disturbs no computing
+
+
+def _shares_under_way(w: Worker) -> Iterator[Until]:
+    """A wait for the shares that everyone takes after this step; none if they are here, or somebody has left."""
+
+    def ready() -> bool:
+        is_quiet(w)
+        w.collect()
+        return w.cut_short() or w.members.epoch > 0 or not w.status.awaits(w.step + 1)
+
+    if not ready():
+        yield Until(ready)
 
 
 def complete(

@@ -158,7 +158,7 @@ def restore(w: Worker, arrays: Mapping[str, Array], steps: Mapping[int, int]) ->
     w.reductions = w.step  # a sum per step
     w.inbox.newest = {peer: steps[peer] - 1 for peer in w.peers}
     w.inbox.held = messages_of(arrays, size, ranks)
-    w.status.from_arrays(part(arrays, "status"))
+    w.status.from_arrays(part(arrays, "status"), max(steps.values()))
     w.knowledge.from_arrays(part(arrays, "transfer"), w.replica.knowledge)
 
 

@@ -45,7 +45,7 @@ def waits(events: Iterable[Until | Transfer]) -> list[Until]:
 
 def first(all_rounds: list[StatusRounds]) -> None:
     """Before the first step, everyone together."""
-    loops = [rounds.first() for rounds in all_rounds]
+    loops = [rounds.first(0) for rounds in all_rounds]
     pending = [next(loop) for loop in loops]
     for until, loop in zip(pending, loops, strict=True):
         assert until.ready()
