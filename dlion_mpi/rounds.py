@@ -24,7 +24,7 @@ from dlion_mpi.testbed import Collectives, Ticket, Until
 
 NO_LIMIT = 1 << 30
 EFFECT_STEPS = 2
-"""But in `sync`, shares are taken so many steps after they were asked for. Then most workers have them in time; who has
+"""Except in `sync`, shares are taken so many steps after they were asked for. Then most workers have them in time; who has
 not waits in `bounded` (`StatusRounds.awaits`), so that the shares of every step add up to the global batch, and takes
 them later in `async`."""
 LEFT = math.nan
