@@ -24,9 +24,9 @@ from dlion_mpi.testbed import Collectives, Ticket, Until
 
 NO_LIMIT = 1 << 30
 EFFECT_STEPS = 2
-"""Except in `sync`, shares are taken so many steps after they were asked for. Then most workers have them in time; who has
-not waits in `bounded` (`StatusRounds.awaits`), so that the shares of every step add up to the global batch, and takes
-them later in `async`."""
+"""Except in `sync`, shares are taken so many steps after they were asked for. Then most workers have them in time; who
+has not waits in `bounded` (`StatusRounds.awaits`), so that the shares of every step add up to the global batch, and
+takes them later in `async`."""
 LEFT = math.nan
 """What a worker that has left contributes to a round that others have started."""
 

@@ -7,7 +7,7 @@ what drives it waits in real time (`driver.py`) or advances a virtual clock. Eve
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -46,6 +46,7 @@ def train(w: Worker) -> Loop:
         if computed.gradient is not None:
             sent |= yield from post(w, computed, timings)
             yield from wait(w, timings, sent)
+            yield from wait_for_shares(w, timings)
             if w.cut_short():
                 break
             ages = yield from complete(w, computed, timings)
@@ -96,9 +97,8 @@ def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, 
 
 
 def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until, None, None]:
-    """Until the synchronisation mode lets this step be completed, a little longer for the peers' gradients of this
-    same step (``--patience``), and until shares of the batch that everyone takes after it are here. ``sent``: of this
-    step, for what goes meanwhile."""
+    """Until the synchronisation mode lets this step be completed, and a little longer for the peers' gradients of this
+    same step (``--patience``). ``sent``: of this step, for what goes meanwhile."""
     start_s, cpu_s, sending_s = w.now_s(), w.links.cpu_s(), timings.select_encode_s
     patient_until_s = start_s + (w.config.patience or 0.0) * timings.compute_s
 
@@ -111,23 +111,28 @@ def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until
 
     if not ready():
         yield Until(ready, patient_until_s)
-    w.recorder.span(Phase.WAIT, w.step, start_s, w.now_s())
-    yield from _agree(w, _shares_under_way(w))
     now_s = w.now_s()
+    w.recorder.span(Phase.WAIT, w.step, start_s, now_s)
     timings.wait_s = now_s - start_s - (timings.select_encode_s - sending_s)
     w.moved_cpu_s += w.links.cpu_s() - cpu_s  # while the loop waits, moving messages disturbs no computing
 
 
-def _shares_under_way(w: Worker) -> Iterator[Until]:
-    """A wait for the shares that everyone takes after this step; none if they are here, or somebody has left."""
+def wait_for_shares(w: Worker, timings: Timings) -> Generator[Until, None, None]:
+    """Until the shares of the batch are here that everyone takes after this step, or somebody has left."""
 
     def ready() -> bool:
         is_quiet(w)
         w.collect()
         return w.cut_short() or w.members.epoch > 0 or not w.status.awaits(w.step + 1)
 
-    if not ready():
-        yield Until(ready)
+    if ready():
+        return
+    start_s, cpu_s = w.now_s(), w.links.cpu_s()
+    yield Until(ready)
+    now_s = w.now_s()
+    w.recorder.span(Phase.AGREE, w.step, start_s, now_s)
+    timings.wait_s += now_s - start_s
+    w.moved_cpu_s += w.links.cpu_s() - cpu_s
 
 
 def complete(

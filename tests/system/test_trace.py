@@ -37,6 +37,7 @@ def check_seconds(rank: Rank, trace: Trace) -> None:
         for part in step.inner:
             for s in (part, *part.inner):
                 inside[s.name] += s.own / 1e6
+    inside["wait"] += inside["wait for a collective"]  # in bounded: for shares of the batch that are late
     columns = {"compute": "compute_s", "select, encode": "select_encode_s", "wait": "wait_s", "apply": "apply_s"}
     for name, column in columns.items():
         # Each is a difference of times that are whole microseconds in the trace.
