@@ -1,8 +1,8 @@
 """What an exchange costs a processor: remembering, selecting, encoding and decoding, for one and for many links.
 
-Prints one JSON object; each time is the median over steps, one core. `alike`: all links carry the same; `unlike`:
-from all of the share down to half of it, each what it can take; `slack`: the same links, each the widest one's entries,
-as by default. `handling` are the figures that the simulator charges.
+Prints one JSON object; each time is the median over steps, one core. `alike`: all links carry the same; `slack`: from
+all of the share down to half of it, each the widest one's entries, as by default; `spread`: down to a sixteenth, as by
+default; `unlike`: down to half, but each what it can take. `handling` are the figures that the simulator charges.
 
     python benchmarks/exchange.py
 """
@@ -27,6 +27,8 @@ from dlion_mpi.unsent import Budget, Rules, Unsent
 SIZES = (1_040_000, 25_000_000)  # the Cipher CNN, and a model of 100 MB
 SHARES = (0.0134, 0.08)  # of the bytes of a whole gradient: about 1 % and 6 % of the entries
 LINKS = (1, 5, 16)
+WIDTHS = (("alike", 1.0, 1.0), ("slack", 0.5, SLACK), ("spread", 1 / 16, SLACK), ("unlike", 0.5, 1.0))
+"""Name, the narrowest link over the widest, and how many times more than it wants a link takes to be served together."""
 HEADER = wire.Header(kind=wire.Kind.GRADIENT, sender=0, epoch=0, step=0, sequence=0, acknowledged=0)
 
 
@@ -89,9 +91,9 @@ def measured(size: int, share: float, steps: int) -> dict[str, Any]:
     """All figures for one size and share."""
     own = gradients(size)
     result: dict[str, Any] = {"parameters": size, "share": share}
-    for name, least, slack in (("alike", 1.0, 1.0), ("unlike", 0.5, 1.0), ("slack", 0.5, SLACK)):
+    for name, least, slack in WIDTHS:
         for links in LINKS:
-            shares = [share * float(part) for part in np.linspace(1.0, least, links)]
+            shares = [share * float(part) for part in np.geomspace(1.0, least, links)]
             ms = sending_ms(own, shares, slack, steps)
             result[f"{name}_{links}_ms"] = round(ms.whole, 3)
             result[f"{name}_{links}_over_one"] = round(ms.whole / result[f"{name}_1_ms"], 2)

@@ -40,6 +40,7 @@ FULL = "--link-share 1 --patience 0 --own-gradient whole"
 """What dlion does not do by default: fill its links, and wait for nobody as long as it may."""
 NAME = "links"
 """Of the emulation."""
+STEP = ("step_s", "compute_s", "wait_s", "time_s", "mpi_cpu_s")
 CHANGE_S = 30.0
 CHANGES = {"50 to 20": (50, 20), "20 to 50": (20, 50)}
 CHANGING = """
@@ -92,7 +93,6 @@ class Run:
     counters: Counters
     steps: list[dict[str, np.ndarray]]
     ages_s: list[np.ndarray]
-    times_s: list[np.ndarray]
     seconds: float
 
     def use(self, start_s: float, stop_s: float) -> dict[str, float]:
@@ -113,8 +113,8 @@ class Run:
         By the clock: counted in steps, a gradient would seem older to a worker that is ahead of its sender.
         """
         ages = []
-        for age_s, times_s, steps in zip(self.ages_s, self.times_s, self.steps, strict=True):
-            own = age_s[(times_s >= start_s) & (times_s < stop_s)]
+        for age_s, steps in zip(self.ages_s, self.steps, strict=True):
+            own = age_s[(steps["time_s"] >= start_s) & (steps["time_s"] < stop_s)]
             ages.append(own[np.isfinite(own)] / np.median(steps["step_s"]))
         return np.concatenate(ages)
 
@@ -135,13 +135,12 @@ def emulated(env: str, seconds: float, seed: int, options: str) -> Run:
                 time.sleep(0.5)
         if running.returncode:
             sys.exit(f"the run in {env} failed with exit code {running.returncode}")
-        steps, ages, times = [], [], []
+        steps, ages = [], []
         for path in sorted(out.glob("metrics-*.h5")):
             with h5py.File(path) as file:
-                steps.append({name: file[f"steps/{name}"][:] for name in ("step_s", "compute_s", "wait_s")})
+                steps.append({name: file[f"steps/{name}"][:] for name in STEP})
                 ages.append(file["links/age_s"][:])
-                times.append(file["steps/time_s"][:])
-    return Run(environment, counters, steps, ages, times, seconds)
+    return Run(environment, counters, steps, ages, seconds)
 
 
 def steady(env: str, seconds: float, seed: int, options: str) -> dict[str, Any]:
@@ -162,6 +161,7 @@ def steady(env: str, seconds: float, seed: int, options: str) -> dict[str, Any]:
         "slowest_over_median": round(max(iteration_s) / statistics.median(iteration_s), 3),
         "step_over_compute": round(statistics.median(over), 3),
         "waiting": round(statistics.mean(float(s["wait_s"].sum() / s["step_s"].sum()) for s in run.steps), 3),
+        "mpi_thread_cores": round(max(float(s["mpi_cpu_s"][-1] / s["time_s"][-1]) for s in run.steps), 3),
         "steps": [len(s["step_s"]) for s in run.steps],
     }
 

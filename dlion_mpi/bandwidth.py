@@ -59,7 +59,8 @@ class LinkRate:
         if last is None:
             return
         if size_bytes < SMALL_BYTES:
-            self.latency_s = min(self.latency_s, max(0.0, arrived_s - start_s))
+            if start_s >= self.arrived_at:  # it had nothing to queue behind
+                self.latency_s = min(self.latency_s, max(0.0, arrived_s - start_s))
         else:
             self.last_bytes, self.last_transit_s = size_bytes, arrived_s - start_s
             latency_s = self.latency_s if math.isfinite(self.latency_s) else 0.0

@@ -240,7 +240,11 @@ class Config:
         table="exchange",
         choices=("on", "off"),
     )
-    window: int = _option(2, "unacknowledged messages a link may have (not in sync)", table="exchange")
+    window: int | None = _option(
+        None,
+        "unacknowledged messages a link may have before it gets no more (not in sync); 2 in ako, gaia and hop",
+        table="exchange",
+    )
     # direct knowledge transfer
     transfer: str | None = _option(
         None,

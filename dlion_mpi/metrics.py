@@ -36,6 +36,7 @@ _STEP = {
     "wait_s": "f4",
     "apply_s": "f4",
     "step_s": "f4",
+    "mpi_cpu_s": "f8",
     "loss": "f4",
     "lbs": "u4",
     "gbs": "u4",
@@ -65,9 +66,11 @@ class StepRecord:
 
     ``select_encode_s``: selecting, encoding and posting. ``wait_s``: for what the synchronisation mode wants.
     ``apply_s``: decoding, weighing and the optimizer. ``paced_s``: the part of ``compute_s`` that was slept to
-    play a slower machine. Per link, by peer: ``quality`` the N that was sent (NaN: nothing), cumulative bytes
-    both ways, the measured bytes per second, and the mean age of the messages that were applied, from the
-    computing of their gradient, in seconds and in steps (NaN: none).
+    play a slower machine. ``mpi_cpu_s``: processor time that the thread that owns MPI has taken so far.
+
+    Per link, by peer: ``quality`` the N that was sent (NaN: nothing), cumulative bytes both ways, the measured bytes
+    per second, and the mean age of the messages that were applied, from the computing of their gradient, in seconds
+    and in steps (NaN: none).
     """
 
     step: int
@@ -81,6 +84,7 @@ class StepRecord:
     loss: float
     lbs: int
     gbs: int
+    mpi_cpu_s: float = 0.0
     quality: Mapping[int, float] = field(default_factory=dict)
     bytes_sent: Mapping[int, int] = field(default_factory=dict)
     bytes_received: Mapping[int, int] = field(default_factory=dict)

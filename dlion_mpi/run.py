@@ -49,7 +49,7 @@ from dlion_mpi.progress import ProgressThread
 from dlion_mpi.startup import Ranks, together
 from dlion_mpi.strategies import resolve
 from dlion_mpi.strategies.allreduce import AllReduce
-from dlion_mpi.strategies.base import Strategy
+from dlion_mpi.strategies.base import WINDOW, Strategy
 from dlion_mpi.testbed import Loop, Reduce
 from dlion_mpi.timeline import MessageLog
 from dlion_mpi.train import CHANNELS, SUM, leave, train
@@ -175,7 +175,7 @@ class _Exchange:
         self.links = Links(
             self._communicator,
             size=replica.layout.size,
-            window=config.window,
+            window=config.window or WINDOW,
             now_s=clock.now_s,
             wake=self.progress.wake,
             log=log,

@@ -251,6 +251,7 @@ def finish_step(
         loss=computed.loss,
         lbs=timings.lbs,
         gbs=timings.gbs,
+        mpi_cpu_s=w.links.cpu_s(),
         quality=sent,
         bytes_sent={peer: t.bytes_sent for peer, t in totals.items()},
         bytes_received={peer: t.bytes_received for peer, t in totals.items()},

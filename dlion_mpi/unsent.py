@@ -7,7 +7,9 @@ them in all. So for every link
 
     sum of what it was sent + owed to it + common == sum of all gradients
 
-and one more link costs in proportion to what is sent, not to the model.
+and one more link costs in proportion to what is sent, not to the model. Links of about the same width get the same
+entries: all that can take the widest one's get those, of the others all that can take what the widest of them gets,
+and so on. So what many links cost depends on how unlike they are, not on how many.
 
 Source: memory of the unsent as in Deep Gradient Compression (Lin et al. 2018); one for many links: issue 4.
 """
@@ -15,7 +17,7 @@ Source: memory of the unsent as in Deep Gradient Compression (Lin et al. 2018); 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,7 +47,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a message to one link should have, and the most that it may have to be the same as the widest link's."""
+    """What a message to one link should have, and the most that it may have to be the same as a wider link's."""
 
     wanted_bytes: float
     most_bytes: float
@@ -56,6 +58,7 @@ class Unsent:
     """The memory of one worker: ``common`` (P,) float32, what no link has been sent.
 
     ``owed``: by link, (P,) float32 what others have been sent and this one has not; absent where there is nothing.
+    Links that are owed the same have one vector together, and are served together, as long as they are.
     """
 
     layout: Layout
@@ -88,7 +91,9 @@ class Unsent:
     def from_arrays(self, arrays: Mapping[str, Array], peers: Iterable[int]) -> None:
         """Take back what `to_arrays` gave. Raises StateError."""
         self.common[:] = vector(arrays, "common", self.layout.size)
-        self.owed = vectors_by_rank(arrays, "owed", peers, self.layout.size)
+        self.owed = {}
+        for peer, owed in vectors_by_rank(arrays, "owed", peers, self.layout.size).items():
+            self.owed[peer] = next((other for other in self.owed.values() if np.array_equal(other, owed)), owed)
         self._clustering = number(arrays, "clustering")
 
     def add(self, gradient: Vector) -> None:
@@ -112,28 +117,45 @@ class Unsent:
         self.sent = shared.entries
         indices = shared.entries.indices
         shared_bytes = encoded_bytes(indices, self.layout.size, self.rules.value_type)
-        choices = {}
-        for peer, budget in budgets.items():
-            whole = budget is not None and (
-                self.rules.max_n or budget.wanted_bytes == widest or shared_bytes <= budget.most_bytes
-            )
-            if whole and peer not in self.owed:
-                choices[peer] = shared
+        choices: dict[int, Choice] = {}
+        for peers, allotted in self._alike(_allotted(budgets, shared_bytes, self.rules.max_n is not None)):
+            if peers[0] not in self.owed and allotted == math.inf:
+                choices |= dict.fromkeys(peers, shared)
                 continue
-            if peer not in self.owed:
-                self.owed[peer] = np.zeros(self.layout.size, np.float32)
-            owed = self.owed[peer]
-            if budget is None:
+            owed = self._debt(peers)
+            if allotted is None:
                 shared.entries.add_to(owed, 1.0)
-            elif whole:
-                choices[peer] = self._all(owed, shared)
+                continue
+            if allotted == math.inf:
+                choice = self._all(owed, shared)
             elif indices is None:
                 owed += shared.entries.values
-                choices[peer] = self._largest_of_all(owed, budget.wanted_bytes)
+                choice = self._largest_of_all(owed, allotted)
             else:
-                count = int(len(indices) * budget.wanted_bytes / shared_bytes)
-                choices[peer] = self._largest_among(owed, shared.entries, budget.wanted_bytes, count)
+                choice = self._largest_among(
+                    owed, shared.entries, allotted, int(len(indices) * allotted / shared_bytes)
+                )
+            choices |= dict.fromkeys(peers, choice)
         return choices
+
+    def _alike(self, allotted: Mapping[int, float | None]) -> list[tuple[list[int], float | None]]:
+        """The links by what they are owed and allotted: those alike in both are served together."""
+        groups: dict[tuple[int | None, float | None], list[int]] = {}
+        for peer, size_bytes in allotted.items():
+            owed = id(self.owed[peer]) if peer in self.owed else None
+            groups.setdefault((owed, size_bytes), []).append(peer)
+        return [(peers, size_bytes) for (_, size_bytes), peers in groups.items()]
+
+    def _debt(self, peers: Sequence[int]) -> Vector:
+        """What these links are owed, alike so far, and from now on without those that it was the same for."""
+        if peers[0] not in self.owed:
+            owed = np.zeros(self.layout.size, np.float32)
+        else:
+            owed = self.owed[peers[0]]
+            if any(other is owed for peer, other in self.owed.items() if peer not in peers):
+                owed = owed.copy()
+        self.owed |= dict.fromkeys(peers, owed)
+        return owed
 
     def _select(self, budget_bytes: float) -> Selection:
         """From `common`, for the widest link."""
@@ -196,3 +218,23 @@ class Unsent:
         values[chosen] = 0 if received is sent else sent - received
         owed[places] = values
         return Choice(Entries(size, received, shared.indices.take(chosen)), 100 * (1 - least))
+
+
+def _allotted(budgets: Mapping[int, Budget | None], shared_bytes: float, fixed_n: bool) -> dict[int, float | None]:
+    """Bytes of each link's message: infinite for the widest one's entries, whole; None for no message.
+
+    From wide to narrow, each link gets what the one before it gets if it can take that, else what it wants.
+    ``shared_bytes``: of the widest one's entries; with a ``fixed_n`` every message has them.
+    """
+    allotted: dict[int, float | None] = dict.fromkeys(budgets)
+    ready = [(budget.wanted_bytes, budget.most_bytes, peer) for peer, budget in budgets.items() if budget is not None]
+    widest_bytes = max((wanted_bytes for wanted_bytes, _, _ in ready), default=0.0)
+    same_bytes = math.inf
+    for wanted_bytes, most_bytes, peer in sorted(ready, reverse=True):
+        if fixed_n or wanted_bytes == widest_bytes or shared_bytes <= most_bytes:
+            allotted[peer] = math.inf
+            continue
+        if same_bytes > most_bytes:
+            same_bytes = wanted_bytes
+        allotted[peer] = same_bytes
+    return allotted

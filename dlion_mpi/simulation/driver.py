@@ -16,6 +16,7 @@ from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.simulation.run import Finish, VirtualRun
 from dlion_mpi.simulation.testbed import Operations, VirtualCollectives, VirtualExchangeThread, VirtualLinks
 from dlion_mpi.strategies import find
+from dlion_mpi.strategies.base import WINDOW
 from dlion_mpi.testbed import Compute, Computed, Loop
 from dlion_mpi.train import leave, train
 from dlion_mpi.worker import Worker
@@ -103,7 +104,7 @@ def drive(run: VirtualRun) -> list[Finish]:
     processes: list[Process] = []
     operations = Operations(run.workers, network, lambda rank: processes[rank].wake())
     running = set(range(run.workers))
-    size, window = run.shared.layout.size, run.config.window
+    size, window = run.shared.layout.size, run.config.window or WINDOW
     links = [
         VirtualLinks(rank, run.workers, network, events, size=size, window=window, log=recorder)
         for rank, recorder in enumerate(run.recorders)

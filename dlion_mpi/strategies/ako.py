@@ -13,6 +13,7 @@ from dlion_mpi.arrays import Array, Arrays, StateError, integer, integers, under
 from dlion_mpi.config import Config
 from dlion_mpi.flat import Entries, Vector
 from dlion_mpi.strategies.base import (
+    WINDOW,
     Effect,
     Inbox,
     LinkView,
@@ -52,7 +53,12 @@ class Ako:
     name: ClassVar[str] = "ako"
     restates: ClassVar[bool] = False
     sync_modes: ClassVar[tuple[str, ...]] = ("async", "bounded")
-    defaults: ClassVar[Mapping[str, object]] = {"staleness": 5, "ako_partitions": 0, "exchange_thread": "on"}
+    defaults: ClassVar[Mapping[str, object]] = {
+        "staleness": 5,
+        "ako_partitions": 0,
+        "exchange_thread": "on",
+        "window": WINDOW,
+    }
 
     def beside(self, config: Config) -> bool:
         """See `SelectsBeside.beside`."""

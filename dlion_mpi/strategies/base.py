@@ -52,6 +52,8 @@ class Plan:
 
 TELLING_BYTES = 2048
 """A message of about this size, or larger, tells how fast its link is; smaller ones tell about its delay alone."""
+WINDOW = 2
+"""``--window`` of a strategy that does not say: in two messages a link that sends one after the other is full."""
 
 
 @dataclass(frozen=True, slots=True)

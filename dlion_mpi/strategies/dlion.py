@@ -51,6 +51,9 @@ LEAST = 0.0025
 is could not be told from them."""
 MOST = 0.4
 """Of what a link can take: LEAST makes messages no larger. So they still come in time for PATIENCE."""
+WINDOW = 3
+"""``--window``: an acknowledgement may wait as long as its message did, behind what goes the other way. With two
+unacknowledged messages a full link then had no turn every fourth step, and stood still for a fifth of the time."""
 SLACK = 4.0
 """Links that are up to so many times narrower than the widest get the same entries, if they can take them: budgets that
 differ a little, as measured ones do, would leave every link something owed, and the replicas would drift apart."""
@@ -96,6 +99,7 @@ class Dlion:
         "value_type": "bfloat16",
         "exchange_share": 0.15,
         "exchange_thread": "on",
+        "window": WINDOW,
         **TRANSFER,
         "transfer": "auto",
     }

@@ -11,7 +11,17 @@ import numpy as np
 
 from dlion_mpi.arrays import Array, Arrays, integer, integers, under, vector
 from dlion_mpi.flat import Entries, Vector
-from dlion_mpi.strategies.base import Effect, Inbox, LinkView, LocalGradient, Missed, Outgoing, Plan, may_advance
+from dlion_mpi.strategies.base import (
+    WINDOW,
+    Effect,
+    Inbox,
+    LinkView,
+    LocalGradient,
+    Missed,
+    Outgoing,
+    Plan,
+    may_advance,
+)
 from dlion_mpi.wire import Message, capacity_bytes, encoded_bytes
 
 
@@ -50,6 +60,7 @@ class Gaia:
         "gaia_threshold": 0.01,
         "gaia_barrier": "selective",
         "exchange_thread": "on",
+        "window": WINDOW,
     }
 
     def start(self, plan: Plan) -> GaiaState:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dlion_mpi.arrays import Array, Arrays, integer, integers, integers_by_rank, under
 from dlion_mpi.flat import Entries, Vector
-from dlion_mpi.strategies.base import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan
+from dlion_mpi.strategies.base import WINDOW, Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan
 from dlion_mpi.wire import Kind, Message
 
 
@@ -54,6 +54,7 @@ class Hop:
         "hop_max_gap": 8,
         "hop_skip": 10,
         "exchange_thread": "on",
+        "window": WINDOW,
     }
 
     def start(self, plan: Plan) -> HopState:

@@ -303,6 +303,9 @@ def test_metrics_have_every_step_and_link(world: MPI.Intracomm, shared_folder: P
             peer = (rank + 1) % size
             assert np.isfinite(file["links/quality"][:, peer]).any()
             assert np.nanmin(file["links/age_s"][:, peer]) >= 0
+            moving_s = file["steps/mpi_cpu_s"][:]
+            assert np.all(np.diff(moving_s) >= 0)
+            assert 0 < moving_s[-1] < file["steps/time_s"][-1]
         assert file.attrs["rank"] == rank
         assert "learning_rate" in file.attrs["config"]
     assert (shared_folder / "config.toml").read_text().startswith("[run]")

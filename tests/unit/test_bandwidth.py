@@ -200,6 +200,17 @@ def test_headers_tell_latency_and_nothing_about_the_rate() -> None:
     assert link.bytes_per_s(30.0) == pytest.approx(100_000)
 
 
+def test_a_header_that_queued_tells_nothing_about_latency() -> None:
+    """Else what it waited for would be taken off every message, which would then seem to take no time."""
+    link = LinkRate()
+    for sequence in range(1, 20, 2):
+        link.posted(sequence, 100_000, 0.1 * sequence)
+        link.posted(sequence + 1, wire.HEADER_BYTES, 0.1 * sequence)
+        link.acknowledged(sequence, 0.1 * (sequence + 2))
+        link.acknowledged(sequence + 1, 0.1 * (sequence + 2))
+    assert link.bytes_per_s(2.0) == pytest.approx(100_000 / 0.2, rel=0.01)
+
+
 def test_old_samples_are_forgotten() -> None:
     link = LinkRate()
     for sequence in range(1, 11):

@@ -25,7 +25,7 @@ WORKERS = 3
 RANK = 1
 STEP_FIELDS = (
     *("step", "time_s", "compute_s", "paced_s", "select_encode_s", "wait_s", "apply_s", "step_s", "loss"),
-    *("lbs", "gbs"),
+    *("lbs", "gbs", "mpi_cpu_s"),
 )
 LINK_FIELDS = ("quality", "bytes_sent", "bytes_received", "bytes_per_s", "age_s", "age_steps")
 ATTRIBUTES = {"config": '[run]\nstrategy = "dlion"\n', "versions": '{"numpy": "1"}', "host": "é", "samples": 15000}
@@ -46,6 +46,7 @@ def record(step: int) -> StepRecord:
         loss=2.5 - step / 64,
         lbs=32 + step,
         gbs=96 + step,
+        mpi_cpu_s=0.01 * step,
         quality={peer: 10.0 + peer for peer in peers},
         bytes_sent={peer: 2**40 + 1000 * step + peer for peer in (0, 2)},
         bytes_received={peer: 2**41 + 1000 * step + peer for peer in (0, 2)},
