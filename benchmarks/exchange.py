@@ -28,7 +28,7 @@ SIZES = (1_040_000, 25_000_000)  # the Cipher CNN, and a model of 100 MB
 SHARES = (0.0134, 0.08)  # of the bytes of a whole gradient: about 1 % and 6 % of the entries
 LINKS = (1, 5, 16)
 WIDTHS = (("alike", 1.0, 1.0), ("slack", 0.5, SLACK), ("spread", 1 / 16, SLACK), ("unlike", 0.5, 1.0))
-"""Name, the narrowest link over the widest, and how many times more than it wants a link takes to be served together."""
+"""Name, the narrowest link over the widest, and how much more than it wants a link takes to be served together."""
 HEADER = wire.Header(kind=wire.Kind.GRADIENT, sender=0, epoch=0, step=0, sequence=0, acknowledged=0)
 
 

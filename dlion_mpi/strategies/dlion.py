@@ -55,8 +55,8 @@ WINDOW = 3
 """``--window``: an acknowledgement may wait as long as its message did, behind what goes the other way. With two
 unacknowledged messages a full link then had no turn every fourth step, and stood still for a fifth of the time."""
 SLACK = 4.0
-"""Links that are up to so many times narrower than the widest get the same entries, if they can take them: budgets that
-differ a little, as measured ones do, would leave every link something owed, and the replicas would drift apart."""
+"""Links that are up to so many times narrower than a wider one get the same entries, if they can take them: budgets
+that differ a little, as measured ones do, would leave every link something owed, and replicas would drift apart."""
 
 PAPER: Mapping[str, object] = {
     "patience": 0.0,
