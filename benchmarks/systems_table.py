@@ -1,6 +1,6 @@
 """The tables of `systems.py`: medians over the seeds, and ratios. Reads a results file, prints JSON or Markdown.
 
-    python benchmarks/systems_table.py FILE [--markdown] [--emulated]
+    python benchmarks/systems_table.py FILE [FILE ...] [--markdown | --settings] [--emulated]
 
 Ratios are of medians of seconds, so above 1 the divisor is the faster. A run that did not reach its target counts as
 infinitely long; where one side of a ratio did not reach it, the ratio is bounded by how long that side was given.
@@ -196,6 +196,33 @@ def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def settings(runs: Sequence[Mapping[str, Any]], environments: Sequence[str]) -> str:
+    """One Markdown table for many settings of few systems: these down, environments across.
+
+    [n]: of n seeds, where most have more; of the runs that ended themselves, by a loss that was not finite say, only
+    their number counts.
+    """
+    table = rows(runs)
+    most = max((len(row["seeds"]) for row in table), default=0)
+
+    def cell(row: Mapping[str, Any]) -> str:
+        own = [run for run in runs if (run["environment"], run["system"]) == (row["environment"], row["system"])]
+        failed = sum(run["failed"] is not None for run in own)
+        if failed == len(own):
+            text = "none ended well"
+        else:
+            last = f"{100 * row['accuracy_at']:.1f} ({100 * row['spread_at']:.1f})"
+            text = f"{_mean_accuracy(row)}; {_seconds(row, list(row['seconds_to'])[-1])}; {last}"
+            text += f", {failed} failed" * (failed > 0)
+        return text + f" [{len(own)}]" * (len(own) < most)
+
+    cells = {(row["environment"], row["system"]): cell(row) for row in table}
+    lines = [_line(["", *environments]), _line(["---"] * (1 + len(environments)))]
+    for system in dict.fromkeys(row["system"] for row in table):
+        lines.append(_line([f"`{system}`", *(cells.get((env, system), "") for env in environments)]))
+    return "\n".join(lines)
+
+
 def as_json(runs: Sequence[Mapping[str, Any]]) -> str:
     """All there is: the table, the ratios, the runs."""
     table = rows(runs)
@@ -217,20 +244,32 @@ def as_json(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables of what systems.py has measured.")
-    parser.add_argument("results", type=Path, metavar="FILE")
+    parser.add_argument("results", type=Path, metavar="FILE", nargs="+")
     parser.add_argument("--emulated", action="store_true", help="of emulated runs, in the place of simulated ones")
     parser.add_argument("--env", nargs="+", help="these only")
     parser.add_argument("--system", nargs="+", help="these only, each with its options, quoted")
-    parser.add_argument("--markdown", action="store_true", help="tables to read in the place of JSON")
+    parser.add_argument("--at", type=float, help="these only, that were to last so many seconds")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="tables to read in the place of JSON")
+    form.add_argument(
+        "--settings",
+        action="store_true",
+        help="one table to read, systems down: mean accuracy until --at, seconds to the last target, accuracy (spread)",
+    )
     args = parser.parse_args()
     runs = [
         run
-        for run in read(args.results)
+        for path in args.results
+        for run in read(path)
         if run["testbed"] == ("emulated" if args.emulated else "simulated")
         and (not args.env or run["environment"] in args.env)
         and (not args.system or run["system"] in args.system)
+        and (args.at is None or run["at_seconds"] == args.at)
     ]
-    print(markdown(runs) if args.markdown else as_json(runs))
+    if args.settings:
+        print(settings(runs, args.env or list(dict.fromkeys(run["environment"] for run in runs))))
+    else:
+        print(markdown(runs) if args.markdown else as_json(runs))
 
 
 if __name__ == "__main__":

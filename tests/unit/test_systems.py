@@ -292,6 +292,21 @@ def test_the_best_rival_is_the_fastest_of_all_with_any_options() -> None:
     }
 
 
+def test_settings_stand_below_each_other_with_their_seeds_and_failures() -> None:
+    ended = {"accuracy_at": None, "spread_at": None, "failed": "the loss is nan"}
+    runs = [finished("dlion", 100.0 + seed, seed=seed) | {"mean_accuracy_to": 0.7} for seed in range(3)]
+    runs += [finished("dlion --sync sync", None) | {"mean_accuracy_to": 0.6}]
+    runs += [finished("dlion --unsent drop", None, seed=seed) | (ended if seed else {}) for seed in range(3)]
+    runs += [finished("dlion --unsent drop", None, env="homo-a") | ended]
+    assert systems_table.settings(runs, ["homo-b", "homo-a"]).splitlines() == [
+        "|  | homo-b | homo-a |",
+        "| --- | --- | --- |",
+        "| `dlion` | 70.0; 101; 76.0 (1.0) |  |",
+        "| `dlion --sync sync` | 60.0; -; 75.0 (1.0) [1] |  |",
+        "| `dlion --unsent drop` | -; -; 75.0 (1.0), 2 failed | none ended well [1] |",
+    ]
+
+
 def test_what_is_printed() -> None:
     runs = [finished("dlion", 100.0 + seed, seed=seed) for seed in range(3)]
     runs += [finished("ako", None, seed=seed) for seed in range(2)] + [finished("dlion", None, env="homo-a")]
