@@ -31,7 +31,7 @@ class LinkRate:
     arrival, which its acknowledgement tells: an `Isend` that completes says only that the bytes are in a local
     buffer, and when the acknowledgement comes depends on what its own way is busy with. Latency, as the fastest
     small message shows it, does not occupy the link. Times are seconds of the run's common clock.
-    Source: DLion, section 2 (bandwidth is measured, not configured).
+    Source: DLion (HPDC 2021), per-link prioritized gradient exchange.
     """
 
     in_flight: deque[tuple[int, int, float]] = field(default_factory=deque)  # sequence, bytes, posted at

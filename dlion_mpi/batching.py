@@ -20,7 +20,7 @@ class GlobalBatchSchedule:
 
     Warm-up adds ``warmup_step`` at every adjustment up to ``warmup_limit`` samples; then every adjustment
     multiplies by ``speedup_factor`` up to ``limit`` samples. A start above a limit stays where it is.
-    Source: DLion, weighted dynamic batching (design document, section 1).
+    Source: DLion (HPDC 2021), weighted dynamic batching.
     """
 
     start: int
@@ -49,7 +49,8 @@ class ThroughputFit:
     """t(b) = alpha + beta b, by least squares over recent, outlier-free timings.
 
     ``window``: how many (b, seconds) pairs are remembered. A machine that changes speed is noticed by its
-    timings (see DRIFT), and what was measured before is forgotten. Source: DLion, section 1.
+    timings (see DRIFT), and what was measured before is forgotten. Source: DLion
+    (HPDC 2021), weighted dynamic batching.
     """
 
     window: int = 40
@@ -106,7 +107,7 @@ def solve_lbs(
     together. ``proportional``: in proportion to 1/beta_k (the paper's relative compute power). Both are
     clamped to [1, limits[k]], what was clamped is shared among the rest, and largest remainders round.
     ``fits``: (alpha, beta) per worker. A gbs below n, or above the sum of the limits, is what cannot be met:
-    ValueError. Source: DLion, section 1; `auto` is ours.
+    ValueError. Source: DLion (HPDC 2021), weighted dynamic batching; `auto` is ours.
     """
     n = len(fits)
     if not n <= gbs <= sum(limits):

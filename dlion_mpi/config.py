@@ -207,13 +207,14 @@ class Config:
     )
     message_limit: float | None = _option(
         None,
-        "most that a message has of a gradient's bytes, in 0..1, however wide its link is; 1: no limit. Not "
-        "given: 0.01 where what is not sent is remembered and --link-share is not given, else 1",
+        "most that a message has of a gradient's bytes, in 0..1, however wide its link is, though no less than the 2 "
+        "KiB that tell a link's rate; 1: no limit. Not given: 0.01 where what is not sent is remembered and "
+        "--link-share is not given, else 1",
         table="exchange",
     )
     unsent: str | None = _option(
         None,
-        "what was not sent: add it to the next gradient of that link, or drop it",
+        "what was not sent: keep it, added up, until it is sent, or drop it",
         table="exchange",
         choices=("accumulate", "drop"),
     )
@@ -230,7 +231,8 @@ class Config:
     exchange_share: float | None = _option(
         None,
         "most processor time that the exchange may take, as a share of that of computing, on all its threads: where it "
-        "would take more, messages get smaller, and in the end rarer (not in sync); 0: no limit",
+        "would take more, messages of over 1 %% of a gradient get smaller, and in the end all get rarer (not in sync); "
+        "0: no limit",
         table="exchange",
     )
     exchange_thread: str | None = _option(

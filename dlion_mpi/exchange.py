@@ -164,10 +164,10 @@ def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
     On a fast network the processor, not the link, is what a gradient costs. Where the smallest messages still cost too
     much, no link is ready until the exchange has taken no more than its share: gradients are then exchanged every few
     steps, and what was not sent is dealt with as on a link that has not drained; but at least every MOST_STEPS_APART
-    steps, since looking for messages alone may cost more than the share of a tiny model. Not in `sync`, where everyone
-    waits for everyone's message of every step.
+    steps, since looking for messages alone may cost more than the share of a tiny model. `sync` has no such share:
+    there everyone waits for everyone's message of every step.
     """
-    if not w.config.exchange_share or w.config.sync == "sync":
+    if not w.config.exchange_share:
         return links
     overdue = w.step - w.exchanged_step >= MOST_STEPS_APART
     if w.exchange_credit_s < 0 and w.message_bytes <= _least_bytes(w) and not overdue:

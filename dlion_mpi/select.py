@@ -68,7 +68,7 @@ class Selector:
         """Max N with N = ``quality``: the entries with ``|g_i| >= (1 - N/100) max|g|`` of their variable.
 
         ``largest``: of `measure`. Zeros are never selected. N = 100 keeps everything. Raises ValueError unless
-        0 < N <= 100. Source: DLion, section 2.
+        0 < N <= 100. Source: DLion (HPDC 2021), Max N.
         """
         if not 0 < quality <= 100:
             raise ValueError(f"N is {quality}, but must be in (0, 100]")
@@ -91,7 +91,7 @@ class Selector:
         A smaller budget gets a subset of what a larger one gets. A budget that not even n_min fits gets n_min.
         Zeros are never selected (they would say nothing) unless the whole vector fits. ``largest``: of `measure`.
         ``clustering``: expected bytes over what they would be at random positions; near each other, entries cost
-        less. One pass over the vector serves all budgets. Source: DLion, section 2 (per-link N).
+        less. One pass over the vector serves all budgets. Source: DLion (HPDC 2021), per-link N.
         """
         counts = [self._affordable(budget, value_type, clustering) for budget in budgets_bytes]
         least = 1 - n_min / 100

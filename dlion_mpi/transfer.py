@@ -37,5 +37,6 @@ def merges(policy: str, losses: Sequence[float], k: int) -> bool:
 
 
 def merge(own: Vector, best_weights: Vector, merge_share: float) -> Vector:
-    """``w - lambda (w - w_best)``, (P,) float32, lambda = ``merge_share`` in [0, 1]. Source: DLion, section 3."""
+    """``w - lambda (w - w_best)``, (P,) float32, lambda = ``merge_share`` in [0, 1]. Source: DLion (HPDC
+    2021), direct knowledge transfer."""
     return own - np.float32(merge_share) * (own - best_weights)

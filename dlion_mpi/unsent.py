@@ -113,7 +113,7 @@ class Unsent:
         if widest is None:
             return {}
         self._widest_bytes = widest
-        shared = self._leave_common(self._select(widest))
+        shared = self._sent(self.common, self._select(widest))
         self.sent = shared.entries
         indices = shared.entries.indices
         shared_bytes = encoded_bytes(indices, self.layout.size, self.rules.value_type)
@@ -174,10 +174,6 @@ class Unsent:
             random = bytes_for_count(len(selection.indices), self.layout.size, rules.value_type)
             self._clustering = encoded_bytes(selection.indices, self.layout.size, rules.value_type) / random
         return selection
-
-    def _leave_common(self, selection: Selection) -> Choice:
-        """Take what was selected out of `common`, as the receivers will see it; rounding errors stay."""
-        return self._sent(self.common, selection)
 
     def _all(self, owed: Vector, shared: Choice) -> Choice:
         """The shared entries, each with all that is owed of it."""

@@ -46,7 +46,7 @@ class Ideal(Protocol):
 
 
 class FreeNetwork:
-    """Perfect balance, and communication that costs nothing. Source: design document "dlion", rough estimate."""
+    """Perfect balance, and communication that costs nothing: the limit for what an exchange can save in time."""
 
     name: ClassVar[str] = "free-network"
 

@@ -1,6 +1,6 @@
 """Virtual time: what happens when, and a network whose bytes take time. No wall clock and no randomness here.
 
-Source: the micro-clouds of the design document "environments", simulated.
+The micro-clouds of docs/environments.md, simulated.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
 
 
 _BOUNDED_ONLY = ("staleness", "backup", "patience", "hop_max_gap", "hop_skip")
-_NOT_IN_SYNC = ("exchange_thread", "window")
+_NOT_IN_SYNC = ("exchange_share", "exchange_thread", "window")
 
 # A technique that is switched off leaves these options without a value.
 _SWITCHES: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -253,7 +253,7 @@ class Resumable(Protocol):
 def may_advance(config: Config, step: int, inbox: Inbox) -> bool:
     """The synchronisation modes. ``sync``: everyone's message of this step is here. ``bounded``: after this
     step the worker is at most ``staleness`` steps ahead of the slowest live peer, ``backup`` of them left out.
-    ``async``: always. Source: design document, "Synchronisation"."""
+    ``async``: always. See docs/algorithms.md, "A step"."""
     newest = sorted(inbox.newest.values())
     if config.sync == "sync":
         return all(other >= step for other in newest)

@@ -25,7 +25,7 @@ class BaselineState:
 class Baseline:
     """``w <- w - eta (1/n) sum_j g_j`` with everyone's whole gradient of the same step.
 
-    Source: design document "rivals", Baseline.
+    Source: the all-to-all Baseline of DLion (HPDC 2021); see docs/algorithms.md.
     """
 
     name: ClassVar[str] = "baseline"

@@ -195,11 +195,10 @@ def _budget(link: LinkView, config: Config, size: int) -> Budget | None:
     else:
         can_bytes = min(link.budget_bytes, link.room_bytes)
     gradient_bytes = 4 * size
-    least_bytes = max(min(LEAST * gradient_bytes, MOST * can_bytes), min(TELLING_BYTES, can_bytes))
-    wanted_bytes = (config.link_share or 1.0) * can_bytes
+    wanted_bytes = max((config.link_share or 1.0) * can_bytes, min(LEAST * gradient_bytes, MOST * can_bytes))
     if config.message_limit is not None and config.message_limit < 1:
         wanted_bytes = min(wanted_bytes, config.message_limit * gradient_bytes)
-    wanted_bytes = min(max(wanted_bytes, least_bytes), link.affordable_bytes)
+    wanted_bytes = min(max(wanted_bytes, min(TELLING_BYTES, can_bytes)), link.affordable_bytes)
     return Budget(wanted_bytes, min(SLACK * wanted_bytes, can_bytes))
 
 

@@ -93,7 +93,8 @@ def test_options_resolve_once_and_for_all(name: str, mode: str) -> None:
     assert strategy.name == name
     assert resolved.sync == mode
     bounded_only = {"staleness", "backup", "patience", "hop_max_gap", "hop_skip"} if mode != "bounded" else set()
-    not_in_sync = {"exchange_thread"} & set(strategy.defaults) if mode == "sync" else set()
+    needless = {"exchange_thread", "exchange_share", "window"} if mode == "sync" else set()
+    not_in_sync = needless & set(strategy.defaults)
     unset = {option for option in strategy.defaults if getattr(resolved, option) is None}
     assert not_in_sync <= unset
     assert unset <= {"max_n", *bounded_only, *not_in_sync, *(o for o in strategy.defaults if o.startswith("gbs_"))}

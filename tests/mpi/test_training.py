@@ -121,7 +121,8 @@ def test_where_gradients_are_summed_all_end_after_the_same_step(
 @pytest.mark.mpi
 @pytest.mark.parametrize("sync", ["sync", "bounded", "async"])
 def test_every_synchronisation_mode_learns(world: MPI.Intracomm, sync: str) -> None:
-    result = train(sync=sync, steps=300, transfer_period=20, exchange_share=0).result
+    share = {} if sync == "sync" else {"exchange_share": 0}
+    result = train(sync=sync, steps=300, transfer_period=20, **share).result
     assert result["steps"] == 300
     # A worker of `async` that is done before the others have begun has learnt from its own data only.
     assert min(result["accuracy_per_rank"]) > (0.5 if sync == "async" else 0.8)

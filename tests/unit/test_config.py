@@ -478,13 +478,16 @@ def test_staleness_is_for_bounded_alone(mode: str) -> None:
         ({"strategy": "baseline", "preset": "paper"}, "--preset paper is dlion's, not of --strategy baseline"),
         ({"strategy": "baseline", "staleness": 1}, "--staleness is not used by --strategy baseline"),
         ({"strategy": "baseline", "backup": 1}, "--sync sync, which has no options of its own: drop it"),
-        ({"strategy": "ako", "max_n": 9.0}, "--sync async, which has --ako-partitions, --exchange-thread: drop it"),
+        ({"strategy": "ako", "max_n": 9.0}, "which has --ako-partitions, --exchange-thread, --window: drop it"),
         ({"strategy": "ako", "sync": "bounded", "max_n": 9.0}, "which has --staleness, --ako-partitions, --exch"),
         (
             {"strategy": "gaia", "backup": 1},
-            "has --staleness, --gaia-threshold, --gaia-barrier, --exchange-thread: drop",
+            "has --staleness, --gaia-threshold, --gaia-barrier, --exchange-thread, --window: drop",
         ),
         ({"sync": "sync", "exchange_thread": "on"}, "--exchange-thread is not used by --strategy dlion --sync sync"),
+        ({"sync": "sync", "exchange_share": 0.2}, "--exchange-share is not used by --strategy dlion --sync sync"),
+        ({"sync": "sync", "window": 4}, "--window is not used by --strategy dlion --sync sync"),
+        ({"strategy": "baseline", "window": 2}, "--window is not used by --strategy baseline"),
         ({"strategy": "hop", "sync": "sync", "hop_skip": 1}, "--strategy hop --sync sync, which has --hop-graph: drop"),
     ],
 )
