@@ -200,8 +200,9 @@ def settings(runs: Sequence[Mapping[str, Any]], environments: Sequence[str]) -> 
     """One Markdown table for many settings of few systems: these down, environments across.
 
     [n]: of n seeds, where most have more; of the runs that ended themselves, by a loss that was not finite say, only
-    their number counts.
+    their number counts. Of several runs of the same seed the last counts.
     """
+    runs = list({(run["environment"], run["system"], run["seed"]): run for run in runs}.values())
     table = rows(runs)
     most = max((len(row["seeds"]) for row in table), default=0)
 

@@ -120,11 +120,12 @@ class LinkRate:
 
 
 def uplink_bytes_per_s(rates: Iterable[LinkRate], now_s: float) -> float | None:
-    """What all links of a worker together have carried per second, while any was busy, in the last MEMORY_S seconds.
+    """What all links of a worker together have carried per second, while any was busy, by the samples that tell their own
+    rates: as far back as theirs go, so also where a step takes longer than MEMORY_S.
 
     None before the first sample.
     """
-    samples = [sample for rate in rates for sample in rate.samples if sample[0] > now_s - MEMORY_S]
+    samples = [sample for rate in rates if rate.bytes_per_s(now_s) is not None for sample in rate.samples]
     busy_s, until_s = 0.0, -math.inf
     for start_s, end_s in sorted((arrived_s - taken_s, arrived_s) for arrived_s, _, taken_s in samples):
         busy_s += max(0.0, end_s - max(start_s, until_s))

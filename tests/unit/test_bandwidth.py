@@ -301,6 +301,15 @@ def test_links_that_are_busy_together_share_an_uplink() -> None:
     assert uplink_bytes_per_s([LinkRate()], 4.0) is None
 
 
+def test_links_share_an_uplink_also_where_steps_take_long() -> None:
+    """Nothing has arrived within the last seconds: what is known of the uplink is still what is known of the links."""
+    together = {k: measured(start_s=0, seconds=0.5, size_bytes=100_000) for k in range(5)}
+    for now_s in (4.0, 30.0):
+        assert uplink_bytes_per_s(together.values(), now_s) == pytest.approx(1 * MB)
+    in_turn = {k: measured(start_s=0.1 * k, seconds=0.1, size_bytes=100_000) for k in range(5)}
+    assert sum(rooms_bytes(in_turn, 3.0, 30.0).values()) == pytest.approx(1.2 * 3.0 * MB, rel=0.01)
+
+
 def test_links_of_one_uplink_are_not_all_offered_what_each_has_alone() -> None:
     in_turn = {k: measured(start_s=0.1 * k, seconds=0.1, size_bytes=100_000) for k in range(5)}
     rooms = rooms_bytes(in_turn, 0.1, 4.0)

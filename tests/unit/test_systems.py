@@ -294,7 +294,8 @@ def test_the_best_rival_is_the_fastest_of_all_with_any_options() -> None:
 
 def test_settings_stand_below_each_other_with_their_seeds_and_failures() -> None:
     ended = {"accuracy_at": None, "spread_at": None, "failed": "the loss is nan"}
-    runs = [finished("dlion", 100.0 + seed, seed=seed) | {"mean_accuracy_to": 0.7} for seed in range(3)]
+    runs = [finished("dlion", 90.0, seed=0)]  # measured anew below
+    runs += [finished("dlion", 100.0 + seed, seed=seed) | {"mean_accuracy_to": 0.7} for seed in range(3)]
     runs += [finished("dlion --sync sync", None) | {"mean_accuracy_to": 0.6}]
     runs += [finished("dlion --unsent drop", None, seed=seed) | (ended if seed else {}) for seed in range(3)]
     runs += [finished("dlion --unsent drop", None, env="homo-a") | ended]
