@@ -120,8 +120,9 @@ class LinkRate:
 
 
 def uplink_bytes_per_s(rates: Iterable[LinkRate], now_s: float) -> float | None:
-    """What all links of a worker together have carried per second, while any was busy, by the samples that tell their own
-    rates: as far back as theirs go, so also where a step takes longer than MEMORY_S.
+    """What all links of a worker together have carried per second, while any was busy.
+
+    By the samples that tell their own rates, and as far back, so also where a step takes longer than MEMORY_S.
 
     None before the first sample.
     """

@@ -33,7 +33,7 @@ BATCHING: Mapping[str, object] = {
 """What a strategy has in its ``defaults`` if batch sizes are to follow the workers' speed; the loop does the rest."""
 TRANSFER: Mapping[str, object] = {
     "transfer": "worse-than-mean",
-    "transfer_period": 100,
+    "transfer_period": 25,
     "transfer_merge": 0.75,
     "transfer_losses": 10,
 }

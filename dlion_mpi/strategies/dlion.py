@@ -69,6 +69,7 @@ PAPER: Mapping[str, object] = {
     "value_type": "float32",
     "exchange_share": 0.0,
     "transfer": "all",
+    "transfer_period": 100,
 }
 """What ``--preset paper`` has in the place of the defaults. Source: DLion (HPDC 2021), as far as it is known."""
 
