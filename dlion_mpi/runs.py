@@ -35,7 +35,7 @@ Columns = Mapping[str, Array]
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "steps": (
         *("step", "time_s", "compute_s", "paced_s", "select_encode_s", "wait_s", "apply_s", "step_s"),
-        *("loss", "lbs", "gbs"),
+        *("loss", "lbs", "gbs", "mpi_cpu_s"),
     ),
     "links": ("quality", "bytes_sent", "bytes_received", "bytes_per_s", "age_s", "age_steps"),
     "evaluations": ("step", "time_s", "accuracy"),

@@ -53,7 +53,7 @@ class Plan:
 TELLING_BYTES = 2048
 """A message of about this size, or larger, tells how fast its link is; smaller ones tell about its delay alone."""
 WINDOW = 2
-"""``--window`` of a strategy that does not say: in two messages a link that sends one after the other is full."""
+"""``--window`` of a strategy that does not say: a message that is under way, and the one after it."""
 
 
 @dataclass(frozen=True, slots=True)
