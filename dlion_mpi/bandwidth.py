@@ -30,7 +30,8 @@ class LinkRate:
     A message occupies the link from when it was posted, or from when the message before it arrived, to its own
     arrival, which its acknowledgement tells: an `Isend` that completes says only that the bytes are in a local
     buffer, and when the acknowledgement comes depends on what its own way is busy with. Latency, as the fastest
-    small message shows it, does not occupy the link. Times are seconds of the run's common clock.
+    small message with nothing before it shows it, does not occupy the link. Times are seconds of the run's common
+    clock.
     Source: DLion (HPDC 2021), per-link prioritized gradient exchange.
     """
 

@@ -262,19 +262,6 @@ def test_patience_waits_for_the_gradients_of_the_same_step(patience: float, step
         np.testing.assert_allclose(own["steps/wait_s"][1:], 0.0 if steps_late else 0.03, atol=0.005)
 
 
-def test_full_links_stand_still_for_no_acknowledgement_and_do_not_queue(tmp_path: Path) -> None:
-    """Acknowledgements wait as long as a message takes, behind what goes the other way."""
-    full = {"link_share": 1.0, "patience": 0.0, "own_gradient": "whole", "exchange_share": 0.0}
-    _, ranks = recorded(tmp_path, cloud(mbit=0.25), batching="fixed", steps=100, **full)
-    for own in ranks:
-        seconds = own["steps/time_s"][-1] - own["steps/time_s"][49]
-        sent_bytes = (own["links/bytes_sent"][-1] - own["links/bytes_sent"][49]).sum()
-        assert sent_bytes / seconds > 0.97 * payload_bytes_per_s(0.25)
-        ages_s = own["links/age_s"][50:]
-        ages = ages_s[np.isfinite(ages_s)] / np.median(own["steps/step_s"])
-        assert np.percentile(ages, 95) < 2.5
-
-
 @pytest.mark.parametrize(("patience", "late_s"), [(0.0, 0.0), (0.2, 0.04), (0.4, 0.08)])
 def test_patience_has_an_end(patience: float, late_s: float, tmp_path: Path) -> None:
     """Messages take longer than any of these: every step waits for as long as it may, and no longer."""
