@@ -17,6 +17,7 @@ from tests import runfiles
 from tests.system.launch import run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install 'dlion-mpi[dev]'")
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("report")]
 BROWSERS = ("chromium", "google-chrome", "chromium-browser", "chrome")
@@ -70,8 +71,14 @@ def browser(driver: Any, page: Path) -> Iterator[Any]:
     assert driver.get_log("browser") == []
 
 
+def drawn_anew(browser: Any) -> None:
+    """Waits for two frames: changes of media and size are told to the page with the next."""
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
+
 def charts(browser: Any, within: str = "") -> dict[str, str]:
     """The drawing of each chart, by figure."""
+    drawn_anew(browser)
     script = """
         return [...document.querySelectorAll(arguments[0] + ' figure')].map((figure) => {
             const svg = figure.querySelector('.chart svg');
@@ -168,6 +175,9 @@ def test_every_chart_has_its_numbers_under_it(browser: Any, page: Path) -> None:
     data = figures_of(page)
     for figure in browser.find_elements("css selector", "figure:has(.chart)"):
         figure.find_element("css selector", "summary").click()
+    # A table is filled when its opening is told to the page, which is some time after the click.
+    unfilled = "figure details:not(:has(tbody))"
+    WebDriverWait(browser, 60).until(lambda _: not browser.find_elements("css selector", unfilled))
     script = """
         return [...document.querySelectorAll('figure:has(.chart)')].map((figure) => [
             figure.id.replace('figure-', ''),
