@@ -22,7 +22,7 @@ class Phase(IntEnum):
     COMPUTE = 1  # the gradient, and the sleep that plays a slower machine
     SELECT = 2  # selecting, encoding and posting, or waiting for EXCHANGE; in WAIT where a link became free meanwhile
     WAIT = 3  # for what the synchronisation mode and patience want; in APPLY for a sum over all
-    APPLY = 4  # weighing what has arrived, and the optimizer
+    APPLY = 4  # decoding and weighing what has arrived, and the optimizer; in WAIT what is decoded meanwhile
     AGREE = 5  # waiting for everyone's throughput or losses, in sync
     PROFILE = 6  # timing two batch sizes before the first step
     LEAVE = 7  # after the last step, until nobody needs this rank any more

@@ -99,7 +99,8 @@ def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, 
 def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until, None, None]:
     """Until the synchronisation mode lets this step be completed, and a little longer for the peers' gradients of this
     same step (``--patience``). ``sent``: of this step, for what goes meanwhile."""
-    start_s, cpu_s, sending_s = w.now_s(), w.links.cpu_s(), timings.select_encode_s
+    start_s, cpu_s = w.now_s(), w.links.cpu_s()
+    sending_s, decoding_s = timings.select_encode_s, w.decoding_s
     patient_until_s = start_s + (w.config.patience or 0.0) * timings.compute_s
 
     def ready() -> bool:
@@ -113,7 +114,9 @@ def wait(w: Worker, timings: Timings, sent: dict[int, float]) -> Generator[Until
         yield Until(ready, patient_until_s)
     now_s = w.now_s()
     w.recorder.span(Phase.WAIT, w.step, start_s, now_s)
-    timings.wait_s = now_s - start_s - (timings.select_encode_s - sending_s)
+    decoding_s = w.decoding_s - decoding_s
+    timings.wait_s = now_s - start_s - (timings.select_encode_s - sending_s) - decoding_s
+    timings.apply_s += decoding_s  # of what came meanwhile
     w.moved_cpu_s += w.links.cpu_s() - cpu_s  # while the loop waits, moving messages disturbs no computing
 
 
@@ -127,11 +130,13 @@ def wait_for_shares(w: Worker, timings: Timings) -> Generator[Until, None, None]
 
     if ready():
         return
-    start_s, cpu_s = w.now_s(), w.links.cpu_s()
+    start_s, cpu_s, decoding_s = w.now_s(), w.links.cpu_s(), w.decoding_s
     yield Until(ready)
     now_s = w.now_s()
     w.recorder.span(Phase.AGREE, w.step, start_s, now_s)
-    timings.wait_s += now_s - start_s
+    decoding_s = w.decoding_s - decoding_s
+    timings.wait_s += now_s - start_s - decoding_s
+    timings.apply_s += decoding_s
     w.moved_cpu_s += w.links.cpu_s() - cpu_s
 
 
@@ -161,7 +166,7 @@ def complete(
         w.recorder.applied(header, w.step, start_s)
     now_s = w.now_s()
     w.recorder.span(Phase.APPLY, w.step, start_s, now_s)
-    timings.apply_s = now_s - start_s - (timings.wait_s - waited_s)
+    timings.apply_s += now_s - start_s - (timings.wait_s - waited_s)
     w.skipped = effect.skipped
     w.step += effect.skipped
     return ages

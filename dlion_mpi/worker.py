@@ -156,6 +156,8 @@ class Worker:
     exchange_cpu_s: float = 0.0
     """Processor time that selecting, encoding, decoding and adding have cost since that was charged, in the loop and
     beside it."""
+    decoding_s: float = 0.0
+    """What taking in what has arrived has cost so far: it is no waiting, though the loop does it while it waits."""
     moved_cpu_s: float = 0.0
     """Of `Links.cpu_s`, what has been charged or disturbed no computing."""
     posted: Counter[int] = field(default_factory=Counter)
@@ -238,7 +240,14 @@ class Worker:
 
     def collect(self) -> None:
         """Take in what has arrived: gradients wait in the inbox, departures change the membership."""
-        for message in self.links.poll():
+        start_s, start_cpu_s = self.now_s(), self.cpu_s()
+        messages = self.links.poll()
+        if messages:
+            now_s = self.now_s()
+            self.decoding_s += now_s - start_s
+            self.exchange_cpu_s += self.cpu_s() - start_cpu_s
+            self.recorder.span(Phase.APPLY, self.step, start_s, now_s)
+        for message in messages:
             sender = message.header.sender
             self.collected[sender] += 1
             if self.checkpoints is not None:

@@ -358,6 +358,44 @@ def test_messages_get_smaller_where_the_exchange_costs_too_much_and_larger_again
     assert sizes[-1] == 4 * SIZE
 
 
+DECODING_S = 0.05
+
+
+def decodes_slowly(worker: Worker) -> None:
+    """Taking in a gradient takes the loop DECODING_S of its time and of a processor's."""
+    now_s, poll, spent_s = worker.now_s, worker.links.poll, [0.0]
+
+    def slow_poll() -> list[Message]:
+        messages = poll()
+        spent_s[0] += DECODING_S * sum(len(message.entries) > 0 for message in messages)
+        return messages
+
+    worker.now_s = lambda: now_s() + spent_s[0]
+    worker.cpu_s = lambda: spent_s[0]
+    worker.links.poll = slow_poll  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("mode", ["bounded", "sync"])
+def test_decoding_is_no_waiting(mode: str) -> None:
+    """Though the loop decodes while it waits. Else messages would be sized for steps that are shorter than they are."""
+    share = {} if mode == "sync" else {"exchange_share": 0.0}
+    settings = config("dlion", mode, steps=40, batching="fixed", transfer="none", **share)
+    result = trained(settings, prepare=decodes_slowly)
+    for records, worker in zip(result.records, result.workers, strict=True):
+        expected_s = DECODING_S * (len(result.workers) - 1) * len(records)
+        assert sum(record.apply_s for record in records) == pytest.approx(expected_s, rel=0.1)
+        waits_s = sum(record.wait_s for record in trained(settings).records[worker.rank])
+        assert sum(record.wait_s for record in records) < waits_s + 0.2 * expected_s
+
+
+def test_decoding_is_charged_to_the_exchange() -> None:
+    """A tenth of 8 ms of computing is granted per step, and taking in the others' messages takes 100 ms."""
+    settings = config("dlion", "async", steps=60, exchange_share=0.1, batching="fixed", transfer="none")
+    for own in trained(settings, prepare=decodes_slowly).sent:
+        steps = [i for i, step in enumerate(own) if any(entries is not None for _, entries in step.values())]
+        assert len(steps) < 20
+
+
 def test_slow_links_get_less_over_a_whole_run() -> None:
     weather = Weather(seed=1, budget=(100, 330))
     settings = config("dlion", "bounded", steps=50, link_share=1.0, exchange_share=0.0)

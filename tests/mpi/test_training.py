@@ -206,8 +206,13 @@ def test_a_slow_worker_gets_a_smaller_batch_and_gbs_is_met_at_every_step(
     # A quarter of the speed is a little over a quarter of the batch, since alpha is alike.
     ratios = lbs[-1] / lbs[0]
     assert np.median(ratios) < 0.5
-    equal = train(**options, batching="fixed", out=str(shared_folder) + "-fixed")
-    assert equal.result["seconds"] > outcome.result["seconds"]
+    assert train(**options, batching="fixed", out=str(shared_folder) + "-fixed").exit_code == 0
+    world.Barrier()
+    sizes: set[int] = set()
+    for rank in range(world.Get_size()):
+        with metrics(Path(str(shared_folder) + "-fixed"), rank) as file:
+            sizes |= set(file["steps/lbs"][:].tolist())
+    assert len(sizes) == 1, "off, the slow one computes as much as the others"
 
 
 @pytest.mark.mpi
