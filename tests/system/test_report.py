@@ -244,8 +244,9 @@ def test_on_a_small_screen_nothing_is_cut_off(browser: Any) -> None:
     before = charts(browser)["accuracy"]
     browser.set_window_size(600, 900)
     try:
-        wide = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-        assert wide[0] <= wide[1]
+        # The charts are drawn anew with the frame after the one in which the window has its new width.
+        fits = "return innerWidth <= 600 && document.documentElement.scrollWidth <= innerWidth"
+        WebDriverWait(browser, 20).until(lambda _: browser.execute_script(fits))
         assert charts(browser)["accuracy"] != before
     finally:
         browser.set_window_size(1280, 900)
@@ -259,8 +260,12 @@ def test_the_tooltip_shows_names_as_they_are(driver: Any, tmp_path: Path) -> Non
     assert run(None, "dlion", "report", *folders, "-o", str(out)).code == 0
     driver.get(out.as_uri())
     chart = driver.find_element("css selector", "#figure-accuracy .chart")
-    webdriver.ActionChains(driver).move_to_element(chart).perform()
-    assert "<i>" in driver.find_element("css selector", ".tip").text
+
+    def shows_names(_: Any) -> bool:
+        webdriver.ActionChains(driver).move_to_element(chart).perform()
+        return any("<i>" in tip.text for tip in driver.find_elements("css selector", ".tip"))
+
+    WebDriverWait(driver, 20).until(shows_names)
     assert driver.execute_script("return window.hit") is None
     assert driver.find_elements("css selector", "main img, main i:not(.key)") == []
     assert driver.get_log("browser") == []
