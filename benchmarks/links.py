@@ -44,7 +44,7 @@ NAME = "links"
 UNTESTED = "--evaluate-every 1000000"
 """Accuracy is not measured here, and testing it would take the cores that six ranks share."""
 SELDOM = 0.1
-"""Links that have more than this share of messages with all there was to send are limited by that."""
+"""Links with no more than this share of messages that had all there was to send had more to send than they carry."""
 STEP = ("step_s", "compute_s", "wait_s", "time_s", "mpi_cpu_s")
 CHANGE_S = 30.0
 CHANGES = {"50 to 20": (50, 20), "20 to 50": (20, 50)}
@@ -168,7 +168,7 @@ def steady(env: str, seconds: float, seed: int, options: str) -> dict[str, Any]:
     use = run.use(WARM_UP_S, seconds)
     ages = run.ages(WARM_UP_S, seconds)
     whole = run.whole(WARM_UP_S)
-    limited = [use[link] for link in use if whole.get(link, 0.0) <= SELDOM]
+    more_to_send = [use[link] for link in use if whole.get(link, 0.0) <= SELDOM]
     own = [s["step_s"] - s["wait_s"] for s in run.steps]
     over = [float(np.median(s["step_s"] / s["compute_s"])) for s in run.steps]
     iteration_s = [float(np.median(s[SETTLED_STEP:])) for s in own]
@@ -176,7 +176,7 @@ def steady(env: str, seconds: float, seed: int, options: str) -> dict[str, Any]:
         "environment": env,
         "use_least": round(min(use.values()), 3),
         "use_median": round(statistics.median(use.values()), 3),
-        "use_least_of_those_with_more_to_send": round(min(limited), 3) if limited else None,
+        "use_least_of_those_with_more_to_send": round(min(more_to_send), 3) if more_to_send else None,
         "use_by_link": {link: round(value, 3) for link, value in use.items()},
         "whole_by_link": {link: round(value, 3) for link, value in whole.items() if value > 0},
         "age_median": round(float(np.median(ages)), 2),

@@ -23,7 +23,7 @@ class Phase(IntEnum):
     SELECT = 2  # selecting, encoding and posting, or waiting for EXCHANGE; in WAIT where a link became free meanwhile
     WAIT = 3  # for what the synchronisation mode and patience want; in APPLY for a sum over all
     APPLY = 4  # decoding and weighing what has arrived, and the optimizer; in WAIT what is decoded meanwhile
-    AGREE = 5  # waiting for everyone's throughput or losses, in sync
+    AGREE = 5  # waiting for everyone's throughput or losses in sync, for new batch sizes in bounded
     PROFILE = 6  # timing two batch sizes before the first step
     LEAVE = 7  # after the last step, until nobody needs this rank any more
     EVALUATE = 8  # from the snapshot to its accuracy, beside the loop
