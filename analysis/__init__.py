@@ -23,6 +23,6 @@ if absent := [name for name in ("matplotlib", "pandas") if find_spec(name) is No
     sys.exit(2)
 
 from analysis.tables import evaluations, links, settings, steps, transfers
-from dlion_mpi.runs import labels, load, load_all
+from dlion_mpi.metrics.reader import labels, load, load_all
 
 __all__ = ["evaluations", "labels", "links", "load", "load_all", "settings", "steps", "transfers"]

@@ -18,13 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 
-from dlion_mpi.console import say
 from dlion_mpi.errors import UserError
-from dlion_mpi.options import complain
+from dlion_mpi.log import complain, say
+from dlion_mpi.metrics.reader import Run, labels, load_all
 from dlion_mpi.report import comparison, target_of, workers
 from dlion_mpi.report.colours import LIGHT
 from dlion_mpi.report.figure import Figure
-from dlion_mpi.runs import Run, labels, load_all
 
 COLUMN, PAGE = 3.4, 7.0
 """Widths in inches: of a column of text, and of both."""

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dlion_mpi.metrics.reader import Array, Columns, Rank, Run, labels
 from dlion_mpi.report.settings import settings as rows_of_settings
-from dlion_mpi.runs import Array, Columns, Rank, Run, labels
 
 
 def steps(runs: Sequence[Run]) -> pd.DataFrame:

@@ -55,8 +55,8 @@ def plain() -> list[float]:
     import keras
     import tensorflow as tf
 
-    from dlion_mpi.data import Batches, load
-    from dlion_mpi.model import cipher
+    from dlion_mpi.learner.data import Batches, load
+    from dlion_mpi.learner.replica import cipher
 
     hvd.init()
     shard = load("fashion-mnist", rank=hvd.rank(), ranks=hvd.size(), partition="iid", alpha=0.5, seed=0)
@@ -86,7 +86,7 @@ def plain() -> list[float]:
 
 def trained(options: dict[str, Any], out: Path, rank: int) -> list[float]:
     """Seconds of this rank's steps in `dlion train`, whose metrics go to ``out``."""
-    from dlion_mpi.options import config_of
+    from dlion_mpi.config.parsing import config_of
     from dlion_mpi.run import run
 
     config = config_of({"steps": STEPS, "threads": 1, "evaluate_every": "1000000", "out": str(out), **options})
@@ -100,7 +100,7 @@ def inside(turns: int, names: Sequence[str]) -> None:
     """What each rank does: these cases in turn. Rank 0 prints the median step of all ranks, by turn and case, in ms."""
     from mpi4py import MPI
 
-    from dlion_mpi.model import tensorflow
+    from dlion_mpi.learner.replica import tensorflow
 
     tensorflow(1)
     world = MPI.COMM_WORLD

@@ -24,8 +24,8 @@ import numpy as np
 from heading import heading
 from training import trained
 
-from dlion_mpi import environments
-from dlion_mpi.timeline import Phase
+from dlion_mpi.metrics.timeline import Phase
+from dlion_mpi.microcloud import environments
 
 RUNS = {"hetero-sys-a": 40.0, "dynamic-a": 90.0}
 """Seconds by environment: of a dynamic one, for its three phases."""

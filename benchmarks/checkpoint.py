@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from heading import heading
 
-from dlion_mpi import live
 from dlion_mpi import run as runner
 from dlion_mpi.checkpoint import file
-from dlion_mpi.metrics import StepRecord
-from dlion_mpi.options import config_of
-from dlion_mpi.worker import Worker
+from dlion_mpi.config.parsing import config_of
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.metrics.records import StepRecord
+from dlion_mpi.view import live
 
 REPEATS = 7
 
@@ -87,7 +87,7 @@ def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
             "keep_checkpoints": 1,
         }
     )
-    from dlion_mpi.model import tensorflow
+    from dlion_mpi.learner.replica import tensorflow
 
     tensorflow(1)
     runner.run(config, model=dense(weights)((28, 28, 1), 10))

@@ -21,7 +21,7 @@ ENVIRONMENTS = ("hetero-net-a", "hetero-net-b", "dynamic-a")
 
 def check(environment: str) -> dict[str, Any]:
     """The report of `dlion emulate check` on an environment."""
-    command = [sys.executable, "-m", "dlion_mpi.emulate", "check", "--env", environment, "--json"]
+    command = [sys.executable, "-m", "dlion_mpi.commands.emulate", "check", "--env", environment, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=600, check=False)
     if not done.stdout:
         sys.exit(f"`{' '.join(command)}` failed with exit code {done.returncode}")

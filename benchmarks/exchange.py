@@ -20,9 +20,9 @@ import numpy as np
 from heading import heading
 
 from dlion_mpi import wire
-from dlion_mpi.flat import Entries, Layout, Vector
+from dlion_mpi.algorithms.error_feedback import Budget, Rules, Unsent
 from dlion_mpi.strategies.dlion import SLACK
-from dlion_mpi.unsent import Budget, Rules, Unsent
+from dlion_mpi.vector.layout import Entries, Layout, Vector
 
 SIZES = (1_040_000, 25_000_000)  # the Cipher CNN, and a model of 100 MB
 SHARES = (0.0134, 0.08)  # of the bytes of a whole gradient: about 1 % and 6 % of the entries

@@ -7,7 +7,7 @@ import platform
 from datetime import date
 from typing import Any
 
-from dlion_mpi.outcome import commit, versions
+from dlion_mpi.provenance import commit, versions
 
 
 def heading(benchmark: str) -> dict[str, Any]:

@@ -30,9 +30,9 @@ import h5py
 import numpy as np
 from heading import heading
 
-from dlion_mpi import environments
 from dlion_mpi.emulation import netns, records
-from dlion_mpi.environments import Environment
+from dlion_mpi.microcloud import environments
+from dlion_mpi.microcloud.environments import Environment
 
 ENVIRONMENTS = ("hetero-net-a", "hetero-net-b", "hetero-sys-a", "homo-b")
 WARM_UP_S = 10.0

@@ -41,7 +41,7 @@ CASES = {
 
 def child(options: list[str]) -> None:
     """Simulate in this process; print what came out and what it cost."""
-    from dlion_mpi import simulate
+    from dlion_mpi.commands import simulate
 
     parser = argparse.ArgumentParser()
     simulate.add_arguments(parser)

@@ -40,9 +40,10 @@ import h5py
 import numpy as np
 from systems_table import read
 
-from dlion_mpi import environments
-from dlion_mpi.evaluate import Evaluation, target_reached_s
-from dlion_mpi.outcome import commit, versions
+from dlion_mpi.learner.evaluate import target_reached_s
+from dlion_mpi.metrics.records import Evaluation
+from dlion_mpi.microcloud import environments
+from dlion_mpi.provenance import commit, versions
 
 ENVIRONMENTS = tuple(name for name in environments.names() if not name.startswith("gpu-"))
 SYSTEMS = (

@@ -33,8 +33,8 @@ PLAIN = """
 import os, sys, time, json
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
-from dlion_mpi.model import cipher, tensorflow
-from dlion_mpi.data import Batches, load
+from dlion_mpi.learner.replica import cipher, tensorflow
+from dlion_mpi.learner.data import Batches, load
 tf = tensorflow(1)
 import keras
 steps = int(sys.argv[1])

@@ -22,7 +22,7 @@ import numpy as np
 from heading import heading
 from training import trained
 
-from dlion_mpi.timeline import Phase
+from dlion_mpi.metrics.timeline import Phase
 
 ENVIRONMENTS = ("homo-b", "hetero-sys-a")
 OPTIONS = ("--unsent", "drop", "--transfer-period", "50")

@@ -18,7 +18,7 @@ import numpy as np
 from heading import heading
 
 from dlion_mpi import wire
-from dlion_mpi.flat import Entries, Vector
+from dlion_mpi.vector.layout import Entries, Vector
 
 SIZES = (1_040_000, 25_000_000)  # the Cipher CNN, and a model of 100 MB
 DENSITIES = (0.0001, 0.001, 0.01, 0.1, 0.5, 1.0)

@@ -16,14 +16,14 @@ __all__ = ["RunError", "UserError", "__version__", "fit", "rank", "size"]
 
 def rank() -> int:
     """This process's MPI rank, from 0: to choose its part of the data. Starts MPI as `fit` wants it."""
-    from dlion_mpi import startup
+    from dlion_mpi.mpi import startup
 
     return startup.world()[0]
 
 
 def size() -> int:
     """How many MPI ranks there are. Starts MPI as `fit` wants it."""
-    from dlion_mpi import startup
+    from dlion_mpi.mpi import startup
 
     return startup.world()[1]
 

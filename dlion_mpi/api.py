@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dlion_mpi import startup
 from dlion_mpi.checkpoint.start import plan
-from dlion_mpi.config import Config
-from dlion_mpi.data import shard_of_arrays
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, UserError
+from dlion_mpi.learner.data import shard_of_arrays
+from dlion_mpi.mpi import startup
 from dlion_mpi.run import run
 
 OF_THE_CALL = {"model", "data", "partition", "dirichlet_alpha"}

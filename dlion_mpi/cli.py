@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dlion_mpi import __version__
-from dlion_mpi.config import convert
+from dlion_mpi.config.options import convert
+from dlion_mpi.config.parsing import add_config_options
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.options import add_config_options, complain
+from dlion_mpi.log import complain
 
 EXAMPLES = """examples:
   mpirun -n 4 dlion train --data fashion-mnist --steps 500 --out runs/a
@@ -88,6 +89,8 @@ def _parser() -> _Parser:
 
 
 def _add_train(commands: Any) -> None:
+    from dlion_mpi.strategies.registry import default_values
+
     train = commands.add_parser(
         "train",
         help="train, under mpirun or srun, or alone as one rank",
@@ -96,7 +99,7 @@ def _add_train(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=EXAMPLES,
     )
-    add_config_options(train)
+    add_config_options(train, default_values())
     _add_beginnings(train)
     train.set_defaults(action=_train)
 
@@ -122,8 +125,8 @@ def _add_beginnings(train: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     from dlion_mpi.checkpoint.preemption import EXIT_CODE
     from dlion_mpi.checkpoint.start import plan
-    from dlion_mpi.console import say
-    from dlion_mpi.strategies import resolve
+    from dlion_mpi.log import say
+    from dlion_mpi.strategies.registry import resolve
 
     config, start = plan(vars(args))
     resolve(config)  # refuse what is wrong before MPI and TensorFlow are started
@@ -162,7 +165,7 @@ def _add_data(commands: Any) -> None:
 
 
 def _data_split(args: argparse.Namespace) -> int:
-    from dlion_mpi.datatool import split
+    from dlion_mpi.commands.data import split
 
     for path in split(args.data, args.out, **_partition_of(args), overwrite=args.overwrite):
         print(path)
@@ -170,7 +173,7 @@ def _data_split(args: argparse.Namespace) -> int:
 
 
 def _data_info(args: argparse.Namespace) -> int:
-    from dlion_mpi.datatool import info
+    from dlion_mpi.commands.data import info
 
     print(info(args.data, **_partition_of(args)))
     return 0
@@ -190,7 +193,7 @@ def _partition_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_simulate(commands: Any) -> None:
-    from dlion_mpi import simulate
+    from dlion_mpi.commands import simulate
 
     parser = commands.add_parser(
         "simulate",
@@ -229,7 +232,7 @@ def _add_trace(commands: Any) -> None:
 
 
 def _add_watch(commands: Any) -> None:
-    from dlion_mpi import watch
+    from dlion_mpi.commands import watch
 
     parser = commands.add_parser(
         "watch",
@@ -242,13 +245,13 @@ def _add_watch(commands: Any) -> None:
 
 
 def _add_emulate(parser: argparse.ArgumentParser) -> None:
-    from dlion_mpi import emulate
+    from dlion_mpi.commands import emulate
 
     emulate.add_arguments(parser)
     parser.set_defaults(action=emulate.main)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from dlion_mpi.doctor import main as doctor
+    from dlion_mpi.commands.doctor import main as doctor
 
     return doctor(as_json=args.json)

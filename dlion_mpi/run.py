@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dlion_mpi import export, startup
+from dlion_mpi.checkpoint import export
 from dlion_mpi.checkpoint.preemption import EXIT_CODE, Preemption
 from dlion_mpi.checkpoint.resume import Loaded, prepare_folder
 from dlion_mpi.checkpoint.resume import about as about_parts
@@ -21,42 +21,37 @@ from dlion_mpi.checkpoint.rounds import CHANNELS as CHECKPOINT_CHANNELS
 from dlion_mpi.checkpoint.session import Session, preemptible
 from dlion_mpi.checkpoint.session import check as check_resumable
 from dlion_mpi.checkpoint.start import NEW, Start
-from dlion_mpi.collectives import Collectives
-from dlion_mpi.config import Config
-from dlion_mpi.console import say, summary
-from dlion_mpi.data import Batches, Shard, load, merge_facts
-from dlion_mpi.driver import ExchangeThread, drive
-from dlion_mpi.environments import PaceClock, start_clock
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.evaluate import BackgroundEvaluator, Evaluation, rows_to_test
-from dlion_mpi.links import Links
-from dlion_mpi.live import title_of, told
-from dlion_mpi.membership import Membership
-from dlion_mpi.model import Replica, build, optimizer, tensorflow
-from dlion_mpi.outcome import (
-    STOPPING,
-    AnyRecorder,
-    Outcome,
-    exit_code,
-    new_folder,
-    new_recorder,
-    result_of,
-    stopped_by_signals,
-    summary_row,
-    versions,
-)
-from dlion_mpi.progress import ProgressThread
-from dlion_mpi.startup import Ranks, together
-from dlion_mpi.strategies import resolve
+from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
+from dlion_mpi.learner.data import Batches, Shard, load, merge_facts
+from dlion_mpi.learner.evaluate import BackgroundEvaluator, rows_to_test
+from dlion_mpi.learner.replica import Replica, build, optimizer, tensorflow
+from dlion_mpi.log import say
+from dlion_mpi.loop.membership import Membership
+from dlion_mpi.loop.ports import Loop, Reduce
+from dlion_mpi.loop.train import CHANNELS, SUM, leave, train
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.metrics.records import Evaluation
+from dlion_mpi.metrics.timeline import MessageLog
+from dlion_mpi.microcloud.environments import PaceClock, start_clock
+from dlion_mpi.mpi import startup
+from dlion_mpi.mpi.collectives import Collectives
+from dlion_mpi.mpi.driver import EncoderThread, drive
+from dlion_mpi.mpi.links import Links
+from dlion_mpi.mpi.progress import ProgressThread
+from dlion_mpi.mpi.startup import Ranks, together
+from dlion_mpi.provenance import versions
+from dlion_mpi.result import Result, exit_code, result_of, summary_row
+from dlion_mpi.signals import STOPPING, stopped_by_signals
 from dlion_mpi.strategies.allreduce import AllReduce
-from dlion_mpi.strategies.base import WINDOW, Strategy
-from dlion_mpi.testbed import Loop, Reduce
-from dlion_mpi.timeline import MessageLog
-from dlion_mpi.train import CHANNELS, SUM, leave, train
-from dlion_mpi.worker import Worker
+from dlion_mpi.strategies.contract import WINDOW, Strategy
+from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.view.lines import summary
+from dlion_mpi.view.live import title_of, told
 
 if TYPE_CHECKING:
-    from dlion_mpi.horovod_baseline import HorovodReducer
+    from dlion_mpi.mpi.horovod import HorovodReducer
 
 
 def run(
@@ -66,7 +61,7 @@ def run(
     own_data: Callable[[], Shard] | None = None,
     report: bool = True,
     start: Start = NEW,
-) -> Outcome:
+) -> Result:
     """Train on all ranks of MPI's world. Every rank calls this with an equal Config.
 
     ``model``, ``own_data``: a Keras model, and what gives this rank's data, in place of what the Config names.
@@ -84,7 +79,7 @@ def _run(
     report: bool,
     start: Start,
     preemption: Preemption | None,
-) -> Outcome:
+) -> Result:
     ranks = startup.begin()
     strategy, config = _agreed(config, ranks, start, preemption)
     loaded = load_checkpoint(ranks, start, report=report)
@@ -152,7 +147,7 @@ def _agreed(config: Config, ranks: Ranks, start: Start, preemption: Preemption |
     if preemption is not None:
         check_resumable(strategy)
     if config.strategy == "horovod":
-        from dlion_mpi import horovod_baseline
+        from dlion_mpi.mpi import horovod as horovod_baseline
 
         together(ranks, horovod_baseline.require)
     return strategy, config
@@ -184,12 +179,12 @@ class _Exchange:
         self.collectives = Collectives(
             ranks.communicator, channels, self.progress.wake, self.links.carried, clock.now_s
         )
-        self.thread = ExchangeThread(self.progress.notify)
+        self.thread = EncoderThread(self.progress.notify)
         self.reduce: Reduce | None = None
         """What sums gradients, if the strategy does."""
         self._horovod: HorovodReducer | None = None
         if config.strategy == "horovod":
-            from dlion_mpi import horovod_baseline
+            from dlion_mpi.mpi import horovod as horovod_baseline
 
             hvd = together(ranks, horovod_baseline.load)
             self._horovod = horovod_baseline.HorovodReducer(hvd, ranks, replica.layout.size, self.links.carried)
@@ -313,7 +308,7 @@ def _save_model(worker: Worker, ranks: Ranks, replica: Replica, report: bool) ->
         worker.stop_reason, worker.exit_code = str(error), 1
 
 
-def _sum_up(worker: Worker, ranks: Ranks, seconds: float, report: bool) -> Outcome:
+def _sum_up(worker: Worker, ranks: Ranks, seconds: float, report: bool) -> Result:
     """How the run ended on all ranks; rank 0 says it."""
     rows = startup.gather_numbers(ranks.communicator, *summary_row(worker, seconds))
     reasons = startup.gather_text(ranks.communicator, worker.stop_reason or "")
@@ -321,7 +316,7 @@ def _sum_up(worker: Worker, ranks: Ranks, seconds: float, report: bool) -> Outco
     result = result_of(worker.config, rows, reasons, _everyones_evaluations(worker, ranks))
     if report and ranks.rank == 0:
         say(summary(result, rows.tolist()))
-    return Outcome(ranks.rank, result, exit_code(codes.tolist()))
+    return Result(ranks.rank, result, exit_code(codes.tolist()))
 
 
 def _everyones_evaluations(worker: Worker, ranks: Ranks) -> list[list[Evaluation]]:

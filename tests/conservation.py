@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi.flat import Vector
 from dlion_mpi.strategies.ako import Ako
+from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import Kind
 
 

@@ -16,20 +16,18 @@ import numpy as np
 import numpy.typing as npt
 
 from dlion_mpi import wire
-from dlion_mpi.config import Config
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError
-from dlion_mpi.evaluate import Evaluation
-from dlion_mpi.flat import Layout, Vector
-from dlion_mpi.membership import Membership
-from dlion_mpi.metrics import StepRecord
-from dlion_mpi.rounds import Transfer
-from dlion_mpi.strategies import resolve
+from dlion_mpi.loop.membership import Membership
+from dlion_mpi.loop.ports import Compute, Computed, EncodedBatch, LinkTotals, Loop, Stamp, Until
+from dlion_mpi.loop.train import leave, train
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
+from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.strategies.allreduce import AllReduce
-from dlion_mpi.strategies.base import LinkView, Outgoing
-from dlion_mpi.testbed import Compute, Computed, LinkTotals, Loop, Made, Stamp, Until
-from dlion_mpi.timeline import Phase
-from dlion_mpi.train import leave, train
-from dlion_mpi.worker import Worker
+from dlion_mpi.strategies.contract import LinkView, Outgoing
+from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.vector.layout import Layout, Vector
 
 STUCK = 20_000
 """Ticks without any worker moving after which it is a deadlock."""
@@ -37,7 +35,7 @@ STUCK = 20_000
 
 @dataclass(slots=True)
 class MemoryTicket:
-    """See `testbed.Ticket`."""
+    """See `loop.ports.Ticket`."""
 
     done: bool = False
     table: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
@@ -93,7 +91,7 @@ class MemoryCollectives:
 
 
 class RankCollectives:
-    """See `testbed.Collectives`."""
+    """See `loop.ports.Collectives`."""
 
     def __init__(self, shared: MemoryCollectives, rank: int) -> None:
         self._shared, self._rank = shared, rank
@@ -154,7 +152,7 @@ class Network:
 
 
 class MemoryLinks:
-    """See `testbed.Links`."""
+    """See `loop.ports.Links`."""
 
     def __init__(self, network: Network, rank: int, size: int, message_cpu_s: float) -> None:
         self._network, self._rank, self._size = network, rank, size
@@ -228,14 +226,14 @@ class MemoryLinks:
 
 
 class MemoryBeside:
-    """See `testbed.Beside`. The weather says when work is done: before the loop wants it done, or asks in vain."""
+    """A `loop.ports.BackgroundEncoder` whose weather says when work is done: in time, or late."""
 
     def __init__(self, network: Network, rank: int) -> None:
         self._later = random.Random(f"{network.weather.seed} beside {rank}")
-        self._begun: list[Callable[[], Made]] = []
-        self._made: list[Made] = []
+        self._begun: list[Callable[[], EncodedBatch]] = []
+        self._made: list[EncodedBatch] = []
 
-    def begin(self, work: Callable[[], Made]) -> None:
+    def begin(self, work: Callable[[], EncodedBatch]) -> None:
         self._begun.append(work)
         self.move()
 
@@ -247,13 +245,13 @@ class MemoryBeside:
     def done(self) -> bool:
         return not self._begun
 
-    def take(self) -> list[Made]:
+    def take(self) -> list[EncodedBatch]:
         made, self._made = self._made, []
         return made
 
 
 class Quadratic:
-    """A worker's share of a quadratic: loss 1/2 sum_i a_i (w_i - x_i)^2; see `testbed.Replica`.
+    """A worker's share of a quadratic: loss 1/2 sum_i a_i (w_i - x_i)^2; see `loop.ports.Replica`.
 
     ``curvature``: (P,) the a_i. Where it is 0 this worker learns nothing by itself.
     """
@@ -282,7 +280,7 @@ class Quadratic:
 
 
 class Rows:
-    """See `testbed.Batches`: the rows of ``x`` (m, P) over and over."""
+    """See `loop.ports.Batches`: the rows of ``x`` (m, P) over and over."""
 
     def __init__(self, x: npt.NDArray[np.float32]) -> None:
         self._x, self._at = x, 0

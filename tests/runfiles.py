@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dlion_mpi.config import Config
-from dlion_mpi.evaluate import Evaluation
-from dlion_mpi.metrics import Recorder, StepRecord
-from dlion_mpi.rounds import Transfer
-from dlion_mpi.timeline import Phase
+from dlion_mpi.config.options import Config
+from dlion_mpi.metrics.recorder import Recorder
+from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
+from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.wire import Header, Kind
 
 STEP_S = 0.5

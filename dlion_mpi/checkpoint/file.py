@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from dlion_mpi.arrays import Array, Arrays
+from dlion_mpi.vector.named_arrays import Array, Arrays
 
 LARGE_BYTES = 1 << 16
 """Arrays from this size on are written past h5py."""

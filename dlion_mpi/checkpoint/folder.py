@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlion_mpi.arrays import Arrays
 from dlion_mpi.checkpoint import file
 from dlion_mpi.checkpoint.file import Damaged, Written
 from dlion_mpi.errors import UserError
+from dlion_mpi.vector.named_arrays import Arrays
 
 FORMAT = 1
 FOLDER, MANIFEST = "checkpoints", "manifest.json"

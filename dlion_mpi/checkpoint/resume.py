@@ -6,20 +6,20 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlion_mpi import startup
-from dlion_mpi.arrays import Arrays, StateError, integer
 from dlion_mpi.checkpoint import file, folder, snapshot
 from dlion_mpi.checkpoint.folder import Checkpoint
 from dlion_mpi.checkpoint.start import Start
-from dlion_mpi.config import Config
-from dlion_mpi.console import say
-from dlion_mpi.data import Batches
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.links import Links
-from dlion_mpi.metrics import next_part
-from dlion_mpi.model import Replica
-from dlion_mpi.startup import Ranks, together
-from dlion_mpi.worker import Worker
+from dlion_mpi.learner.data import Batches
+from dlion_mpi.learner.replica import Replica
+from dlion_mpi.log import say
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.metrics.recorder import next_part
+from dlion_mpi.mpi import startup
+from dlion_mpi.mpi.links import Links
+from dlion_mpi.mpi.startup import Ranks, together
+from dlion_mpi.vector.named_arrays import Arrays, StateError, integer
 
 FORMAT = "2"
 """Of the arrays in a rank's file."""

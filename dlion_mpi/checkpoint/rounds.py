@@ -26,17 +26,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.arrays import Arrays
 from dlion_mpi.checkpoint import file, folder, snapshot
 from dlion_mpi.checkpoint.file import Written
 from dlion_mpi.checkpoint.folder import Part
 from dlion_mpi.checkpoint.preemption import Preemption
-from dlion_mpi.config import Config
-from dlion_mpi.exchange import quiet
-from dlion_mpi.strategies.base import Resumable
-from dlion_mpi.testbed import Collectives, Ticket, Until
+from dlion_mpi.config.options import Config
+from dlion_mpi.loop.exchange import quiet
+from dlion_mpi.loop.ports import Collectives, Ticket, Until
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.strategies.contract import Resumable
+from dlion_mpi.vector.named_arrays import Arrays
 from dlion_mpi.wire import Kind, Message
-from dlion_mpi.worker import Worker
 
 ASKING, STAGES = "asking", "checkpoint"
 CHANNELS = (ASKING, STAGES)
@@ -65,7 +65,7 @@ class Say(IntEnum):
 
 
 class CheckpointRounds:
-    """Takes checkpoints of one worker into ``run``; see `worker.Checkpoints`.
+    """Takes checkpoints of one worker into ``run``; see `loop.worker.Checkpoints`.
 
     ``texts``: what goes into the file beside the state. ``executor``: one thread that writes. ``last_step``: of the
     checkpoint that the run goes on from, and ``own_step`` this worker's own in it, -1 for none. ``before``: called when

@@ -12,15 +12,15 @@ from dlion_mpi.checkpoint import resume
 from dlion_mpi.checkpoint.preemption import EXIT_CODE, Preemption
 from dlion_mpi.checkpoint.resume import Loaded
 from dlion_mpi.checkpoint.rounds import CheckpointRounds
-from dlion_mpi.config import Config
-from dlion_mpi.console import say
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.metrics import Recorder as FileRecorder
-from dlion_mpi.model import Replica
-from dlion_mpi.outcome import versions
-from dlion_mpi.strategies.base import Resumable, Strategy
-from dlion_mpi.testbed import Collectives
-from dlion_mpi.worker import Recorder, Worker
+from dlion_mpi.learner.replica import Replica
+from dlion_mpi.log import say
+from dlion_mpi.loop.ports import Collectives
+from dlion_mpi.loop.worker import Recorder, Worker
+from dlion_mpi.metrics.recorder import Recorder as FileRecorder
+from dlion_mpi.provenance import versions
+from dlion_mpi.strategies.contract import Resumable, Strategy
 
 
 @contextlib.contextmanager

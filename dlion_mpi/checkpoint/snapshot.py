@@ -6,7 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from dlion_mpi.arrays import (
+from dlion_mpi.loop.ports import LinkTotals, ResumableBatches, ResumableReplica
+from dlion_mpi.loop.worker import Spent, Worker
+from dlion_mpi.metrics.records import Evaluation
+from dlion_mpi.strategies.contract import Resumable
+from dlion_mpi.vector.layout import Entries
+from dlion_mpi.vector.named_arrays import (
     Array,
     Arrays,
     StateError,
@@ -19,12 +24,7 @@ from dlion_mpi.arrays import (
     part,
     under,
 )
-from dlion_mpi.evaluate import Evaluation
-from dlion_mpi.flat import Entries
-from dlion_mpi.strategies.base import Resumable
-from dlion_mpi.testbed import LinkTotals, ResumableBatches, ResumableReplica
 from dlion_mpi.wire import Header, Kind, Message
-from dlion_mpi.worker import Spent, Worker
 
 SPENT = ("compute_s", "select_encode_s", "wait_s", "apply_s")
 HEADER = ("sender", "step", "lbs", "gbs")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dlion_mpi.checkpoint import folder
-from dlion_mpi.config import Config, flag
+from dlion_mpi.config.options import Config, flag
+from dlion_mpi.config.parsing import config_of, values_of
 from dlion_mpi.errors import UserError
-from dlion_mpi.options import config_of, values_of
 
 ENDS = ("steps", "seconds", "target_accuracy")
 CHANGEABLE = {

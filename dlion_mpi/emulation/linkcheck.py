@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.environments import Environment
 from dlion_mpi.errors import RunError
+from dlion_mpi.microcloud.environments import Environment
 
 LINK_BOUNDS = (0.93, 1.02)  # measured over set
 PACE_BOUNDS = (0.95, 1.05)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dlion_mpi.errors import UserError
-from dlion_mpi.microcloud import Environment, Phase
+from dlion_mpi.microcloud.environment import Environment, Phase
 
 NAMESPACES = Path("/run/netns")
 MAX_WORKERS = 250

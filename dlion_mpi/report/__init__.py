@@ -37,9 +37,9 @@ def main(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"-o {output}: must end in .html")
-    from dlion_mpi.console import say
+    from dlion_mpi.log import say
+    from dlion_mpi.metrics.reader import labels, load_all
     from dlion_mpi.report.page import render
-    from dlion_mpi.runs import labels, load_all
 
     runs = load_all(args.runs)
     for label, run in zip(labels(runs), runs, strict=True):
@@ -52,8 +52,8 @@ def main(args: argparse.Namespace) -> int:
 
 def report(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] = "report.html") -> Path:
     """Write the page of some runs, given by their folders, for example from a notebook. Raises UserError."""
+    from dlion_mpi.metrics.reader import load_all
     from dlion_mpi.report.page import render
-    from dlion_mpi.runs import load_all
 
     path = Path(output)
     _write(path, render(load_all(runs), target=None))
@@ -64,7 +64,7 @@ def target_of(text: str | None) -> float | None:
     """The value of ``--target-accuracy``, in 0..1. Raises UserError."""
     if text is None:
         return None
-    from dlion_mpi.config import Config, convert
+    from dlion_mpi.config.options import Config, convert
 
     return Config(target_accuracy=convert("target_accuracy", text)).target_accuracy
 

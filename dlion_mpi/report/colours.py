@@ -9,4 +9,4 @@ from __future__ import annotations
 LIGHT = ("#0b62b8", "#d9690f", "#12a879", "#b97bc9", "#2c580c", "#98576e", "#8b69f8", "#6e396f")
 DARK = ("#5ab0ff", "#f0a030", "#12eafa", "#ae79a2", "#db6545", "#5d77f3", "#7e53a0", "#ae4028")
 PARTS = (0, 6, 1, 3, 2, 5)
-"""The colours of `quantities.PARTS`, in its order."""
+"""The colours of `metrics.series.PARTS`, in its order."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dlion_mpi.quantities import PARTS, Accuracy, accuracy, grid, nanmean, per_worker, step_parts
+from dlion_mpi.metrics.reader import Run
+from dlion_mpi.metrics.series import PARTS, Accuracy, accuracy, grid, nanmean, per_worker, step_parts
 from dlion_mpi.report.colours import PARTS as PART_COLOURS
 from dlion_mpi.report.figure import Figure, bars, lines, numbers, series
-from dlion_mpi.runs import Run
 
 
 def figures(runs: Sequence[Run], labels: Sequence[str], target: float | None) -> list[Figure]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dlion_mpi.runs import Array
+from dlion_mpi.metrics.reader import Array
 
 DIGITS = 4
 EACH = 8

@@ -10,9 +10,9 @@ from importlib import resources
 from string import Template
 
 from dlion_mpi import __version__
+from dlion_mpi.metrics.reader import Run, labels
 from dlion_mpi.report import colours, comparison, workers
 from dlion_mpi.report.settings import settings, summary
-from dlion_mpi.runs import Run, labels
 
 
 def render(runs: Sequence[Run], *, target: float | None) -> str:

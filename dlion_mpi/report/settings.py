@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dlion_mpi.quantities import PARTS, Links, accuracy, nanmean, step_parts
-from dlion_mpi.runs import Run
+from dlion_mpi.metrics.reader import Run
+from dlion_mpi.metrics.series import PARTS, Links, accuracy, nanmean, step_parts
 
 NONE = "–"
 EXPECTED_TO_DIFFER = ("run.out",)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dlion_mpi.quantities import (
+from dlion_mpi.metrics.reader import Run
+from dlion_mpi.metrics.series import (
     PARTS,
     Floats,
     Grid,
@@ -22,7 +23,6 @@ from dlion_mpi.quantities import (
 )
 from dlion_mpi.report.colours import PARTS as PART_COLOURS
 from dlion_mpi.report.figure import EACH, ROWS, TIME, Figure, Series, bars, lines, numbers, series
-from dlion_mpi.runs import Run
 
 BAND = "the middle 80 % of them"
 

@@ -1,4 +1,4 @@
-"""Drives the workers' loops in virtual time: what `driver.py` and `progress.py` do in real time for one."""
+"""Drives the workers' loops in virtual time: what `mpi/driver.py` and `mpi/progress.py` do in real time for one."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from concurrent.futures import Future
 from functools import partial
 
 from dlion_mpi.errors import RunError
-from dlion_mpi.membership import Membership
-from dlion_mpi.metrics import StepRecord
-from dlion_mpi.model import Gradient
-from dlion_mpi.outcome import stopped_by_signals, summary_row
+from dlion_mpi.learner.replica import Gradient
+from dlion_mpi.loop.membership import Membership
+from dlion_mpi.loop.ports import Compute, Computed, Loop
+from dlion_mpi.loop.train import leave, train
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.metrics.records import StepRecord
+from dlion_mpi.result import summary_row
+from dlion_mpi.signals import stopped_by_signals
+from dlion_mpi.simulation.links import Operations, VirtualCollectives, VirtualEncoder, VirtualLinks
 from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.simulation.run import Finish, VirtualRun
-from dlion_mpi.simulation.testbed import Operations, VirtualCollectives, VirtualExchangeThread, VirtualLinks
-from dlion_mpi.strategies import find
-from dlion_mpi.strategies.base import WINDOW
-from dlion_mpi.testbed import Compute, Computed, Loop
-from dlion_mpi.train import leave, train
-from dlion_mpi.worker import Worker
+from dlion_mpi.strategies.contract import WINDOW
+from dlion_mpi.strategies.registry import find
 
 
 class Process:
@@ -128,7 +129,7 @@ def drive(run: VirtualRun) -> list[Finish]:
         worker.on_step = partial(_metered, run, worker)
         processes.append(Process(worker, own_links, run, events, partial(running.discard, rank)))
         own_links.wake = processes[rank].wake
-        worker.beside = VirtualExchangeThread(own_links, events, processes[rank].wake)
+        worker.beside = VirtualEncoder(own_links, events, processes[rank].wake)
     with stopped_by_signals([process.worker for process in processes]):
         for process in processes:
             events.at(0.0, partial(process.resume, None))

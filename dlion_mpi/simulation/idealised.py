@@ -15,20 +15,19 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from dlion_mpi.batching import equal_lbs, solve_lbs
-from dlion_mpi.config import Config, flag
-from dlion_mpi.environments import Environment, Pace
+from dlion_mpi.algorithms.batching import equal_lbs, solve_lbs
+from dlion_mpi.config.options import Config, flag
 from dlion_mpi.errors import UserError
-from dlion_mpi.evaluate import Evaluation
-from dlion_mpi.flat import Vector
-from dlion_mpi.metrics import StepRecord
-from dlion_mpi.outcome import stopped_by_signals
-from dlion_mpi.rounds import NO_LIMIT, _schedule
+from dlion_mpi.loop.batch_sizes import NO_LIMIT, _schedule
+from dlion_mpi.metrics.records import Evaluation, StepRecord
+from dlion_mpi.metrics.timeline import Phase
+from dlion_mpi.microcloud.environments import Environment, Pace
+from dlion_mpi.signals import stopped_by_signals
 from dlion_mpi.simulation.network import payload_bytes_per_s
 from dlion_mpi.simulation.run import Finish, VirtualRun
-from dlion_mpi.strategies import STRATEGIES
 from dlion_mpi.strategies.dlion import Dlion
-from dlion_mpi.timeline import Phase
+from dlion_mpi.strategies.registry import STRATEGIES
+from dlion_mpi.vector.layout import Vector
 
 BATCH_OPTIONS = ("lbs_max", *(name for name in Dlion.defaults if name.startswith("gbs_")))
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from dlion_mpi.environments import Environment, Phase
+from dlion_mpi.microcloud.environments import Environment, Phase
 
 PAYLOAD_SHARE = 0.949
 """Of a rate that is set, what MPI carries for its user: headers take 4.4 %, TCP's acknowledgements of what comes the

@@ -20,20 +20,20 @@ from typing import Any
 
 import numpy as np
 
-from dlion_mpi.config import Config
-from dlion_mpi.console import say
-from dlion_mpi.data import Batches, Shard, load_shards
-from dlion_mpi.environments import Environment
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.evaluate import Evaluation, rows_to_test
-from dlion_mpi.flat import Vector
-from dlion_mpi.glance import Glance, RankGlance
-from dlion_mpi.live import Teller, goal_of, shown, terminal_for, title_of
-from dlion_mpi.metrics import StepRecord
-from dlion_mpi.model import build, optimizer
-from dlion_mpi.outcome import AnyRecorder, new_folder, new_recorder
-from dlion_mpi.simulation.seats import Seat, SharedReplica, prepare_tensorflow
-from dlion_mpi.terminal import Terminal
+from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
+from dlion_mpi.learner.data import Batches, Shard, load_shards
+from dlion_mpi.learner.evaluate import rows_to_test
+from dlion_mpi.learner.replica import build, optimizer
+from dlion_mpi.log import say
+from dlion_mpi.metrics.records import Evaluation, StepRecord
+from dlion_mpi.microcloud.environments import Environment
+from dlion_mpi.simulation.shared_replica import SharedReplica, VirtualReplica, prepare_tensorflow
+from dlion_mpi.vector.layout import Vector
+from dlion_mpi.view.live import Teller, goal_of, shown, terminal_for, title_of
+from dlion_mpi.view.snapshot import RankSnapshot, Snapshot
+from dlion_mpi.view.terminal import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class VirtualRun:
     environment: Environment
     shards: Sequence[Shard]
     shared: SharedReplica
-    seats: Sequence[Seat]
+    seats: Sequence[VirtualReplica]
     batches: Sequence[Batches]
     recorders: Sequence[AnyRecorder]
     pool: ThreadPoolExecutor
@@ -146,7 +146,7 @@ def prepare(
         environment=environment,
         shards=shards,
         shared=shared,
-        seats=[Seat(shared, rank) for rank in range(workers)],
+        seats=[VirtualReplica(shared, rank) for rank in range(workers)],
         batches=[Batches(shard, seed=config.seed, rank=rank) for rank, shard in enumerate(shards)],
         recorders=_recorders(config, environment, folder, shards),
         pool=ThreadPoolExecutor(threads, thread_name_prefix="compute"),
@@ -201,7 +201,7 @@ class VirtualEvaluator:
     """Tests one worker's snapshots; in virtual time that takes no time.
 
     ``at_once``: results must be there at the next `poll`, since the run may end by them; else when they are ready,
-    so that nobody waits for them. See `evaluate.BackgroundEvaluator`.
+    so that nobody waits for them. See `learner.evaluate.BackgroundEvaluator`.
     """
 
     def __init__(self, accuracies: Accuracies, *, at_once: bool) -> None:
@@ -236,7 +236,7 @@ class Meter:
         self.accuracies = [math.nan] * workers
         self._every_s, self._said_s = every_s, time.monotonic()
         self._terminal, self._title, self._goal, self._begun_s = terminal, title, goal_of(config), self._said_s
-        self._glances: dict[int, RankGlance] = {}
+        self._glances: dict[int, RankSnapshot] = {}
         self._tellers = [
             Teller(rank, workers, partial(self._accuracy, rank), partial(self._glances.__setitem__, rank))
             for rank in range(workers)
@@ -263,10 +263,10 @@ class Meter:
     def _accuracy(self, rank: int) -> float:
         return self.accuracies[rank]
 
-    def _look(self) -> Glance:
-        ranks = [glance for _, glance in sorted(dict(self._glances).items())]
+    def _look(self) -> Snapshot:
+        ranks = [snapshot for _, snapshot in sorted(dict(self._glances).items())]
         elapsed_s = max((rank.time_s for rank in ranks), default=0.0)
-        return Glance(
+        return Snapshot(
             title=self._title,
             workers=len(self.steps),
             ranks=ranks,

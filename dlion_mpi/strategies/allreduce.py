@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from dlion_mpi.arrays import Array, Arrays
-from dlion_mpi.flat import Vector
-from dlion_mpi.strategies.base import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan
+from dlion_mpi.strategies.contract import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan
+from dlion_mpi.vector.layout import Vector
+from dlion_mpi.vector.named_arrays import Array, Arrays
 from dlion_mpi.wire import Message
 
 

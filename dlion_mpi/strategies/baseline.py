@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from dlion_mpi.arrays import Array, Arrays
-from dlion_mpi.flat import Entries, Vector
-from dlion_mpi.strategies.base import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, may_advance
+from dlion_mpi.strategies.contract import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, may_advance
+from dlion_mpi.vector.layout import Entries, Vector
+from dlion_mpi.vector.named_arrays import Array, Arrays
 from dlion_mpi.wire import Message
 
 

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from dlion_mpi.arrays import Array, Arrays, part, under
-from dlion_mpi.config import Config
-from dlion_mpi.flat import Entries, Vector
-from dlion_mpi.select import Selection, Selector
-from dlion_mpi.strategies.base import (
+from dlion_mpi.algorithms.error_feedback import Budget, Choice, Rules, Unsent
+from dlion_mpi.algorithms.selection import Selection, Selector
+from dlion_mpi.algorithms.weighting import coefficient
+from dlion_mpi.config.options import Config
+from dlion_mpi.strategies.contract import (
     BATCHING,
     TELLING_BYTES,
     TRANSFER,
@@ -24,8 +24,8 @@ from dlion_mpi.strategies.base import (
     Plan,
     may_advance,
 )
-from dlion_mpi.unsent import Budget, Choice, Rules, Unsent
-from dlion_mpi.update import coefficient
+from dlion_mpi.vector.layout import Entries, Vector
+from dlion_mpi.vector.named_arrays import Array, Arrays, part, under
 from dlion_mpi.wire import Message, ValueType
 
 

@@ -9,9 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from dlion_mpi.arrays import Array, Arrays, integer, integers, under, vector
-from dlion_mpi.flat import Entries, Vector
-from dlion_mpi.strategies.base import (
+from dlion_mpi.strategies.contract import (
     WINDOW,
     Effect,
     Inbox,
@@ -22,6 +20,8 @@ from dlion_mpi.strategies.base import (
     Plan,
     may_advance,
 )
+from dlion_mpi.vector.layout import Entries, Vector
+from dlion_mpi.vector.named_arrays import Array, Arrays, integer, integers, under, vector
 from dlion_mpi.wire import Message, capacity_bytes, encoded_bytes
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from dlion_mpi.arrays import Array, Arrays, integer, integers, integers_by_rank, under
-from dlion_mpi.flat import Entries, Vector
-from dlion_mpi.strategies.base import WINDOW, Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan
+from dlion_mpi.strategies.contract import WINDOW, Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan
+from dlion_mpi.vector.layout import Entries, Vector
+from dlion_mpi.vector.named_arrays import Array, Arrays, integer, integers, integers_by_rank, under
 from dlion_mpi.wire import Kind, Message
 
 

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 from dlion_mpi.errors import UserError
 
 if TYPE_CHECKING:
-    from dlion_mpi.runs import Run
+    from dlion_mpi.metrics.reader import Run
     from dlion_mpi.trace.events import Window
 
 ENDINGS = (".json", ".gz")
@@ -44,8 +44,8 @@ def main(args: argparse.Namespace) -> int:
     if args.output != "-" and not args.output.lower().endswith(ENDINGS):
         raise UserError(f"-o {args.output}: must end in {' or '.join(ENDINGS)}, or be - for stdout")
     begin_s, end_s = _seconds("--from", args.begin, 0.0), _seconds("--to", args.end, math.inf)
-    from dlion_mpi.console import say
-    from dlion_mpi.runs import load
+    from dlion_mpi.log import say
+    from dlion_mpi.metrics.reader import load
     from dlion_mpi.trace.events import Window
     from dlion_mpi.trace.run import write
 

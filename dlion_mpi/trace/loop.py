@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.quantities import Grid
-from dlion_mpi.runs import Array, Rank
-from dlion_mpi.timeline import Phase
+from dlion_mpi.metrics.reader import Array, Rank
+from dlion_mpi.metrics.series import Grid
+from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.trace.events import Events, Lanes, Micros, Window, fitted, micros, number
 
 NAMES = {

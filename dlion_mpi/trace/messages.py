@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.runs import Array, Rank, Run
-from dlion_mpi.timeline import FIRST_PIECE, PIECE, RECORDS
+from dlion_mpi.metrics.reader import Array, Rank, Run
+from dlion_mpi.metrics.timeline import FIRST_PIECE, PIECE, RECORDS
 from dlion_mpi.trace.events import Events, Lanes, Micros, Window, micros, number
 from dlion_mpi.wire import Kind
 

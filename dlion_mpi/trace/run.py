@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import IO
 
 from dlion_mpi import __version__
-from dlion_mpi.quantities import Grid, grid
-from dlion_mpi.runs import Rank, Run, _Notes
-from dlion_mpi.timeline import RECORDS
+from dlion_mpi.metrics.reader import Rank, Run, _Notes
+from dlion_mpi.metrics.series import Grid, grid
+from dlion_mpi.metrics.timeline import RECORDS
 from dlion_mpi.trace import loop, messages
 from dlion_mpi.trace.events import Events, Window, micros
 

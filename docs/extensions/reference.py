@@ -17,11 +17,11 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from dlion_mpi import environments
 from dlion_mpi.cli import _parser
-from dlion_mpi.config import _BOUNDS, Config, flag
-from dlion_mpi.microcloud import Phase
-from dlion_mpi.strategies import STRATEGIES
+from dlion_mpi.config.options import _BOUNDS, Config, flag
+from dlion_mpi.microcloud import environments
+from dlion_mpi.microcloud.environment import Phase
+from dlion_mpi.strategies.registry import STRATEGIES
 
 
 def options(table: str) -> str:

@@ -19,12 +19,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dlion_mpi import emulate, environments
+from dlion_mpi.commands import emulate
 from dlion_mpi.emulation import netns, records
 from dlion_mpi.emulation.records import Emulation
-from dlion_mpi.environments import Environment
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.options import complain
+from dlion_mpi.log import complain
+from dlion_mpi.microcloud import environments
+from dlion_mpi.microcloud.environments import Environment
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "libpmix-dev")
 """Slurm's plugin for PMIx opens libpmix.so, a name that only the development package has."""

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dlion_mpi.config import Config
-from dlion_mpi.flat import Entries, Layout, Vector
-from dlion_mpi.strategies import STRATEGIES
+from dlion_mpi.config.options import Config
 from dlion_mpi.strategies.allreduce import AllReduce
-from dlion_mpi.strategies.base import LocalGradient
+from dlion_mpi.strategies.contract import LocalGradient
+from dlion_mpi.strategies.registry import STRATEGIES
+from dlion_mpi.vector.layout import Entries, Layout, Vector
 from dlion_mpi.wire import Header, Kind, Message
 from tests.inmemory import Quadratic, Run, Weather, run
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion_mpi.config import Config
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.flat import Vector
-from dlion_mpi.strategies import resolve
 from dlion_mpi.strategies.ako import partitions
-from dlion_mpi.strategies.base import LinkView, Outgoing, Plan
+from dlion_mpi.strategies.contract import LinkView, Outgoing, Plan
+from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import HEADER_BYTES, encoded_bytes
 from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, gradients, local, trained
 from tests.inmemory import Weather

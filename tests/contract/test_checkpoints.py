@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi.arrays import Array, Arrays, part, vector
 from dlion_mpi.checkpoint import folder, snapshot
 from dlion_mpi.checkpoint.folder import Checkpoint
 from dlion_mpi.checkpoint.preemption import Preemption
 from dlion_mpi.checkpoint.rounds import CheckpointRounds
-from dlion_mpi.config import Config
+from dlion_mpi.config.options import Config
+from dlion_mpi.config.parsing import config_of
 from dlion_mpi.errors import RunError
-from dlion_mpi.flat import Layout, Vector
-from dlion_mpi.options import config_of
-from dlion_mpi.worker import Worker
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.vector.layout import Layout, Vector
+from dlion_mpi.vector.named_arrays import Array, Arrays, part, vector
 from tests.inmemory import Network, Quadratic, Rows, Run, Weather, run
 
 WORKERS = 4
@@ -31,7 +31,7 @@ PEERS = range(WORKERS)
 
 
 class KeptRows(Rows):
-    """See `testbed.ResumableBatches`."""
+    """See `loop.ports.ResumableBatches`."""
 
     def state(self) -> dict[str, int]:
         return {"at": self._at}
@@ -41,7 +41,7 @@ class KeptRows(Rows):
 
 
 class KeptQuadratic(Quadratic):
-    """See `testbed.ResumableReplica`: with momentum, which is state of the optimizer."""
+    """See `loop.ports.ResumableReplica`: with momentum, which is state of the optimizer."""
 
     def __init__(self, rank: int, momentum: float = 0.5) -> None:
         random = np.random.default_rng(rank)

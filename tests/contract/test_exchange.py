@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion_mpi import exchange, wire
-from dlion_mpi.bandwidth import SMALL_BYTES
-from dlion_mpi.config import Config
-from dlion_mpi.exchange import MOST_STEPS_APART
-from dlion_mpi.flat import Layout, Vector
-from dlion_mpi.strategies import STRATEGIES, dlion, resolve
-from dlion_mpi.strategies.base import TELLING_BYTES, LinkView, LocalGradient, Outgoing, Plan, SendsFirst
+from dlion_mpi import wire
+from dlion_mpi.algorithms.bandwidth import SMALL_BYTES
+from dlion_mpi.config.options import Config
+from dlion_mpi.loop import exchange
+from dlion_mpi.loop.exchange import MOST_STEPS_APART
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.strategies import dlion
+from dlion_mpi.strategies.contract import TELLING_BYTES, LinkView, LocalGradient, Outgoing, Plan, SendsFirst
 from dlion_mpi.strategies.dlion import LEAST, MESSAGE_LIMIT, MOST
+from dlion_mpi.strategies.registry import STRATEGIES, resolve
+from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.wire import Header, Kind, Message, ValueType
-from dlion_mpi.worker import Worker
 from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, every_message_mode, gradients, local, trained
 from tests.inmemory import Network, Weather
 

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion_mpi.config import Config
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.flat import Vector
-from dlion_mpi.strategies import gaia, resolve
-from dlion_mpi.strategies.base import Inbox, LinkView, Outgoing, Plan, may_advance
+from dlion_mpi.strategies import gaia
+from dlion_mpi.strategies.contract import Inbox, LinkView, Outgoing, Plan, may_advance
+from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import Kind
 from tests import inmemory
 from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, gradients, local, rows, specialists, trained

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi.config import Config
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.flat import Vector
-from dlion_mpi.strategies import resolve
-from dlion_mpi.strategies.base import Effect, Inbox, LinkView, Plan
+from dlion_mpi.strategies.contract import Effect, Inbox, LinkView, Plan
+from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import Kind, Message
 from tests.contract.problem import (
     LAYOUT,

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi.config import Config, Every
-from dlion_mpi.environments import Environment, Phase
-from dlion_mpi.simulate import simulate
+from dlion_mpi.config.options import Config, Every
+from dlion_mpi.microcloud.environments import Environment, Phase
 from dlion_mpi.simulation.driver import VirtualLinks
+from dlion_mpi.simulation.simulate import simulate
 from dlion_mpi.strategies.ako import Ako
-from dlion_mpi.strategies.base import LinkView
+from dlion_mpi.strategies.contract import LinkView
 from dlion_mpi.strategies.gaia import Gaia
 from tests.conservation import Exact
 from tests.gaps import leads

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dlion_mpi.config import Config
-from dlion_mpi.options import config_of
-from dlion_mpi.worker import Worker
+from dlion_mpi.config.options import Config
+from dlion_mpi.config.parsing import config_of
+from dlion_mpi.loop.worker import Worker
 from tests.contract.test_checkpoints import PEERS, KeptQuadratic, checkpoints, rows, train
 from tests.contract.test_checkpoints import config as checkpointed
 from tests.inmemory import Network, Run, Weather, run

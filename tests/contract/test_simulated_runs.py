@@ -11,24 +11,24 @@ import h5py
 import numpy as np
 import pytest
 
-from dlion_mpi import environments
-from dlion_mpi.config import Config, Every
-from dlion_mpi.data import Batches, Shard, load_shards
-from dlion_mpi.environments import Environment
+from dlion_mpi.config.options import Config, Every
 from dlion_mpi.errors import UserError
-from dlion_mpi.flat import Vector
-from dlion_mpi.model import Replica, build, optimizer
-from dlion_mpi.outcome import Outcome
-from dlion_mpi.simulate import simulate
+from dlion_mpi.learner.data import Batches, Shard, load_shards
+from dlion_mpi.learner.replica import Replica, build, optimizer
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.metrics.timeline import Phase
+from dlion_mpi.microcloud import environments
+from dlion_mpi.microcloud.environments import Environment
+from dlion_mpi.result import Result
 from dlion_mpi.simulation import driver as simulation_driver
-from dlion_mpi.simulation import testbed as simulation_testbed
+from dlion_mpi.simulation import links as simulation_testbed
 from dlion_mpi.simulation.network import payload_bytes_per_s
 from dlion_mpi.simulation.run import prepare
-from dlion_mpi.simulation.seats import SharedReplica
-from dlion_mpi.strategies import STRATEGIES, resolve
-from dlion_mpi.timeline import Phase
+from dlion_mpi.simulation.shared_replica import SharedReplica
+from dlion_mpi.simulation.simulate import simulate
+from dlion_mpi.strategies.registry import STRATEGIES, resolve
+from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import HEADER_BYTES, Message
-from dlion_mpi.worker import Worker
 from tests.contract.problem import every_message_mode
 
 PARAMETERS = 2410
@@ -60,7 +60,7 @@ def metrics(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def recorded(tmp_path: Path, environment: Environment, **options: Any) -> tuple[Outcome, list[dict[str, Any]]]:
+def recorded(tmp_path: Path, environment: Environment, **options: Any) -> tuple[Result, list[dict[str, Any]]]:
     """A run with metrics, and those of every rank."""
     outcome = simulate(config(out=str(tmp_path / "run"), **options), environment, report=False)
     return outcome, list(metrics(tmp_path / "run").values())

@@ -12,12 +12,12 @@ import math
 import numpy as np
 import pytest
 
-from dlion_mpi.config import Config
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.strategies import STRATEGIES, resolve
-from dlion_mpi.strategies.base import Inbox, Plan
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.strategies.contract import Inbox, Plan
+from dlion_mpi.strategies.registry import STRATEGIES, resolve
 from dlion_mpi.wire import Kind
-from dlion_mpi.worker import Worker
 from tests.contract.problem import (
     EVERY_MODE,
     LAYOUT,

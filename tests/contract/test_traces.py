@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dlion_mpi.cli import main
-from dlion_mpi.config import Config, Every
-from dlion_mpi.environments import Environment, Phase
-from dlion_mpi.runs import Run, load
-from dlion_mpi.simulate import simulate
+from dlion_mpi.config.options import Config, Every
+from dlion_mpi.metrics.reader import Run, load
+from dlion_mpi.microcloud.environments import Environment, Phase
+from dlion_mpi.simulation.simulate import simulate
 from dlion_mpi.wire import HEADER_BYTES
 from tests import traces
 from tests.traces import Trace

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi import UserError, fit, runs
+from dlion_mpi import UserError, fit
 from dlion_mpi.checkpoint import folder
 from dlion_mpi.checkpoint.start import NEW, Start, plan
-from dlion_mpi.model import build, tensorflow
-from dlion_mpi.options import config_of
-from dlion_mpi.run import Outcome, run
+from dlion_mpi.config.parsing import config_of
+from dlion_mpi.learner.replica import build, tensorflow
+from dlion_mpi.metrics import reader as runs
+from dlion_mpi.run import Result, run
 
 MODEL = "tests.nets:normalised"
 """With dropout and batch normalisation: generators and statistics count as well."""
 DLION = {"strategy": "dlion", "sync": "sync", "batching": "fixed", "max_n": 20, "transfer_period": 10, "momentum": 0.9}
 
 
-def train(out: Path, start: Start = NEW, **options: Any) -> tuple[Outcome, np.ndarray]:
+def train(out: Path, start: Start = NEW, **options: Any) -> tuple[Result, np.ndarray]:
     """A run, and the weights and statistics it leaves in its model."""
     tensorflow(1)
     model = build(MODEL, (8, 8, 1), 10, 0)

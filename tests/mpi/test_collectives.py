@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi.collectives import CHUNK, ring_bytes
+from dlion_mpi.mpi.collectives import CHUNK, ring_bytes
 from tests.mpi.test_links import exchange
 
 

@@ -11,13 +11,13 @@ import pytest
 from mpi4py import MPI
 
 from dlion_mpi import wire
-from dlion_mpi.collectives import Collectives
 from dlion_mpi.errors import RunError
-from dlion_mpi.flat import Entries
-from dlion_mpi.links import DATA, RECEIVE_BUFFERS, Links
-from dlion_mpi.progress import ProgressThread
-from dlion_mpi.strategies.base import Outgoing
-from dlion_mpi.testbed import Stamp
+from dlion_mpi.loop.ports import Stamp
+from dlion_mpi.mpi.collectives import Collectives
+from dlion_mpi.mpi.links import DATA, RECEIVE_BUFFERS, Links
+from dlion_mpi.mpi.progress import ProgressThread
+from dlion_mpi.strategies.contract import Outgoing
+from dlion_mpi.vector.layout import Entries
 
 SIZE = 50_000
 WINDOW = 2

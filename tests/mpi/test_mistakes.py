@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from dlion_mpi.config.parsing import config_of
 from dlion_mpi.errors import UserError
-from dlion_mpi.options import config_of
 from dlion_mpi.run import run
 from tests.shards import write_shard
 

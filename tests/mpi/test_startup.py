@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi import startup
 from dlion_mpi.errors import UserError
+from dlion_mpi.mpi import startup
 
 
 @pytest.mark.mpi

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi.collectives import ring_bytes
+from dlion_mpi.config.parsing import config_of
 from dlion_mpi.errors import RunError
-from dlion_mpi.model import build, tensorflow
-from dlion_mpi.options import config_of
-from dlion_mpi.run import Outcome, run
+from dlion_mpi.learner.replica import build, tensorflow
+from dlion_mpi.mpi.collectives import ring_bytes
+from dlion_mpi.run import Result, run
 from dlion_mpi.strategies.allreduce import AllReduce
 from tests.mpi.test_training import PLAIN
 
@@ -31,7 +31,7 @@ needs_horovod = pytest.mark.skipif(not _built(), reason="Horovod is not installe
 both = pytest.mark.parametrize("strategy", ["allreduce", pytest.param("horovod", marks=needs_horovod)])
 
 
-def train(model: Any = None, **options: Any) -> Outcome:
+def train(model: Any = None, **options: Any) -> Result:
     return run(config_of({"data": "digits", "model": MODEL, **options}), model=model, report=False)
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi import data
-from dlion_mpi.model import build, tensorflow
-from dlion_mpi.options import config_of
-from dlion_mpi.run import Outcome, run
+from dlion_mpi.config.parsing import config_of
+from dlion_mpi.learner import data
+from dlion_mpi.learner.replica import build, tensorflow
+from dlion_mpi.run import Result, run
 
 MODEL = "tests.nets:dense"
 PLAIN = {
@@ -28,7 +28,7 @@ PLAIN = {
 """DLion with every technique switched off: synchronous SGD on the joint batch."""
 
 
-def train(keras_model: Any = None, **options: Any) -> Outcome:
+def train(keras_model: Any = None, **options: Any) -> Result:
     options = {"data": "digits", "model": MODEL, "steps": 20, "learning_rate": 0.1, **options}
     options = {name: value for name, value in options.items() if value is not None}
     return run(config_of(options), model=keras_model, report=False)

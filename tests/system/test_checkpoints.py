@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlion_mpi import runs
 from dlion_mpi.checkpoint import folder
+from dlion_mpi.metrics import reader as runs
 from tests.system.launch import Ended, complaints, end, run, start
 
 pytestmark = pytest.mark.timeout(240)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlion_mpi import runs
 from dlion_mpi.emulation import mpilaunch, netns
 from dlion_mpi.errors import UserError
+from dlion_mpi.metrics import reader as runs
 from tests.system.launch import run
 from tests.system.test_horovod import needs_horovod
 from tests.system.test_train import SMALL, result_of
@@ -77,7 +77,7 @@ if comm.rank == 0:
 """
 REPORT_RATES = """
 import subprocess, time
-from dlion_mpi import environments
+from dlion_mpi.microcloud import environments
 from mpi4py import MPI
 def rate():
     text = subprocess.run(["tc", "class", "show", "dev", "eth0"], capture_output=True, text=True).stdout
@@ -117,7 +117,7 @@ class Place:
         return str(path)
 
     def line(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "dlion_mpi.emulate", *words]
+        return [sys.executable, "-m", "dlion_mpi.commands.emulate", *words]
 
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -382,7 +382,7 @@ def test_bad_input_is_one_line_and_builds_nothing(place: Place, words: list[str]
 
 
 def test_without_root_it_says_so(place: Place) -> None:
-    as_nobody = "import os, sys; from dlion_mpi import emulate; os.setuid(65534); sys.exit(emulate.program())"
+    as_nobody = "import os, sys; from dlion_mpi.commands import emulate; os.setuid(65534); sys.exit(emulate.program())"
     done = subprocess.run(
         [sys.executable, "-c", as_nobody, "run", "--env", "homo-b", "--", "true"],
         env=place.environ,

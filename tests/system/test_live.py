@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlion_mpi import runs
+from dlion_mpi.metrics import reader as runs
 from tests import eventfiles
 from tests.screen import Screen, running
 from tests.system.launch import BIN, ROOT, command, end, run, start

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dlion_mpi.cli import main
-from dlion_mpi.runs import Rank, Run, load
+from dlion_mpi.metrics.reader import Rank, Run, load
 from dlion_mpi.wire import HEADER_BYTES
 from tests import traces
 from tests.system.launch import run as launch

@@ -212,7 +212,8 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path: Path) ->
 
 OVERSIZED = """
 import numpy as np
-from dlion_mpi import links, wire
+from dlion_mpi import wire
+from dlion_mpi.mpi import links
 from dlion_mpi.cli import main
 import sys
 original = links.Links.post
@@ -237,7 +238,7 @@ def test_a_message_larger_than_any_can_be_ends_the_run(tmp_path: Path) -> None:
 
 
 CORRUPTED = """
-from dlion_mpi import links
+from dlion_mpi.mpi import links
 from dlion_mpi.cli import main
 import sys
 original = links.wire.encode

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlion_mpi.config import Config
+from dlion_mpi.config.options import Config
 from tests import runfiles
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib", reason=f"matplotlib is missing: {EXTRA}")
 
 import analysis  # noqa: E402
 from analysis import figures  # noqa: E402
-from dlion_mpi.runs import COLUMNS, Run  # noqa: E402
+from dlion_mpi.metrics.reader import COLUMNS, Run  # noqa: E402
 
 Captured = pytest.CaptureFixture[str]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlion_mpi.metrics import Recorder, StepRecord
-from dlion_mpi.timeline import Phase
+from dlion_mpi.metrics.recorder import Recorder
+from dlion_mpi.metrics.records import StepRecord
+from dlion_mpi.metrics.timeline import Phase
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
 

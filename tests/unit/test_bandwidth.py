@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dlion_mpi import wire
-from dlion_mpi.bandwidth import FIRST_BYTES, SMALL_BYTES, LinkRate, rooms_bytes, uplink_bytes_per_s
+from dlion_mpi.algorithms.bandwidth import FIRST_BYTES, SMALL_BYTES, LinkRate, rooms_bytes, uplink_bytes_per_s
 
 MB = 1e6
 TICK_S = 1e-3

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dlion_mpi.batching import GlobalBatchSchedule, ThroughputFit, equal_lbs, solve_lbs
+from dlion_mpi.algorithms.batching import GlobalBatchSchedule, ThroughputFit, equal_lbs, solve_lbs
 
 # ---- schedule
 

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dlion_mpi.arrays import Arrays, StateError, array, by_rank, part, under, vectors_by_rank
 from dlion_mpi.checkpoint import file, folder
 from dlion_mpi.checkpoint.file import Damaged, Written
 from dlion_mpi.checkpoint.folder import Part
 from dlion_mpi.errors import UserError
+from dlion_mpi.vector.named_arrays import Arrays, StateError, array, by_rank, part, under, vectors_by_rank
 
 KILLS = 100
 

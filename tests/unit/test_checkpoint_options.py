@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi import runs
 from dlion_mpi.checkpoint import folder
 from dlion_mpi.checkpoint.preemption import Preemption
 from dlion_mpi.checkpoint.start import NEW, Start, plan
 from dlion_mpi.cli import main
-from dlion_mpi.config import Every
+from dlion_mpi.config.options import Every
 from dlion_mpi.errors import UserError
-from dlion_mpi.metrics import Recorder, next_part
+from dlion_mpi.metrics import reader as runs
+from dlion_mpi.metrics.recorder import Recorder, next_part
 from tests import runfiles
 from tests.unit.test_checkpoint_files import write_checkpoint
 

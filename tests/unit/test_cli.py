@@ -14,12 +14,12 @@ import pytest
 
 from dlion_mpi import __version__
 from dlion_mpi.cli import main
-from dlion_mpi.config import Config, flag
-from dlion_mpi.console import SUMMARY_COLUMNS, Progress, summary
+from dlion_mpi.config.options import Config, flag
+from dlion_mpi.config.parsing import config_of
 from dlion_mpi.errors import UserError
-from dlion_mpi.metrics import StepRecord
-from dlion_mpi.options import config_of
-from dlion_mpi.strategies import STRATEGIES
+from dlion_mpi.metrics.records import StepRecord
+from dlion_mpi.strategies.registry import STRATEGIES
+from dlion_mpi.view.lines import SUMMARY_COLUMNS, Progress, summary
 
 Captured = pytest.CaptureFixture[str]
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dlion_mpi.config import Config, Every, convert, flag, from_toml
+from dlion_mpi.config.options import Config, Every, convert, flag, from_toml
 from dlion_mpi.errors import UserError
-from dlion_mpi.strategies import STRATEGIES, resolve
+from dlion_mpi.strategies.registry import STRATEGIES, resolve
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))  # all of Unicode but lone surrogates

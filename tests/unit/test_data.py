@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion_mpi import data
-from dlion_mpi.data import Batches, Shard, load, load_shards, merge_facts, partition_rows, shard_of_arrays
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner import data
+from dlion_mpi.learner.data import Batches, Shard, load, load_shards, merge_facts, partition_rows, shard_of_arrays
 
 Arrays = dict[str, Any]
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from dlion_mpi import environments
 from dlion_mpi.cli import _parser
-from dlion_mpi.config import Config, from_toml
-from dlion_mpi.options import TABLES, config_of
+from dlion_mpi.config.options import Config, from_toml
+from dlion_mpi.config.parsing import TABLES, config_of
+from dlion_mpi.microcloud import environments
 from dlion_mpi.simulation import idealised
-from dlion_mpi.strategies import STRATEGIES, resolve
+from dlion_mpi.strategies.registry import STRATEGIES, resolve
 from tests.markdown import PAGES, ROOT, Block, anchors, blocks, every_block, label, links, prose, write_files
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if page.parent.name == "docs" else str(page))

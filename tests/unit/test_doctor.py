@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dlion_mpi import data, doctor
-from dlion_mpi.doctor import GET_MPI, Answer, Check
+from dlion_mpi.commands import doctor
+from dlion_mpi.commands.doctor import GET_MPI, Answer, Check
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner import data
 
 OPEN_MPI_LIBRARY = "Open MPI v5.0.11, package: Open MPI x Distribution, ident: 5.0.11\n"
 OPEN_MPI_MPIRUN = "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/\n"
@@ -81,7 +82,9 @@ def test_json_is_one_object_with_every_check(
 
 def test_the_whole_report_imports_neither_tensorflow_nor_mpi() -> None:
     heavy = "{'tensorflow', 'keras', 'mpi4py.MPI'}"
-    code = f"import sys; from dlion_mpi import doctor; doctor.main(); sys.exit(bool({heavy} & set(sys.modules)))"
+    code = (
+        f"import sys; from dlion_mpi.commands import doctor; doctor.main(); sys.exit(bool({heavy} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("Python", "MPI library", "cores", "TensorFlow", "Horovod", "dlion emulate", "figures", "digits"):

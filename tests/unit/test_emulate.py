@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dlion_mpi import emulate, environments
+from dlion_mpi.commands import emulate
 from dlion_mpi.emulation import linkcheck, mpilaunch, netns, records
 from dlion_mpi.emulation.linkcheck import Probe
 from dlion_mpi.emulation.mpilaunch import Launcher
 from dlion_mpi.emulation.records import Emulation
-from dlion_mpi.environments import Environment, Phase
 from dlion_mpi.errors import RunError, UserError
+from dlion_mpi.microcloud import environments
+from dlion_mpi.microcloud.environments import Environment, Phase
 
 SHARED = Environment(name="s", workers=3, phases=(Phase(cores=(1, 1, 1), uplink_mbit=(10, 20, 30)),))
 MATRIX = Environment(name="m", workers=2, phases=(Phase(cores=(1, 1), link_mbit=((0, 5), (7, 0))),), latency_s=0.03)

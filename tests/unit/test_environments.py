@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dlion_mpi import environments
-from dlion_mpi.environments import Environment, PaceClock, Phase
 from dlion_mpi.errors import UserError
+from dlion_mpi.microcloud import environments
+from dlion_mpi.microcloud.environments import Environment, PaceClock, Phase
 
 TABLE: dict[str, tuple[list[float], list[float] | None]] = {  # cores, uplinks (None: a matrix)
     "homo-a": ([24] * 6, [1000] * 6),

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion_mpi.evaluate import CHUNK, BackgroundEvaluator, Evaluation, rows_to_test, target_reached_s
-from dlion_mpi.flat import Vector
+from dlion_mpi.learner.evaluate import CHUNK, BackgroundEvaluator, rows_to_test, target_reached_s
+from dlion_mpi.metrics.records import Evaluation
+from dlion_mpi.vector.layout import Vector
 
 ROWS = 2 * CHUNK + 7
 X = np.arange(ROWS, dtype=np.float32)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dlion_mpi import jobenv
-from dlion_mpi.jobenv import Place
+from dlion_mpi.mpi import jobenv
+from dlion_mpi.mpi.jobenv import Place
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "3"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlion_mpi.membership import Membership
+from dlion_mpi.loop.membership import Membership
 
 
 def test_peers_are_everyone_else_in_order() -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dlion_mpi.cli import main
-from dlion_mpi.config import Config
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.simulate import micro_cloud, simulate
-from dlion_mpi.strategies import STRATEGIES, find, resolve
+from dlion_mpi.simulation.simulate import micro_cloud, simulate
+from dlion_mpi.strategies.registry import STRATEGIES, find, resolve
 from tests.contract.problem import OPTIMUM, ROUGH, trained
 from tests.markdown import write_files
 

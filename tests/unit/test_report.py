@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from dlion_mpi.cli import main
-from dlion_mpi.config import Config
+from dlion_mpi.config.options import Config
+from dlion_mpi.metrics.reader import Run, load
 from dlion_mpi.report import colours, comparison, report, workers
 from dlion_mpi.report.figure import EACH, MOST, ROWS, numbers
 from dlion_mpi.report.settings import settings, summary
-from dlion_mpi.runs import Run, load
 from tests import runfiles
 
 Captured = pytest.CaptureFixture[str]
@@ -135,7 +135,7 @@ try:
     main(["report", "--help"])
 except SystemExit as ended:
     assert ended.code == 0
-print([name for name in ("h5py", "pandas", "matplotlib", "dlion_mpi.runs") if name in sys.modules])
+print([name for name in ("h5py", "pandas", "matplotlib", "dlion_mpi.metrics.reader") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi.config import Config
-from dlion_mpi.flat import Vector
-from dlion_mpi.rounds import KnowledgeRounds, StatusRounds, Transfer
-from dlion_mpi.strategies import resolve
-from dlion_mpi.testbed import Until
+from dlion_mpi.config.options import Config
+from dlion_mpi.loop.batch_sizes import StatusRounds
+from dlion_mpi.loop.knowledge import KnowledgeRounds
+from dlion_mpi.loop.ports import Until
+from dlion_mpi.metrics.records import Transfer
+from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.vector.layout import Vector
 from tests.inmemory import MemoryCollectives
 
 WORKERS = 3

@@ -12,14 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlion_mpi import wire
-from dlion_mpi.config import Config
-from dlion_mpi.environments import Environment, Pace, Phase
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.flat import Entries
-from dlion_mpi.simulate import micro_cloud
+from dlion_mpi.loop.ports import Stamp
+from dlion_mpi.microcloud.environments import Environment, Pace, Phase
 from dlion_mpi.simulation.idealised import AllReduce, FreeNetwork, resolve
-from dlion_mpi.simulation.network import PAYLOAD_SHARE, Events, Medium, Network, Stream, payload_bytes_per_s
-from dlion_mpi.simulation.testbed import (
+from dlion_mpi.simulation.links import (
     CHUNK,
     RECEIVE_BUFFERS,
     Operations,
@@ -27,8 +25,10 @@ from dlion_mpi.simulation.testbed import (
     VirtualLinks,
     _tree,
 )
-from dlion_mpi.strategies.base import Outgoing
-from dlion_mpi.testbed import Stamp
+from dlion_mpi.simulation.network import PAYLOAD_SHARE, Events, Medium, Network, Stream, payload_bytes_per_s
+from dlion_mpi.simulation.simulate import micro_cloud
+from dlion_mpi.strategies.contract import Outgoing
+from dlion_mpi.vector.layout import Entries
 
 STAMP = Stamp(epoch=0, step=7, lbs=32, gbs=96, computed_at=0.5)
 BYTES_8_MBIT = 1e6 * PAYLOAD_SHARE

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi.evaluate import Evaluation
+from dlion_mpi.metrics.records import Evaluation
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
 
@@ -226,7 +226,7 @@ def test_what_is_expected_is_the_median_of_other_seeds_or_else_of_other_environm
 
 
 def test_phases_of_a_dynamic_environment_do_not_depend_on_the_length_of_the_run(tmp_path: Path) -> None:
-    from dlion_mpi import environments
+    from dlion_mpi.microcloud import environments
 
     dynamic = environments.load(systems._fixed_phases(small(0, env="dynamic-b"), tmp_path))
     for length in (120.0, 3000.0, None):

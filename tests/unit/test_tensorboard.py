@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi.config import Config
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.evaluate import Evaluation
-from dlion_mpi.metrics import NoRecorder
-from dlion_mpi.outcome import new_folder
-from dlion_mpi.rounds import Transfer
-from dlion_mpi.tensorboard import TensorBoard, check_unused
+from dlion_mpi.files import new_folder
+from dlion_mpi.metrics.recorder import NoRecorder
+from dlion_mpi.metrics.records import Evaluation, Transfer
+from dlion_mpi.view.tensorboard import TensorBoard, check_unused
 from tests import eventfiles, runfiles
 
 BEGUN_S = 1_700_000_000.0

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from dlion_mpi import live, terminal
-from dlion_mpi.config import Config
-from dlion_mpi.terminal import Painter, Terminal, View, _Process, launchers_terminal, terminal_of
+from dlion_mpi.config.options import Config
+from dlion_mpi.view import live, terminal
+from dlion_mpi.view.terminal import Painter, Terminal, View, _Process, launchers_terminal, terminal_of
 from tests.screen import Screen
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from dlion_mpi.cli import main
-from dlion_mpi.metrics import Recorder
-from dlion_mpi.runs import load
-from dlion_mpi.timeline import RECORDS, Phase
+from dlion_mpi.metrics.reader import load
+from dlion_mpi.metrics.recorder import Recorder
+from dlion_mpi.metrics.timeline import RECORDS, Phase
 from tests import runfiles, traces
 from tests.traces import Trace
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion_mpi.transfer import best, merge, merges
+from dlion_mpi.algorithms.transfer import best, merge, merges
 
 NAN, INF = math.nan, math.inf
 LOSSES = st.lists(st.one_of(st.floats(-1e300, 1e300), st.sampled_from([NAN, INF, -INF])), min_size=1, max_size=8)

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi import runs, sight, watch
 from dlion_mpi.cli import main
-from dlion_mpi.config import Config
+from dlion_mpi.commands import watch
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.glance import Glance
-from dlion_mpi.metrics import Recorder
+from dlion_mpi.metrics import reader as runs
+from dlion_mpi.metrics.recorder import Recorder
+from dlion_mpi.view import from_files as sight
+from dlion_mpi.view.snapshot import Snapshot
 from tests import runfiles
 
 NOBODY = 2**22 + 1
@@ -28,8 +30,8 @@ NOBODY = 2**22 + 1
 Captured = pytest.CaptureFixture[str]
 
 
-def glance(folder: Path) -> Glance:
-    return Glance.from_json(sight.look(str(folder))["glance"])
+def snapshot(folder: Path) -> Snapshot:
+    return Snapshot.from_json(sight.look(str(folder))["snapshot"])
 
 
 def open_run(folder: Path, pid: int, *, steps: int = 40, host: str = platform.node(), ago_s: float = 0.0) -> Path:
@@ -54,7 +56,7 @@ def words(folder: Path) -> tuple[str, bool, int]:
 
 
 def test_a_rank_is_its_last_step_and_the_means_of_its_last_moments(tmp_path: Path) -> None:
-    seen = glance(runfiles.make_run(tmp_path / "run"))
+    seen = snapshot(runfiles.make_run(tmp_path / "run"))
     assert (seen.workers, [rank.rank for rank in seen.ranks], seen.elapsed_s) == (3, [0, 1, 2], 60.0)
     assert seen.goal.seconds == 60.0
     assert seen.title == f"dlion: dlion, 3 ranks, cipher, fashion-mnist, {tmp_path / 'run'}"
@@ -85,14 +87,14 @@ def test_a_simulated_run_is_virtual(tmp_path: Path) -> None:
     (folder / "config.toml").write_text(Config().to_toml(), encoding="utf-8")
     newest_s = max(file.stat().st_mtime for file in folder.glob("*.h5"))
     os.utime(folder / "config.toml", (0, newest_s - 30.0))
-    seen = glance(folder)
+    seen = snapshot(folder)
     assert seen.virtual
     assert seen.real_s_per_s == pytest.approx(0.5)  # 60 virtual seconds took 30
     assert "3 workers" in seen.title
 
 
 def test_a_run_without_an_end_of_its_own_has_a_thousand_steps(tmp_path: Path) -> None:
-    assert glance(runfiles.make_run(tmp_path / "run", config=Config().to_toml())).goal.steps == Config().last_step
+    assert snapshot(runfiles.make_run(tmp_path / "run", config=Config().to_toml())).goal.steps == Config().last_step
 
 
 # ---- how it stands with it
@@ -138,7 +140,7 @@ def test_a_run_of_long_steps_is_given_time_for_some(tmp_path: Path, monkeypatch:
 def test_ranks_that_are_missing_are_named(tmp_path: Path) -> None:
     folder = runfiles.make_run(tmp_path / "run")
     (folder / "metrics-00001.h5").unlink()
-    seen = glance(folder)
+    seen = snapshot(folder)
     assert [rank.rank for rank in seen.ranks] == [0, 2]
     assert seen.notes == ["rank 1: no metrics file, so nothing is shown of what happened there"]
     assert words(folder) == ("ended, as far as it can be seen", True, 0)
@@ -148,14 +150,14 @@ def test_a_file_that_was_cut_off_is_named_and_the_others_are_shown(tmp_path: Pat
     folder = runfiles.make_run(tmp_path / "run")
     file = folder / "metrics-00002.h5"
     file.write_bytes(file.read_bytes()[:2000])
-    seen = glance(folder)
+    seen = snapshot(folder)
     assert [rank.rank for rank in seen.ranks] == [0, 1]
     assert any("metrics-00002.h5 cannot be read" in note for note in seen.notes)
 
 
 def test_a_run_before_its_first_step(tmp_path: Path) -> None:
     Recorder(tmp_path, 0, 1, {"config": Config(steps=10).to_toml()}).flush()
-    seen = glance(tmp_path)
+    seen = snapshot(tmp_path)
     assert [(rank.rank, rank.step) for rank in seen.ranks] == [(0, 0.0)]
     assert seen.share() == 0.0
 
@@ -277,7 +279,7 @@ def test_a_file_that_is_read_for_ever_does_not_hold_us_up(code: str, monkeypatch
 
 
 def test_the_reader_answers_every_line_and_ends_with_its_reader(tmp_path: Path) -> None:
-    command: Sequence[str] = [sys.executable, "-m", "dlion_mpi.sight", str(tmp_path / "run")]
+    command: Sequence[str] = [sys.executable, "-m", "dlion_mpi.view.from_files", str(tmp_path / "run")]
     done = subprocess.run(command, input="\n\n", capture_output=True, text=True, timeout=60, check=True)
     assert len(done.stdout.splitlines()) == 2
     assert done.stderr == ""

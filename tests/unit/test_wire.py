@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dlion_mpi import wire
-from dlion_mpi.flat import Entries, Indices, Vector
+from dlion_mpi.vector.layout import Entries, Indices, Vector
 from dlion_mpi.wire import HEADER_BYTES, Bytes, Encoding, Header, Kind, ValueType, WireError
 
 HEADER = Header(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlion_mpi import wire
-from dlion_mpi.flat import Entries, Indices
+from dlion_mpi.vector.layout import Entries, Indices
 from dlion_mpi.wire import HEADER_BYTES, Encoding, Kind, WireError
 from tests.unit.test_wire import (
     HEADER,

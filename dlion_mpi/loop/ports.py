@@ -1,0 +1,214 @@
+"""What a worker's loop needs of its surroundings, real or simulated, and what it waits for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from dlion_mpi.algorithms.bandwidth import LinkRate, rooms_bytes
+from dlion_mpi.strategies.contract import LinkView, Outgoing
+from dlion_mpi.vector.layout import Layout, Vector
+from dlion_mpi.vector.named_arrays import Array, Arrays
+from dlion_mpi.wire import Kind, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Compute a gradient over a batch: ``x`` (b, ...), ``y`` (b,). The answer is a `Computed`.
+
+    ``alone``: apply it at once, there is nobody to exchange with.
+    """
+
+    x: npt.NDArray[Any]
+    y: npt.NDArray[np.int32]
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """``gradient``: (P,) float32, None if it was applied at once. ``seconds``: all of it, ``paced_s`` slept.
+
+    ``finite``: whether loss and gradient are.
+    """
+
+    loss: float
+    gradient: Vector | None
+    finite: bool
+    seconds: float
+    paced_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What every header of a step carries besides its link's own numbers."""
+
+    epoch: int
+    step: int
+    lbs: int
+    gbs: int
+    computed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTotals:
+    """What a link has carried: bytes both ways (headers and acknowledgements too), and its measured rate."""
+
+    bytes_sent: int
+    bytes_received: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Until:
+    """The loop waits until ``ready()``. What drives the loop asks again whenever something has arrived, and at
+    ``deadline_s`` of the run's clock."""
+
+    ready: Callable[[], bool]
+    deadline_s: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """Messages that were made and queued: when, in seconds of the run's clock, what it took of a processor, and the N
+    (``quality``) of each that carries entries, by peer."""
+
+    start_s: float
+    end_s: float
+    cpu_s: float
+    quality: dict[int, float]
+
+
+class BackgroundEncoder(Protocol):
+    """Makes messages beside the loop, one after the other; see `mpi.driver.EncoderThread`."""
+
+    def begin(self, work: Callable[[], EncodedBatch]) -> None:
+        """Have ``work`` done after what was begun before."""
+
+    def done(self) -> bool:
+        """Whether all that was begun is done. Raises what ``work`` raised, once."""
+
+    def take(self) -> list[EncodedBatch]:
+        """What has been made since the last call, once all is `done`."""
+
+
+Loop = Generator[Compute | Until, Computed | None, None]
+
+
+class Ticket(Protocol):
+    """A collective under way. ``table``: (n, k) of a gather, row r from rank r; ``vector``: of a broadcast or sum."""
+
+    done: bool
+    table: npt.NDArray[np.float64]
+    vector: Vector
+
+
+Reduce = Callable[[Vector | None], Ticket]
+"""Sums everyone's share of a gradient. None: this worker has none any more; then everyone's sum is empty, and all end.
+See `mpi.collectives.Collectives.reduce`."""
+
+
+class Collectives(Protocol):
+    """What the rounds need of MPI, or of its simulation; see `mpi.collectives.Collectives`."""
+
+    def gather(self, channel: str, record: Sequence[float]) -> Ticket:
+        """Everyone's record to everyone."""
+
+    def broadcast(self, channel: str, root: int, vector: Vector) -> Ticket:
+        """One rank's vector to everyone."""
+
+
+class Links(Protocol):
+    """What the loop needs of the links, or of their simulation; see `mpi.links.Links`."""
+
+    def view(self, peers: Iterable[int], step_s: float) -> dict[int, LinkView]:
+        """Which links have room, and for how much."""
+
+    def post(self, messages: dict[int, Outgoing], stamp: Stamp) -> dict[int, int]:
+        """Queue messages; returns the bytes of each."""
+
+    def announce(self, kind: Kind, stamp: Stamp) -> None:
+        """Tell every peer something that has no entries."""
+
+    def poll(self) -> list[Message]:
+        """What has arrived."""
+
+    def totals(self) -> dict[int, LinkTotals]:
+        """What every link has carried."""
+
+    def fall_silent(self) -> list[int]:
+        """Send nothing more; returns how many messages went to every rank."""
+
+    def received_counts(self) -> list[int]:
+        """How many messages came from every rank."""
+
+    def cpu_s(self) -> float:
+        """Processor seconds that moving messages has taken so far, beside the loop."""
+
+
+class Replica(Protocol):
+    """What the loop needs of the model; see `learner.replica.Replica`."""
+
+    layout: Layout
+
+    def apply(self, gradient: Vector) -> None:
+        """Give the optimizer an effective gradient."""
+
+    def weights(self) -> Vector:
+        """A copy of the weights."""
+
+    def set_weights(self, weights: Vector) -> None:
+        """Replace the weights."""
+
+    def knowledge(self) -> Vector:
+        """A copy of weights and statistics."""
+
+    def set_knowledge(self, knowledge: Vector) -> None:
+        """Replace weights and statistics."""
+
+
+@runtime_checkable
+class ResumableReplica(Replica, Protocol):
+    """A replica that can be kept in a checkpoint."""
+
+    def to_arrays(self) -> Arrays:
+        """All that it learns and draws from, by name, in arrays that do not change any more."""
+
+    def from_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Take back what `to_arrays` gave. Raises StateError."""
+
+
+class Batches(Protocol):
+    """The worker's training data; see `learner.data.Batches`."""
+
+    def take(self, size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """The next ``size`` rows."""
+
+
+@runtime_checkable
+class ResumableBatches(Batches, Protocol):
+    """Training data whose position can be kept in a checkpoint."""
+
+    def state(self) -> dict[str, int]:
+        """Where it is."""
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on where ``state`` was taken. Raises UserError for data that it does not fit."""
+
+
+def link_views(rates: Mapping[int, LinkRate], window: int, step_s: float, now_s: float) -> dict[int, LinkView]:
+    """A strategy's view of links with these ``rates``, which take up to ``window`` unacknowledged messages."""
+    rooms = rooms_bytes(rates, step_s, now_s)
+    return {
+        peer: LinkView(
+            ready=rate.unacknowledged() < window,
+            budget_bytes=rate.budget_bytes(step_s, now_s),
+            idle=not rate.unacknowledged(),
+            room_bytes=rooms[peer],
+        )
+        for peer, rate in rates.items()
+    }

@@ -1,0 +1,237 @@
+"""Environments as files, and as the clock that paces a training program.
+
+An `Environment` is read from TOML: one of the built-in files in `named/`, or a copy a user edited.
+The emulator shapes a real network by it, the simulator a virtual one, and `PaceClock` tells a training
+program how long an iteration lasts on a worker of it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlion_mpi.errors import UserError
+from dlion_mpi.microcloud.environment import Environment, InvalidEnvironment, Pace, Phase
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "Clock",
+    "Environment",
+    "InvalidEnvironment",
+    "Pace",
+    "PaceClock",
+    "Phase",
+    "load",
+    "locate",
+    "names",
+]
+
+BUILT_IN = Path(__file__).parent / "named"
+
+# What `dlion emulate` tells the ranks it starts.
+ENVIRONMENT_VARIABLE = "DLION_ENVIRONMENT"
+CLOCK_VARIABLE = "DLION_ENVIRONMENT_CLOCK"
+SECONDS_VARIABLE = "DLION_ENVIRONMENT_SECONDS"
+
+
+def names() -> tuple[str, ...]:
+    """Names of the built-in environments."""
+    return tuple(sorted(path.stem for path in BUILT_IN.glob("*.toml")))
+
+
+def load(name_or_path: str | os.PathLike[str]) -> Environment:
+    """Read a built-in environment by name, or a TOML file by path (ends in .toml, or has a directory).
+
+    Raises UserError with the file, key and line of what is wrong.
+    """
+    path = locate(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"environment file {path}: {reason}; give a TOML file or one of {', '.join(names())}") from None
+    try:
+        return _parse(tomllib.loads(text), default_name=path.stem)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {_with_key(str(error), text)}") from None
+    except InvalidEnvironment as error:
+        line = _line_of(text, error.key, error.phase)
+        raise UserError(f"{path}, line {line}: {error}") from None
+
+
+def locate(name_or_path: str | os.PathLike[str]) -> Path:
+    """The absolute path of the TOML file of an environment. Raises UserError for an unknown name."""
+    given = os.fspath(name_or_path)
+    if given.endswith(".toml") or os.sep in given:
+        return Path(given).absolute()
+    if given not in names():
+        raise UserError(f"unknown environment {given!r}: give a .toml file or one of {', '.join(names())}")
+    return BUILT_IN / f"{given}.toml"
+
+
+_KEYS = {"name", "workers", "alpha_s", "seconds_per_sample_24", "latency_s", "phases"}
+_PHASE_KEYS = {"cores", "uplink_mbit", "link_mbit", "share", "start_s"}
+
+
+def _parse(table: Mapping[str, Any], *, default_name: str) -> Environment:
+    """The environment a TOML table describes; types are checked here, values by the dataclass."""
+    _check_keys(table, _KEYS, None)
+    workers = table.get("workers")
+    if not isinstance(workers, int) or isinstance(workers, bool):
+        raise InvalidEnvironment("workers", "give the number of workers, a whole number")
+    name = table.get("name", default_name)
+    if not isinstance(name, str):
+        raise InvalidEnvironment("name", "give a string")
+    phases = table.get("phases", [])
+    if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
+        raise InvalidEnvironment("phases", "write each phase as a [[phases]] table")
+    numbers = {
+        key: _number(table[key], key, None) for key in ("alpha_s", "seconds_per_sample_24", "latency_s") if key in table
+    }
+    return Environment(
+        name=name,
+        workers=workers,
+        phases=tuple(_parse_phase(phase, index, workers) for index, phase in enumerate(phases)),
+        **numbers,
+    )
+
+
+def _parse_phase(table: Mapping[str, Any], index: int, workers: int) -> Phase:
+    _check_keys(table, _PHASE_KEYS, index)
+
+    def per_worker(key: str) -> tuple[float, ...]:
+        value = table[key]
+        if isinstance(value, list):
+            return tuple(_number(item, key, index) for item in value)
+        return (_number(value, key, index),) * workers
+
+    if "cores" not in table:
+        raise InvalidEnvironment("cores", "missing; give one number per worker, or one for all", index)
+    matrix = table.get("link_mbit")
+    if matrix is not None and not (isinstance(matrix, list) and all(isinstance(row, list) for row in matrix)):
+        raise InvalidEnvironment("link_mbit", f"give {workers} rows of {workers} numbers", index)
+    return Phase(
+        cores=per_worker("cores"),
+        uplink_mbit=per_worker("uplink_mbit") if "uplink_mbit" in table else None,
+        link_mbit=None
+        if matrix is None
+        else tuple(tuple(_number(item, "link_mbit", index) for item in row) for row in matrix),
+        share=_number(table["share"], "share", index) if "share" in table else None,
+        start_s=_number(table["start_s"], "start_s", index) if "start_s" in table else None,
+    )
+
+
+def _check_keys(table: Mapping[str, Any], known: set[str], phase: int | None) -> None:
+    for key in table:
+        if key not in known:
+            raise InvalidEnvironment(key, f"unknown key; the keys here are {', '.join(sorted(known))}", phase)
+
+
+def _number(value: Any, key: str, phase: int | None) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidEnvironment(key, f"{value!r} is not a number", phase)
+    return float(value)
+
+
+def _line_of(text: str, key: str, phase: int | None) -> int:
+    """Line, from 1, on which `key` of the given phase is set; where it is missing, its table's line."""
+    lines = text.splitlines()
+    tables = [n for n, line in enumerate(lines) if re.match(r"\s*\[\[\s*phases\s*\]\]", line)]
+    begin, end = 0, tables[0] if tables else len(lines)
+    if phase is not None and phase < len(tables):
+        begin, end = tables[phase], (*tables, len(lines))[phase + 1]
+    pattern = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]")
+    return next((n for n in range(begin, end) if pattern.match(lines[n])), begin) + 1
+
+
+def _with_key(message: str, text: str) -> str:
+    """A TOML parser's message with the key that its line sets, if it sets one."""
+    at = re.search(r"line (\d+)", message)
+    lines = text.splitlines()
+    if at is None or int(at[1]) > len(lines):
+        return message
+    key = re.match(r"\s*([\w\"'.-]+)\s*=", lines[int(at[1]) - 1])
+    return f"{message}, key {key[1]}" if key else message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """When training began (seconds since the epoch) and how long it is planned to run (None: unknown)."""
+
+    started_s: float
+    run_seconds: float | None
+
+
+def start_clock(
+    run_seconds: float | None, *, started_s: float | None = None, environ: Mapping[str, str] = os.environ
+) -> float:
+    """Tell the emulator that training begins, so that it times the phases from here.
+
+    Called by rank 0 only; outside an emulation it tells nobody. `started_s`: when it begins, in seconds
+    since the epoch (None: now). Returns that time.
+    """
+    begin_s = time.time() if started_s is None else started_s
+    path = environ.get(CLOCK_VARIABLE)
+    if not path:
+        return begin_s
+    planned_s = math.nan if run_seconds is None else float(run_seconds)
+    partial = f"{path}.{os.getpid()}"
+    with open(partial, "w", encoding="ascii") as file:
+        file.write(f"{begin_s!r} {planned_s!r}\n")
+    os.replace(partial, path)  # the reader sees all of the line or none of it
+    return begin_s
+
+
+def read_clock(path: str | os.PathLike[str]) -> Clock | None:
+    """What `start_clock` wrote, or None while there is nothing (or nothing that makes sense)."""
+    try:
+        started_s, run_seconds = (float(word) for word in Path(path).read_text(encoding="ascii").split())
+    except (OSError, ValueError):
+        return None
+    return Clock(started_s=started_s, run_seconds=None if math.isnan(run_seconds) else run_seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaceClock:
+    """How long each iteration of one worker must last for it to be a worker of the environment."""
+
+    environment: Environment
+    worker: int
+    run_seconds: float | None = None
+
+    @classmethod
+    def from_environ(
+        cls, worker: int, *, run_seconds: float | None = None, environ: Mapping[str, str] = os.environ
+    ) -> PaceClock | None:
+        """The clock of `worker` in the emulation this process runs in, or None outside one.
+
+        `run_seconds`: the planned length of the run; what was given to `dlion emulate` comes first.
+        Raises UserError if the environment has no such worker.
+        """
+        reference = environ.get(ENVIRONMENT_VARIABLE)
+        if not reference:
+            return None
+        environment = load(reference)
+        if not 0 <= worker < environment.workers:
+            workers = f"{environment.workers} workers"
+            raise UserError(
+                f"there is a rank {worker}, but environment {environment.name} has {workers}: "
+                f"start as many ranks, or unset {ENVIRONMENT_VARIABLE}"
+            )
+        given = environ.get(SECONDS_VARIABLE)
+        return cls(environment=environment, worker=worker, run_seconds=float(given) if given else run_seconds)
+
+    def seconds(self, batch: int, elapsed_s: float) -> float:
+        """Seconds an iteration of `batch` samples lasts that begins `elapsed_s` after training did."""
+        return self.environment.pace(self.worker, elapsed_s, self.run_seconds).seconds(batch)

@@ -1,0 +1,155 @@
+"""Non-blocking collectives, each kind on a communicator of its own so that kinds may overtake one another.
+
+The worker's loop asks for a gather or a broadcast and gets a ticket; the thread that owns MPI starts and
+completes them in order. All ranks must ask for the same sequence on a channel, at their own pace.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+from dlion_mpi.vector.layout import Vector
+
+CHUNK = 1 << 16
+"""Entries (4 bytes each) of a broadcast in flight at a time, so that gradients pass between the chunks."""
+
+Table = npt.NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A collective under way. ``table``: (n, k) of a gather, row r from rank r; ``vector``: of a broadcast or sum."""
+
+    done: bool = False
+    table: Table = field(default_factory=lambda: np.empty((0, 0)))
+    vector: Vector = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+@dataclass(slots=True)
+class _Operation:
+    ticket: Ticket
+    pieces: Iterator[list[MPI.Request]]
+    """Starts a piece when it is asked for the next one, which is when the one before it is complete."""
+
+
+class Collectives:
+    """The channels of one worker, by name."""
+
+    def __init__(
+        self,
+        communicator: MPI.Intracomm,
+        channels: Sequence[str],
+        wake: Callable[[], None],
+        carried: Callable[[int, int, int, float], None] = lambda peer, sent_bytes, received_bytes, began_s: None,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._rank, self._size = communicator.Get_rank(), communicator.Get_size()
+        self._communicators = {name: communicator.Dup() for name in channels}
+        self._queues: dict[str, deque[_Operation]] = {name: deque() for name in channels}
+        self._requests: dict[str, list[MPI.Request]] = {name: [] for name in channels}
+        self._wake = wake
+        self._carried = carried
+        """Is told what `reduce` has sent to and received from a peer, and since when by ``now_s``."""
+        self._now_s = now_s
+
+    def gather(self, channel: str, record: Sequence[float]) -> Ticket:
+        """Everyone's ``record`` to everyone (`Iallgather`); all records have the same length."""
+        communicator = self._communicators[channel]
+        own = np.array(record, dtype=np.float64)
+        table = np.empty((self._size, len(own)), dtype=np.float64)
+
+        def pieces() -> Iterator[list[MPI.Request]]:
+            yield [communicator.Iallgather(own, table)]
+
+        return self._ask(channel, Ticket(table=table), pieces())
+
+    def broadcast(self, channel: str, root: int, vector: Vector) -> Ticket:
+        """Rank ``root``'s ``vector`` (K,) float32 to everyone, in chunks (`Ibcast`), into the others' ``vector``."""
+        communicator = self._communicators[channel]
+
+        def pieces() -> Iterator[list[MPI.Request]]:
+            for start in range(0, len(vector), CHUNK):
+                yield [communicator.Ibcast(vector[start : start + CHUNK], root=root)]
+
+        return self._ask(channel, Ticket(vector=vector), pieces())
+
+    def reduce(self, channel: str, share: Vector | None) -> Ticket:
+        """The sum of everyone's ``share`` (P,) float32, in place, in everyone's: bit for bit the same.
+
+        None: this rank has none, and will have none any more. Then nobody gets a sum: everyone's ``ticket.vector``
+        is empty. That is found out first, so that it costs a word and not a vector.
+        """
+        ticket = Ticket()
+        return self._ask(channel, ticket, self._ring(self._communicators[channel], share, ticket))
+
+    def _ring(self, communicator: MPI.Intracomm, share: Vector | None, ticket: Ticket) -> Iterator[list[MPI.Request]]:
+        """A round at a time: a chunk to the next rank, one from the previous; n - 1 rounds add, n - 1 copy.
+
+        MPI's own `Iallreduce` is not used: for few ranks, or a number that is not a power of two, libraries choose
+        algorithms that send more than a ring. Source: Patarasuk and Yuan (2009).
+        """
+        absent, absentees = np.array([share is None], np.int32), np.empty(1, np.int32)
+        yield [communicator.Iallreduce(absent, absentees)]
+        if share is None or absentees[0]:
+            return
+        rank, size = self._rank, self._size
+        bounds = chunk_bounds(len(share), size)
+        chunks = [share[bounds[chunk] : bounds[chunk + 1]] for chunk in range(size)]
+        scratch = np.empty(max(len(chunk) for chunk in chunks), np.float32)
+        for turn in range(2 * (size - 1)):
+            sent, received = chunks[(rank - turn) % size], chunks[(rank - turn - 1) % size]
+            adding = turn < size - 1
+            target = scratch[: len(received)] if adding else received
+            began_s = self._now_s()
+            yield [communicator.Irecv(target, (rank - 1) % size), communicator.Isend(sent, (rank + 1) % size)]
+            if adding:
+                received += target
+            self._carried((rank + 1) % size, sent.nbytes, 0, began_s)
+            self._carried((rank - 1) % size, 0, received.nbytes, began_s)
+        ticket.vector = share
+
+    def _ask(self, channel: str, ticket: Ticket, pieces: Iterator[list[MPI.Request]]) -> Ticket:
+        self._queues[channel].append(_Operation(ticket, pieces))
+        self._wake()
+        return ticket
+
+    def progress(self) -> bool:
+        """Start and complete what can be. True if anything moved. Called by the thread that owns MPI."""
+        moved = False
+        for name, queue in self._queues.items():
+            while queue:
+                if not MPI.Request.Testall(self._requests[name]):
+                    break
+                moved = True
+                self._requests[name] = next(queue[0].pieces, [])
+                if not self._requests[name]:
+                    queue.popleft().ticket.done = True
+        return moved
+
+    def free(self) -> None:
+        """Free the channels' communicators; nothing may be under way."""
+        for communicator in self._communicators.values():
+            communicator.Free()
+
+
+def chunk_bounds(size: int, ranks: int) -> list[int]:
+    """Where the chunks of a vector of ``size`` entries begin and end: ``ranks`` of about equal length."""
+    return [size * chunk // ranks for chunk in range(ranks + 1)]
+
+
+def ring_bytes(size: int, rank: int, ranks: int) -> tuple[int, int]:
+    """Bytes that a rank sends to the next, and receives from the previous, to sum ``size`` float32 in a ring."""
+    bounds = chunk_bounds(size, ranks)
+
+    def moved(first: int) -> int:
+        chunks = [(first - turn) % ranks for turn in range(2 * (ranks - 1))]
+        return 4 * sum(bounds[chunk + 1] - bounds[chunk] for chunk in chunks)
+
+    return moved(rank), moved(rank - 1)

@@ -1,0 +1,35 @@
+"""Where a result comes from: versions and commit."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("dlion-mpi", "mpi4py", "numpy", "h5py", "keras")
+"""Whose versions must be equal on all ranks, and are recorded."""
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions that all ranks must share."""
+    found = {}
+    for package in (*PACKAGES, "tensorflow", "tensorflow-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+@functools.cache
+def commit() -> str:
+    """The git commit of the package if it runs from a checkout, else an empty text."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,0 +1,106 @@
+"""`dlion simulate`: the worker's loop and the strategies of `dlion train`, in virtual time, in one process.
+
+Gradients are real; how long they take, and how long messages travel, is what the environment says. A run is
+deterministic: the same options give the same result, the same metrics, to the last digit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dlion_mpi.config.options import Config, flag
+from dlion_mpi.errors import UserError
+from dlion_mpi.microcloud import environments
+from dlion_mpi.microcloud.environments import Environment
+
+if TYPE_CHECKING:  # heavy: imported when a simulation begins, so that `--help` answers at once
+    from dlion_mpi.learner.data import Shard
+    from dlion_mpi.result import Result
+
+
+def micro_cloud(reference: str, workers: str | int | None = None) -> Environment:
+    """The environment of that name or file, with another number of ``workers`` if that is given.
+
+    Raises UserError where the environment does not say what one more worker is like.
+    """
+    environment = environments.load(reference)
+    if workers is None:
+        return environment
+    try:
+        wanted = int(workers)
+    except ValueError:
+        raise UserError(f"--workers {workers}: must be a whole number") from None
+    if wanted < 1:
+        raise UserError(f"--workers {wanted}: must be at least 1")
+    if wanted == environment.workers:
+        return environment
+    phases = []
+    for phase in environment.phases:
+        links = [rate for row in phase.link_mbit or () for rate in row if rate]
+        alike = [set(phase.cores), set(phase.uplink_mbit or ()), set(links)]
+        if max(len(values) for values in alike) > 1 or (phase.link_mbit is not None and not links):
+            raise UserError(
+                f"--workers {wanted}: environment {environment.name} has {environment.workers} workers that are not "
+                "all alike: leave --workers out, or write an environment file for as many"
+            )
+        matrix = tuple(tuple(0.0 if a == b else links[0] for b in range(wanted)) for a in range(wanted) if links)
+        phases.append(
+            dataclasses.replace(
+                phase,
+                cores=phase.cores[:1] * wanted,
+                uplink_mbit=phase.uplink_mbit[:1] * wanted if phase.uplink_mbit else None,
+                link_mbit=matrix or None,
+            )
+        )
+    return dataclasses.replace(environment, workers=wanted, phases=tuple(phases))
+
+
+def simulate(
+    config: Config,
+    environment: Environment,
+    *,
+    model: Any = None,
+    shards: Sequence[Shard] | None = None,
+    report: bool = True,
+) -> Result:
+    """Train on all workers of ``environment`` in virtual time.
+
+    ``model``, ``shards``: a Keras model, and everyone's data by rank, in place of what the Config names.
+    ``report``: say how it goes on stderr. Raises UserError.
+    """
+    import numpy as np
+
+    from dlion_mpi.log import say
+    from dlion_mpi.result import Result, exit_code, result_of
+    from dlion_mpi.simulation import idealised
+    from dlion_mpi.simulation.driver import drive
+    from dlion_mpi.simulation.run import prepare
+    from dlion_mpi.strategies import registry as strategies
+    from dlion_mpi.strategies.allreduce import AllReduce
+    from dlion_mpi.view.lines import summary
+
+    for name in ("checkpoint_every", "save_model"):
+        if getattr(config, name) is not None:
+            raise UserError(f"{flag(name)} belongs to dlion train: a simulated run is repeated instead, from its seed")
+    if config.strategy == "horovod":
+        raise UserError("--strategy horovod runs real processes only: simulate --strategy allreduce in its place")
+    exchanging = [name for name in strategies.STRATEGIES if name not in ("horovod", *idealised.IDEALS)]
+    if config.strategy not in (known := [*exchanging, *idealised.IDEALS]) and ":" not in config.strategy:
+        raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(known)}, or PACKAGE.MODULE:CLASS")
+    ideal = config.strategy in idealised.IDEALS
+    if not ideal and issubclass(strategies.find(config.strategy), AllReduce):
+        raise UserError(f"--strategy {config.strategy} sums by MPI, which is not simulated: train with it")
+    config = idealised.resolve(config) if ideal else strategies.resolve(config)[1]
+    run = prepare(config, environment, model=model, shards=shards, report=report)
+    with run, run.meter.shown():
+        finishes = idealised.train_together(run) if ideal else drive(run)
+        code = exit_code([finish.exit_code for finish in finishes])
+        run.complete = code == 0
+    rows = np.array([finish.row for finish in finishes], dtype=np.float64)
+    reasons = [finish.stop_reason or "" for finish in finishes]
+    result = result_of(config, rows, reasons, [finish.evaluations for finish in finishes])
+    if report:
+        say(summary(result, rows.tolist()))
+    return Result(0, result, code)

@@ -1,0 +1,3 @@
+"""A run as people see it: lines, the live view, TensorBoard."""
+
+from __future__ import annotations
