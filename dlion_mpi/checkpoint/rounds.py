@@ -93,8 +93,8 @@ class CheckpointRounds:
         self._rank, self._ranks, self._run = rank, ranks, run
         self._collectives, self._executor = collectives, executor
         self._preemption, self._texts, self._before, self._say = preemption, texts, before, say
-        self._awaited = config.sync == "sync" or ranks == 1
-        self._sync = config.sync == "sync"
+        self._awaited = config.mode.lockstep or ranks == 1
+        self._sync = config.mode.lockstep
         self.holding = self.over = False
         self.safe = True
         """Whether the newest snapshot has become part of a complete checkpoint."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dlion_mpi.config.modes import MODES, Mode
 from dlion_mpi.errors import UserError
 from dlion_mpi.wire import ValueType
 
@@ -75,7 +76,7 @@ class Config:
         "when a worker may go on to its next step: with everyone's message of this one (sync), at most --staleness "
         "steps ahead of the slowest (bounded), or always (async)",
         table="run",
-        choices=("sync", "bounded", "async"),
+        choices=tuple(MODES),
     )
     staleness: int | None = _option(
         None,
@@ -330,6 +331,12 @@ class Config:
             raise UserError(f"--save-model {self.save_model}: must end in .keras")
         if self.save_model_of is not None and self.save_model is None:
             raise UserError("--save-model-of belongs to --save-model: give that too")
+
+    @property
+    def mode(self) -> Mode:
+        """The synchronisation mode that ``sync`` names. Only once the strategy's default has been filled in."""
+        assert self.sync is not None
+        return MODES[self.sync]
 
     @property
     def last_step(self) -> float:

@@ -41,12 +41,12 @@ class StatusRounds:
     ) -> None:
         self._config, self._rank, self._workers = config, rank, workers
         self._collectives = collectives
-        self._awaited = config.sync == "sync"
+        self._awaited = config.mode.lockstep
         self._period = config.rebalance_every or (10 if config.target_accuracy else None)
         self._ticket: Ticket | None = None
         self._record: list[float] = []
         self._asked_step = 0
-        self._in_step = config.sync == "bounded" and not config.backup and self.adapts
+        self._in_step = config.mode.bounded and not config.backup and self.adapts
         self._schedule = _schedule(config, workers, training_samples)
         self.fit = ThroughputFit()
         self.started = 0

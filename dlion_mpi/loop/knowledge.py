@@ -24,7 +24,7 @@ class KnowledgeRounds:
     def __init__(self, config: Config, rank: int, workers: int, collectives: Collectives) -> None:
         self._config, self._rank = config, rank
         self._collectives = collectives
-        self._awaited = config.sync == "sync"
+        self._awaited = config.mode.lockstep
         self._on = config.transfer not in (None, "none") and workers > 1
         self._losses: deque[float] = deque(maxlen=config.transfer_losses or 1)
         self._gathering: Ticket | None = None

@@ -149,7 +149,7 @@ def complete(
     None if it takes a sum over all workers, and one of them has ended.
     """
     start_s, start_cpu_s, waited_s = w.now_s(), w.cpu_s(), timings.wait_s
-    messages = w.inbox.take(w.step if w.config.sync == "sync" else math.inf)
+    messages = w.inbox.take(w.step if w.config.mode.lockstep else math.inf)
     w.state, effect = w.strategy.incoming(w.state, local_gradient(w, computed), w.replica.weights, messages)
     w.exchange_cpu_s += w.cpu_s() - start_cpu_s
     gradient = effect.gradient

@@ -258,7 +258,7 @@ class Worker:
             if message.header.kind in (Kind.CLOSE, Kind.STOP):
                 self.members = self.members.without(sender)
                 self.inbox.newest.pop(sender, None)
-                if self.config.sync == "sync":  # nobody can complete a step that one has not taken
+                if self.config.mode.lockstep:  # nobody can complete a step that one has not taken
                     self.end_step = min(self.end_step, message.header.step)
 
     def may_complete(self) -> bool:

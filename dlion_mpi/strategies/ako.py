@@ -81,7 +81,7 @@ class Ako:
         entries = Entries(size, state.accumulated[part].copy(), np.arange(part.start, part.stop, dtype=np.uint32))
         state.accumulated[part] = 0
         state.start = part.stop % size
-        messages = {peer: Outgoing() for peer in (links if state.plan.config.sync == "bounded" else ())}
+        messages = {peer: Outgoing() for peer in (links if state.plan.config.mode.reports_progress else ())}
         for peer, link in links.items():
             due = state.missed.due(peer, entries, link.ready)
             if due is not None:

@@ -254,10 +254,6 @@ def may_advance(config: Config, step: int, inbox: Inbox) -> bool:
     """The synchronisation modes. ``sync``: everyone's message of this step is here. ``bounded``: after this
     step the worker is at most ``staleness`` steps ahead of the slowest live peer, ``backup`` of them left out.
     ``async``: always. See docs/algorithms.md, "A step"."""
-    newest = sorted(inbox.newest.values())
-    if config.sync == "sync":
-        return all(other >= step for other in newest)
-    if config.sync == "bounded":
-        counted = newest[config.backup or 0 :]
-        return not counted or counted[0] >= step - (config.staleness or 0)
-    return True
+    return config.mode.may_advance(
+        step, inbox.newest.values(), staleness=config.staleness or 0, backup=config.backup or 0
+    )

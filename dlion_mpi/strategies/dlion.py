@@ -123,7 +123,7 @@ class Dlion:
         """
         config = state.plan.config
         budgets = {peer: _budget(link, config, state.plan.layout.size) for peer, link in links.items()}
-        told = [peer for peer, budget in budgets.items() if budget is not None or config.sync != "async"]
+        told = [peer for peer, budget in budgets.items() if budget is not None or config.mode.reports_progress]
         messages = {peer: Outgoing() for peer in told}
         if state.unsent is not None:
             state.unsent.add(local.vector)
@@ -189,7 +189,7 @@ def _budget(link: LinkView, config: Config, size: int) -> Budget | None:
     since a step takes everyone's messages of the one before: whether its acknowledgement has come yet must not put
     this step's gradient off.
     """
-    if config.sync == "sync":
+    if config.mode.lockstep:
         can_bytes = link.budget_bytes
     elif not link.ready or link.room_bytes <= 0:
         return None

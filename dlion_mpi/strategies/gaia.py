@@ -79,7 +79,7 @@ class Gaia:
             state.accumulated += now - state.before
             state.before = None
             entries = _significant(state, now, threshold(state.plan.config.gaia_threshold or 0.0, step))
-        tell = state.plan.config.sync == "bounded" and state.told < step
+        tell = state.plan.config.mode.reports_progress and state.told < step
         messages = {peer: Outgoing() for peer in (links if tell else ())}
         state.told = step
         for peer, link in links.items():

@@ -69,7 +69,7 @@ class Hop:
         peers = sorted(state.neighbours)
         messages = {peer: Outgoing() for peer in peers if state.told < step}
         state.told = step
-        always = state.plan.config.sync == "sync"
+        always = state.plan.config.mode.lockstep
         due = [p for p in peers if state.sent.get(p, -1) < step and (always or (links[p].ready and links[p].idle))]
         if due:
             whole = Outgoing(entries=Entries(state.plan.layout.size, weights()), kind=Kind.WEIGHTS, quality=100.0)

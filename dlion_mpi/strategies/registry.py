@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from dlion_mpi.config.modes import MODES
 from dlion_mpi.config.options import Config, flag
 from dlion_mpi.errors import UserError
 from dlion_mpi.strategies import user as own
@@ -53,7 +54,7 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     if config.preset is not None and strategy.name != Dlion.name:
         raise UserError(f"--preset {config.preset} is dlion's, not of --strategy {strategy.name}: drop it")
     defaults = {**strategy.defaults, **(PAPER if config.preset == "paper" else {})}
-    for name in (*(_BOUNDED_ONLY if sync != "bounded" else ()), *(_NOT_IN_SYNC if sync == "sync" else ())):
+    for name in (*(() if MODES[sync].bounded else _BOUNDED_ONLY), *(_NOT_IN_LOCKSTEP if MODES[sync].lockstep else ())):
         defaults.pop(name, None)
     values: dict[str, object] = {"sync": sync}
     for name in sorted(options()):
@@ -78,7 +79,9 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     if "link_share" in defaults and chosen("link_share") is None:
         values["link_share"] = LINK_SHARE if chosen("unsent") == "accumulate" else 1.0
     if "own_gradient" in defaults and chosen("own_gradient") is None:
-        values["own_gradient"] = "as-sent" if chosen("unsent") == "accumulate" and sync != "async" else "whole"
+        values["own_gradient"] = (
+            "as-sent" if chosen("unsent") == "accumulate" and MODES[sync].reports_progress else "whole"
+        )
     if "patience" in defaults and chosen("patience") is None:
         in_time = config.max_n is None and chosen("link_share") != 1
         values["patience"] = PATIENCE if in_time else 0.0
@@ -91,7 +94,7 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
 
 
 _BOUNDED_ONLY = ("staleness", "backup", "patience", "hop_max_gap", "hop_skip")
-_NOT_IN_SYNC = ("exchange_share", "exchange_thread", "window")
+_NOT_IN_LOCKSTEP = ("exchange_share", "exchange_thread", "window")
 
 # A technique that is switched off leaves these options without a value.
 _SWITCHES: dict[str, tuple[str, tuple[str, ...]]] = {

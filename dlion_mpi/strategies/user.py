@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dlion_mpi import plugins
+from dlion_mpi.config.modes import MODES
 from dlion_mpi.errors import UserError
 from dlion_mpi.strategies.contract import Strategy
 
-MODES = ("sync", "bounded", "async")
 METHODS = ("start", "outgoing", "incoming", "may_advance")
 OPTIONAL_METHODS = ("beside", "opening", "to_arrays", "from_arrays")
 

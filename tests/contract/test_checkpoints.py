@@ -149,7 +149,7 @@ def train(
             arrays, _ = from_.read(rank)
             snapshot.restore(worker, arrays, {rank: part.step for rank, part in enumerate(from_.parts)})
         worker.checkpoints = CheckpointRounds(
-            settings,
+            worker.config,
             rank,
             WORKERS,
             run=started.path,
