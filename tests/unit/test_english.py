@@ -1,0 +1,85 @@
+"""The English of what the project ships: no new marks of translated sentences."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.english import DOCSTRING, MARKS, ROOT, files, marks, openings, pattern, room, table
+
+# The most marks that a room may have while it is being rewritten. A budget only shrinks, or moves with a moved file.
+# A room that is not listed may have none.
+BUDGETS = {
+    "CHANGELOG.md": 7,
+    "README.md": 5,
+    "analysis": 1,
+    "benchmarks": 65,
+    "dlion_mpi": 48,
+    "dlion_mpi/algorithms": 84,
+    "dlion_mpi/checkpoint": 81,
+    "dlion_mpi/commands": 39,
+    "dlion_mpi/config": 17,
+    "dlion_mpi/emulation": 18,
+    "dlion_mpi/learner": 15,
+    "dlion_mpi/loop": 125,
+    "dlion_mpi/metrics": 31,
+    "dlion_mpi/microcloud": 8,
+    "dlion_mpi/mpi": 50,
+    "dlion_mpi/report": 10,
+    "dlion_mpi/simulation": 83,
+    "dlion_mpi/strategies": 92,
+    "dlion_mpi/trace": 21,
+    "dlion_mpi/vector": 3,
+    "dlion_mpi/view": 46,
+    "dlion_mpi/wire": 7,
+    "docs": 198,
+    "env": 20,
+    "jobs": 13,
+}
+
+
+def test_every_room_stays_within_its_budget() -> None:
+    found: dict[str, list[str]] = {}
+    for path in files():
+        for mark in marks(path):
+            found.setdefault(room(mark.path), []).append(str(mark))
+    over = {name: lines for name, lines in found.items() if len(lines) > BUDGETS.get(name, 0)}
+    report = [
+        f"{name} ({len(lines)}, budget {BUDGETS.get(name, 0)})\n  " + "\n  ".join(lines) for name, lines in over.items()
+    ]
+    assert not over, "\n".join(report)
+
+
+def test_files_are_found_in_every_folder() -> None:
+    found = {room(str(path.relative_to(ROOT))) for path in files()}
+    assert {"README.md", "docs", "jobs", "env", "benchmarks", "analysis", "dlion_mpi", "dlion_mpi/loop"} <= found
+
+
+@pytest.mark.parametrize(
+    ("text", "mark"),
+    [
+        ("sent beside the loop", "besides?"),
+        ("class Beside:", "besides?"),
+        ("it goes\n    # on later", "(go|goes|going|gone|went) on"),
+        ("links_owed = 3", "(owe|owes|owed|owing)"),
+        ("in a file of its own", "of (its|their|your|one's) own"),
+    ],
+)
+def test_a_mark_is_found(text: str, mark: str) -> None:
+    assert mark in MARKS
+    assert pattern(mark).search(text)
+
+
+def test_a_word_that_only_contains_a_mark_is_not_one() -> None:
+    assert not any(pattern(mark).search("an insight that was foretold, lowest, undertaking") for mark in MARKS)
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun_phrase() -> None:
+    text = '"""What is sent."""\ndef f():\n    """Whether a link is full."""\nclass C:\n    """That which owns."""\n'
+    assert [line for line, _ in openings(text)] == [1, 5]
+    assert DOCSTRING not in MARKS
+
+
+def test_the_table_ends_with_the_sum() -> None:
+    name, found, lines, rate = table().splitlines()[-1].split()
+    assert name == "all"
+    assert float(rate) == pytest.approx(1000 * int(found) / int(lines), abs=0.05)
