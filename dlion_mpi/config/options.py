@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dlion_mpi.config.fields import Every, flag
 from dlion_mpi.config.modes import MODES, Mode
 from dlion_mpi.errors import UserError
 from dlion_mpi.wire import ValueType
@@ -22,26 +22,6 @@ else:
     import tomli as tomllib
 
 
-@dataclass(frozen=True, slots=True)
-class Every:
-    """How often something happens: every ``steps`` steps or every ``seconds`` seconds (one of them is set)."""
-
-    steps: int | None = None
-    seconds: float | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Every:
-        """``"100"`` is 100 steps, ``"20s"``, ``"10m"`` and ``"2h"`` are times. Raises UserError for anything else."""
-        match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([smh])", text.strip())
-        if match is None or not 0 < float(match[1] or match[2]) < math.inf:
-            raise UserError(f"'{text}' is not a number of steps such as 100, nor a time such as 20s, 10m or 2h")
-        return cls(steps=int(match[1])) if match[1] else cls(seconds=float(match[2]) * _SECONDS[match[3]])
-
-    def __str__(self) -> str:
-        return str(self.steps) if self.steps is not None else f"{self.seconds!r}s".replace(".0s", "s")
-
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
 _EVERY_20_S = Every(seconds=20.0)
 
 
@@ -396,11 +376,6 @@ _BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "transfer_merge": (0, 1, "in [0, 1]"),
     "transfer_losses": (1, math.inf, "at least 1"),
 }
-
-
-def flag(name: str) -> str:
-    """The command line's spelling of a field: ``n_min`` is ``--n-min``."""
-    return "--" + name.replace("_", "-")
 
 
 def _check_text(name: str, value: Any) -> None:

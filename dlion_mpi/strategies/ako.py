@@ -19,6 +19,7 @@ from dlion_mpi.strategies.contract import (
     Missed,
     Outgoing,
     Plan,
+    Strategy,
     may_advance,
 )
 from dlion_mpi.vector.layout import Entries, Vector
@@ -40,7 +41,7 @@ class AkoState:
     start: int = 0
 
 
-class Ako:
+class Ako(Strategy):
     """``acc <- acc + g``; partition t mod P of ``acc`` to every peer, then zeroed; whatever comes is added at once.
 
     Every entry reaches every peer exactly once, at most P steps late, and nobody waits. P is

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from dlion_mpi.strategies.contract import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan
+from dlion_mpi.strategies.contract import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, Strategy
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays
 from dlion_mpi.wire import Message
@@ -21,7 +21,7 @@ class AllReduceState:
     share: Vector
 
 
-class AllReduce:
+class AllReduce(Strategy):
     """``w <- w - eta sum_j (LBS_j / GBS) g_j``: equal batches, everyone's whole gradient of the same step.
 
     The sum is a ring's: a worker sends 2 (n - 1) / n of a gradient per step, however many they are. Source:

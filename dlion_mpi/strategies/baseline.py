@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from dlion_mpi.strategies.contract import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, may_advance
+from dlion_mpi.strategies.contract import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, Strategy, may_advance
 from dlion_mpi.vector.layout import Entries, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays
 from dlion_mpi.wire import Message
@@ -22,7 +22,7 @@ class BaselineState:
     effective: Vector
 
 
-class Baseline:
+class Baseline(Strategy):
     """``w <- w - eta (1/n) sum_j g_j`` with everyone's whole gradient of the same step.
 
     Source: the all-to-all Baseline of DLion (HPDC 2021); see docs/algorithms.md.

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 from dlion_mpi.config.options import Config
+from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, vectors_by_rank
 from dlion_mpi.wire import Kind, Message, ValueType
@@ -186,7 +187,7 @@ class Missed:
         self.vectors = vectors_by_rank(arrays, prefix, peers, self.size)
 
 
-class Strategy(Protocol):
+class Strategy:
     """How workers exchange what they learn."""
 
     name: ClassVar[str]
@@ -194,22 +195,42 @@ class Strategy(Protocol):
     """The synchronisation modes it supports, its default first."""
     defaults: ClassVar[Mapping[str, Any]]
     """The technique options it uses, by their Config name, and its defaults; any other is refused."""
+    Options: ClassVar[type[StrategyOptions]] = StrategyOptions
+    """A frozen dataclass of the strategy's own options: ``--gaia.threshold 0.2``, ``Gaia(threshold=0.2)``."""
+    options: Any
+    """An instance of ``Options``."""
+
+    def __init_subclass__(cls) -> None:
+        """Give the options the name of their strategy, by which messages call them."""
+        name = getattr(cls, "name", "")
+        if "Options" in vars(cls):
+            cls.Options.table = name
+        elif cls.Options.table != name:
+            cls.Options = type("Options", (cls.Options,), {"table": name})
+
+    def __init__(self, **options: Any) -> None:
+        """Take the strategy's own options by name. Raises UserError for one that it lacks or that is wrong."""
+        self.options = self.Options.of(options)
 
     def start(self, plan: Plan) -> Any:
         """The state before the first step."""
+        raise NotImplementedError
 
     def outgoing(
         self, state: Any, local: LocalGradient, links: Mapping[int, LinkView]
     ) -> tuple[Any, dict[int, Outgoing]]:
         """What to send to whom after computing ``local``. ``links`` has the live peers."""
+        raise NotImplementedError
 
     def incoming(
         self, state: Any, local: LocalGradient, weights: Callable[[], Vector], messages: Sequence[Message]
     ) -> tuple[Any, Effect]:
         """What this step does to the replica, given ``local``, the own gradient, and what arrived for it."""
+        raise NotImplementedError
 
     def may_advance(self, state: Any, step: int, inbox: Inbox) -> bool:
         """Whether step ``step``, computed and posted, may be completed with what has arrived."""
+        raise NotImplementedError
 
 
 @runtime_checkable

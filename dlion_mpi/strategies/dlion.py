@@ -22,6 +22,7 @@ from dlion_mpi.strategies.contract import (
     LocalGradient,
     Outgoing,
     Plan,
+    Strategy,
     may_advance,
 )
 from dlion_mpi.vector.layout import Entries, Vector
@@ -74,7 +75,7 @@ PAPER: Mapping[str, object] = {
 """What ``--preset paper`` has in the place of the defaults. Source: DLion (HPDC 2021), as far as it is known."""
 
 
-class Dlion:
+class Dlion(Strategy):
     """``w_k <- w_k - eta sum_j c_j g_j``: of every gradient the largest entries that links carry in time, the others
     later; the own as it is sent, or whole.
 

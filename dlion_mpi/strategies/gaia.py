@@ -18,6 +18,7 @@ from dlion_mpi.strategies.contract import (
     Missed,
     Outgoing,
     Plan,
+    Strategy,
     may_advance,
 )
 from dlion_mpi.vector.layout import Entries, Vector
@@ -41,7 +42,7 @@ class GaiaState:
     told: int = -1
 
 
-class Gaia:
+class Gaia(Strategy):
     """Approximate Synchronous Parallel: ``acc <- acc + u``; entry i is sent when ``|acc_i| > S_t |w_i|``, then zeroed.
 
     ``u`` is what the optimizer has done to the weights with this worker's gradient over n; a peer adds it to its own

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from dlion_mpi.strategies.contract import WINDOW, Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan
+from dlion_mpi.strategies.contract import WINDOW, Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, Strategy
 from dlion_mpi.vector.layout import Entries, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, integer, integers, integers_by_rank, under
 from dlion_mpi.wire import Kind, Message
@@ -30,7 +30,7 @@ class HopState:
     told: int = -1
 
 
-class Hop:
+class Hop(Strategy):
     """Decentralised parallel SGD: ``x_{k+1} = mean_j x_j - eta g(x_k)`` over the neighbours j and the worker itself.
 
     Parameters are sent tagged with their iteration k before its gradient is computed.

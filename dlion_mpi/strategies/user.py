@@ -31,7 +31,8 @@ def _problem(cls: Any, options: Collection[str]) -> str:
     """What keeps ``cls`` from being a strategy; empty if nothing does."""
     if not isinstance(cls, type):
         return f"is a {type(cls).__name__}, but must be a class"
-    missing = [name for name in ("name", "sync_modes", "defaults", *METHODS) if not hasattr(cls, name)]
+    needed = ("name", "sync_modes", "defaults", *METHODS)
+    missing = [name for name in needed if getattr(cls, name, None) in (None, getattr(Strategy, name, None))]
     if missing:
         return f"the class lacks {', '.join(missing)}"
     given = [*METHODS, *(name for name in OPTIONAL_METHODS if hasattr(cls, name))]
