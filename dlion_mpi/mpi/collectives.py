@@ -10,11 +10,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
 
+from dlion_mpi.algorithms.ring import chunk_bounds, chunk_sent
 from dlion_mpi.vector.layout import Vector
 
 CHUNK = 1 << 16
@@ -80,31 +82,35 @@ class Collectives:
 
         return self._ask(channel, Ticket(vector=vector), pieces())
 
-    def reduce(self, channel: str, share: Vector | None) -> Ticket:
-        """The sum of everyone's ``share`` (P,) float32, in place, in everyone's: bit for bit the same.
+    def reduce(self, channel: str, vector: Vector | None) -> Ticket:
+        """The sum of all ranks' ``vector`` (K,) float32, in its place, bit for bit the same on every rank.
 
-        None: this rank has none, and will have none any more. Then nobody gets a sum: everyone's ``ticket.vector``
-        is empty. That is found out first, so that it costs a word and not a vector.
+        None: this rank has no vector, now or later. Then no rank gets a sum: every ``ticket.vector`` is empty. The
+        ranks find that out first, so it costs a word and not a vector.
         """
         ticket = Ticket()
-        return self._ask(channel, ticket, self._ring(self._communicators[channel], share, ticket))
+        return self._ask(channel, ticket, self._ring(self._communicators[channel], vector, ticket))
 
-    def _ring(self, communicator: MPI.Intracomm, share: Vector | None, ticket: Ticket) -> Iterator[list[MPI.Request]]:
-        """A round at a time: a chunk to the next rank, one from the previous; n - 1 rounds add, n - 1 copy.
+    def _ring(self, communicator: MPI.Intracomm, vector: Vector | None, ticket: Ticket) -> Iterator[list[MPI.Request]]:
+        """Each turn a chunk goes to the next rank and one comes from the previous; see `algorithms.ring`.
 
         MPI's own `Iallreduce` is not used: for few ranks, or a number that is not a power of two, libraries choose
-        algorithms that send more than a ring. Source: Patarasuk and Yuan (2009).
+        algorithms that send more than a ring.
         """
-        absent, absentees = np.array([share is None], np.int32), np.empty(1, np.int32)
-        yield [communicator.Iallreduce(absent, absentees)]
-        if share is None or absentees[0]:
+        own = np.array([vector is None, 0 if vector is None else len(vector)], np.int64)
+        own = np.append(own, -own[1])
+        most = np.empty_like(own)
+        yield [communicator.Iallreduce(own, most, MPI.MAX)]
+        if vector is None or most[0]:
             return
+        if most[1] != -most[2]:
+            raise RuntimeError(f"a sum of vectors that differ in size: from {-most[2]} to {most[1]} entries")
         rank, size = self._rank, self._size
-        bounds = chunk_bounds(len(share), size)
-        chunks = [share[bounds[chunk] : bounds[chunk + 1]] for chunk in range(size)]
+        bounds = chunk_bounds(len(vector), size)
+        chunks = [vector[start:stop] for start, stop in pairwise(bounds)]
         scratch = np.empty(max(len(chunk) for chunk in chunks), np.float32)
         for turn in range(2 * (size - 1)):
-            sent, received = chunks[(rank - turn) % size], chunks[(rank - turn - 1) % size]
+            sent, received = chunks[chunk_sent(rank, turn, size)], chunks[chunk_sent(rank - 1, turn, size)]
             adding = turn < size - 1
             target = scratch[: len(received)] if adding else received
             began_s = self._now_s()
@@ -113,7 +119,7 @@ class Collectives:
                 received += target
             self._carried((rank + 1) % size, sent.nbytes, 0, began_s)
             self._carried((rank - 1) % size, 0, received.nbytes, began_s)
-        ticket.vector = share
+        ticket.vector = vector
 
     def _ask(self, channel: str, ticket: Ticket, pieces: Iterator[list[MPI.Request]]) -> Ticket:
         self._queues[channel].append(_Operation(ticket, pieces))
@@ -137,19 +143,3 @@ class Collectives:
         """Free the channels' communicators; nothing may be under way."""
         for communicator in self._communicators.values():
             communicator.Free()
-
-
-def chunk_bounds(size: int, ranks: int) -> list[int]:
-    """Where the chunks of a vector of ``size`` entries begin and end: ``ranks`` of about equal length."""
-    return [size * chunk // ranks for chunk in range(ranks + 1)]
-
-
-def ring_bytes(size: int, rank: int, ranks: int) -> tuple[int, int]:
-    """Bytes that a rank sends to the next, and receives from the previous, to sum ``size`` float32 in a ring."""
-    bounds = chunk_bounds(size, ranks)
-
-    def moved(first: int) -> int:
-        chunks = [(first - turn) % ranks for turn in range(2 * (ranks - 1))]
-        return 4 * sum(bounds[chunk + 1] - bounds[chunk] for chunk in chunks)
-
-    return moved(rank), moved(rank - 1)

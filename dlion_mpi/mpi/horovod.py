@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from dlion_mpi.algorithms.ring import ring_bytes
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner.replica import tensorflow
-from dlion_mpi.mpi.collectives import Ticket, ring_bytes
+from dlion_mpi.mpi.collectives import Ticket
 from dlion_mpi.mpi.startup import Ranks, thread_multiple
 from dlion_mpi.vector.layout import Vector
 

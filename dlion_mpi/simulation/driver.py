@@ -16,7 +16,8 @@ from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import StepRecord
 from dlion_mpi.result import summary_row
 from dlion_mpi.signals import stopped_by_signals
-from dlion_mpi.simulation.links import Operations, VirtualCollectives, VirtualEncoder, VirtualLinks
+from dlion_mpi.simulation.collectives import Operations, VirtualCollectives
+from dlion_mpi.simulation.links import VirtualEncoder, VirtualLinks
 from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.simulation.run import Finish, VirtualRun
 from dlion_mpi.strategies.contract import WINDOW
@@ -103,13 +104,13 @@ def drive(run: VirtualRun) -> list[Finish]:
     events = Events()
     network = Network(run.environment, events, run.config.seconds)
     processes: list[Process] = []
-    operations = Operations(run.workers, network, lambda rank: processes[rank].wake())
     running = set(range(run.workers))
     size, window = run.shared.layout.size, run.config.window or WINDOW
     links = [
         VirtualLinks(rank, run.workers, network, events, size=size, window=window, log=recorder)
         for rank, recorder in enumerate(run.recorders)
     ]
+    operations = Operations(network, links, lambda rank: processes[rank].wake())
     for rank, own_links in enumerate(links):
         own_links.connect(links)
         worker = Worker(

@@ -1,7 +1,7 @@
-"""A worker's links and collectives over a virtual network: what `mpi/links.py` and `mpi/collectives.py` are over MPI.
+"""A worker's links over a virtual network: what `mpi/links.py` is over MPI.
 
-They promise the loop the same (`loop.ports.Links`, `loop.ports.Collectives`), count the same bytes, acknowledge the
-same messages and measure bandwidth with the same `LinkRate`. Only, no message is encoded: its size is computed.
+They promise the loop the same (`loop.ports.Links`), count the same bytes, acknowledge the same messages and measure
+bandwidth with the same `LinkRate`. Only, no message is encoded: its size is computed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from dlion_mpi import wire
 from dlion_mpi.algorithms.bandwidth import LinkRate
@@ -20,20 +19,15 @@ from dlion_mpi.loop.ports import EncodedBatch, LinkTotals, Stamp, link_views
 from dlion_mpi.metrics.timeline import MessageLog, Unlogged
 from dlion_mpi.simulation.network import Events, Network, Stream
 from dlion_mpi.strategies.contract import LinkView, Outgoing
-from dlion_mpi.vector.layout import Entries, Vector
+from dlion_mpi.vector.layout import Entries
 from dlion_mpi.wire import HEADER_BYTES, Header, Kind, Message
 
 RECEIVE_BUFFERS = 3
 """Messages per peer that are received before the loop takes them in; see `mpi.links.RECEIVE_BUFFERS`."""
-CHUNK = 1 << 16
-"""Entries of a broadcast in flight at a time; see `mpi.collectives.CHUNK`."""
 SELECT_S, SEND_S, RECEIVE_S, DENSE_S = 2e-9, 40e-9, 10e-9, 1e-9
 """Processor seconds of an exchange: per entry of the gradient that something is selected from, per selected entry and
 link that it goes to or comes from, and per entry of a message that carries all. See `benchmarks/exchange.py`; in ranks
 that train, whose caches hold other things between two exchanges, sending took twice what it takes there."""
-LINEAR = 4
-"""Up to so many workers a broadcast goes from the root to everyone, beyond it along a binomial tree: as Open MPI's
-non-blocking broadcast does."""
 
 
 @dataclass(slots=True)
@@ -226,6 +220,13 @@ class VirtualLinks:
             for peer, link in self._links.items()
         }
 
+    def carried(self, peer: int, sent_bytes: int, received_bytes: int, began_s: float) -> None:
+        """Count what a sum has moved over a link since ``began_s``."""
+        link, now_s = self._links[peer], self._events.now_s
+        link.bytes_sent += sent_bytes
+        link.bytes_received += received_bytes
+        self.log.piece(peer, sent_bytes, received_bytes, began_s, now_s)
+
     def fall_silent(self) -> list[int]:
         """Send nothing more, acknowledgements included. Returns how many messages went to every rank."""
         self.quiet = True
@@ -291,181 +292,3 @@ def _kind(message: Outgoing) -> Kind:
     """A message without entries still tells the sender's step, unless it says something else."""
     bare = message.entries is None and message.kind is Kind.GRADIENT
     return Kind.PROGRESS if bare else message.kind
-
-
-@dataclass(slots=True)
-class VirtualTicket:
-    """See `loop.ports.Ticket`."""
-
-    done: bool = False
-    table: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
-    vector: Vector = field(default_factory=lambda: np.empty(0, np.float32))
-
-
-class VirtualCollectives:
-    """The collectives of one worker; see `mpi.collectives.Collectives`. Their bytes travel as other messages do.
-
-    ``under_way``: the operations of all workers, by channel and number.
-    """
-
-    def __init__(self, rank: int, under_way: Operations) -> None:
-        self._rank = rank
-        self._under_way = under_way
-        self._asked: dict[str, int] = {}
-
-    def gather(self, channel: str, record: Sequence[float]) -> VirtualTicket:
-        """Everyone's ``record`` to everyone."""
-        operation = self._under_way.gather(channel, self._next(channel))
-        return operation.ask(self._rank, record)
-
-    def broadcast(self, channel: str, root: int, vector: Vector) -> VirtualTicket:
-        """Rank ``root``'s ``vector`` (K,) float32 to everyone, in chunks, into the others' ``vector``."""
-        operation = self._under_way.broadcast(channel, self._next(channel), root, len(vector))
-        return operation.ask(self._rank, vector)
-
-    def _next(self, channel: str) -> int:
-        self._asked[channel] = self._asked.get(channel, 0) + 1
-        return self._asked[channel]
-
-
-class Operations:
-    """The collectives that some have asked for and not all have finished. ``wake``: by rank."""
-
-    def __init__(self, workers: int, network: Network, wake: Callable[[int], None]) -> None:
-        self.workers = workers
-        self.network = network
-        self.wake = wake
-        self._gathers: dict[tuple[str, int], _Gather] = {}
-        self._broadcasts: dict[tuple[str, int], _Broadcast] = {}
-
-    def gather(self, channel: str, number: int) -> _Gather:
-        """The ``number``th operation of a channel, a gather."""
-        key = (channel, number)
-        if key not in self._gathers:
-            self._gathers[key] = _Gather(self, lambda: self._gathers.pop(key))
-        return self._gathers[key]
-
-    def broadcast(self, channel: str, number: int, root: int, entries: int) -> _Broadcast:
-        """The ``number``th operation of a channel, a broadcast."""
-        key = (channel, number)
-        if key not in self._broadcasts:
-            self._broadcasts[key] = _Broadcast(self, root, entries, lambda: self._broadcasts.pop(key))
-        return self._broadcasts[key]
-
-
-class _Gather:
-    """Everyone sends its record to everyone, as Open MPI's non-blocking allgather does."""
-
-    def __init__(self, operations: Operations, forget: Callable[[], object]) -> None:
-        self._operations = operations
-        self._forget = forget
-        self._tickets: dict[int, VirtualTicket] = {}
-        self._records: dict[int, Sequence[float]] = {}
-        self._heard = [0] * operations.workers
-        self._left = operations.workers
-        self._table: npt.NDArray[np.float64] | None = None
-
-    def ask(self, rank: int, record: Sequence[float]) -> VirtualTicket:
-        self._tickets[rank] = ticket = VirtualTicket()
-        self._records[rank] = record
-        for peer in range(self._operations.workers):
-            if peer != rank:
-                self._operations.network.stream(rank, peer).send(8 * len(record), self._hear, peer)
-        self._hear(rank)
-        return ticket
-
-    def _hear(self, rank: int) -> None:
-        """A record has come to ``rank``; its own counts as one."""
-        self._heard[rank] += 1
-        if self._heard[rank] == self._operations.workers:
-            if self._table is None:
-                self._table = np.array([self._records[r] for r in range(self._operations.workers)], dtype=np.float64)
-            ticket = self._tickets[rank]
-            ticket.table = self._table
-            ticket.done = True
-            self._operations.wake(rank)
-            self._left -= 1
-            if not self._left:
-                self._forget()
-
-
-class _Broadcast:
-    """Chunk by chunk down a tree: a worker has done with a chunk when its children have it, and then wants the next.
-
-    A chunk goes from a parent to a child when the parent has it and the child wants it, as in MPI, where a long
-    message waits for its receive.
-    """
-
-    def __init__(self, operations: Operations, root: int, entries: int, forget: Callable[[], object]) -> None:
-        workers = operations.workers
-        self._operations = operations
-        self._forget = forget
-        self._root = root
-        self._chunks = [4 * min(CHUNK, entries - start) for start in range(0, entries, CHUNK)]
-        self._parent, self._children = _tree(root, workers)
-        self._tickets: dict[int, VirtualTicket] = {}
-        self._chunk = [-1] * workers  # which chunk each is at; -1 before it asks
-        self._has = [False] * workers
-        self._served = [0] * workers  # how many children have the chunk
-        self._begun = [-1] * workers  # the last chunk that set out to each
-        self._left = workers
-
-    def ask(self, rank: int, vector: Vector) -> VirtualTicket:
-        self._tickets[rank] = ticket = VirtualTicket(vector=vector)
-        self._want_next(rank)
-        return ticket
-
-    def _want_next(self, rank: int) -> None:
-        self._chunk[rank] += 1
-        if self._chunk[rank] == len(self._chunks):
-            self._finish(rank)
-            return
-        self._has[rank] = rank == self._root
-        self._served[rank] = 0
-        self._begin(rank)
-        for child in self._children[rank]:
-            self._begin(child)
-        self._move_on(rank)
-
-    def _begin(self, child: int) -> None:
-        """Send ``child`` the chunk it wants, if its parent has it."""
-        chunk, parent = self._chunk[child], self._parent[child]
-        if chunk > self._begun[child] and chunk == self._chunk[parent] and self._has[parent] and child != self._root:
-            self._begun[child] = chunk
-            self._operations.network.stream(parent, child).send(self._chunks[chunk], self._arrive, child)
-
-    def _arrive(self, child: int) -> None:
-        parent = self._parent[child]
-        self._has[child] = True
-        for grandchild in self._children[child]:
-            self._begin(grandchild)
-        self._move_on(child)
-        self._served[parent] += 1
-        self._move_on(parent)
-
-    def _move_on(self, rank: int) -> None:
-        if self._has[rank] and self._served[rank] == len(self._children[rank]):
-            self._want_next(rank)
-
-    def _finish(self, rank: int) -> None:
-        self._has[rank] = False
-        ticket = self._tickets[rank]
-        if rank != self._root:
-            ticket.vector[:] = self._tickets[self._root].vector
-        ticket.done = True
-        self._operations.wake(rank)
-        self._left -= 1
-        if not self._left:
-            self._forget()
-
-
-def _tree(root: int, workers: int) -> tuple[list[int], list[list[int]]]:
-    """The parent (the root's is itself) and the children of every rank."""
-    parent = [root] * workers
-    children: list[list[int]] = [[] for _ in range(workers)]
-    for place in range(1, workers):  # counted from the root
-        above = 0 if workers <= LINEAR else place - (1 << (place.bit_length() - 1))
-        rank, parent_rank = (place + root) % workers, (above + root) % workers
-        parent[rank] = parent_rank
-        children[parent_rank].append(rank)
-    return parent, children

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi.mpi.collectives import CHUNK, ring_bytes
+from dlion_mpi.algorithms.ring import ring_bytes
+from dlion_mpi.mpi.collectives import CHUNK
 from tests.mpi.test_links import exchange
 
 

@@ -1,4 +1,4 @@
-"""The parts of a simulation: events, shared links, acknowledgements, collectives, ideals. No TensorFlow."""
+"""The parts of a simulation: events, shared links, acknowledgements, ideals. No TensorFlow."""
 
 from __future__ import annotations
 
@@ -17,14 +17,7 @@ from dlion_mpi.errors import UserError
 from dlion_mpi.loop.ports import Stamp
 from dlion_mpi.microcloud.environments import Environment, Pace, Phase
 from dlion_mpi.simulation.idealised import AllReduce, FreeNetwork, resolve
-from dlion_mpi.simulation.links import (
-    CHUNK,
-    RECEIVE_BUFFERS,
-    Operations,
-    VirtualCollectives,
-    VirtualLinks,
-    _tree,
-)
+from dlion_mpi.simulation.links import RECEIVE_BUFFERS, VirtualLinks
 from dlion_mpi.simulation.network import PAYLOAD_SHARE, Events, Medium, Network, Stream, payload_bytes_per_s
 from dlion_mpi.simulation.simulate import micro_cloud
 from dlion_mpi.strategies.contract import Outgoing
@@ -281,105 +274,6 @@ def test_bytes_and_messages_are_the_same_at_both_ends_and_none_are_sent_in_silen
             if a != b:
                 assert ends.links[a].totals()[b].bytes_sent == ends.links[b].totals()[a].bytes_received
                 assert ends.links[a].totals()[b].bytes_sent >= 4088 + 88
-
-
-# ---- collectives
-
-
-def collectives(environment: Environment) -> tuple[Events, Network, list[VirtualCollectives], list[int]]:
-    events = Events()
-    woken: list[int] = []
-    network = Network(environment, events, None)
-    operations = Operations(environment.workers, network, woken.append)
-    return events, network, [VirtualCollectives(k, operations) for k in range(environment.workers)], woken
-
-
-def test_a_gather_is_done_when_the_last_record_has_come() -> None:
-    events, _, everyone, woken = collectives(cloud(3, {"uplink_mbit": (8.0,) * 3}, latency_s=0.1))
-    tickets = [everyone[k].gather("status", [k, 10.0 * k]) for k in range(2)]
-    run_out(events)
-    assert not any(ticket.done for ticket in tickets)
-    asked_s = events.now_s
-    tickets.append(everyone[2].gather("status", [2, 20.0]))
-    assert tickets[2].done  # the others' records are there already
-    run_out(events)
-    assert events.now_s == pytest.approx(asked_s + 2 * 16 / BYTES_8_MBIT + 0.1)
-    for ticket in tickets:
-        np.testing.assert_array_equal(ticket.table, [[0, 0], [1, 10], [2, 20]])
-    assert sorted(woken) == [0, 1, 2]
-
-
-def test_channels_and_rounds_are_kept_apart() -> None:
-    events, _, (a, b), _ = collectives(cloud(2, {"uplink_mbit": (8.0,) * 2}))
-    first, second, other = a.gather("status", [1.0]), a.gather("status", [2.0]), a.gather("transfer", [3.0])
-    b.gather("transfer", [30.0])
-    b.gather("status", [10.0])
-    run_out(events)
-    assert (first.done, second.done, other.done) == (True, False, True)
-    assert first.table.tolist() == [[1.0], [10.0]]
-    assert other.table.tolist() == [[3.0], [30.0]]
-
-
-@pytest.mark.parametrize("workers", [2, 3, 4, 5, 6, 9])
-@pytest.mark.parametrize("root", [0, 1])
-def test_a_broadcast_brings_the_roots_vector_to_everyone(workers: int, root: int) -> None:
-    events, _, everyone, woken = collectives(cloud(workers, {"uplink_mbit": (800.0,) * workers}))
-    vectors = [np.full(2 * CHUNK + 5, k, np.float32) for k in range(workers)]
-    tickets = [c.broadcast("transfer", root, v) for c, v in zip(everyone, vectors, strict=True)]
-    run_out(events)
-    assert all(ticket.done and (ticket.vector == root).all() for ticket in tickets)
-    assert sorted(woken) == list(range(workers))
-
-
-def test_a_broadcast_to_few_takes_the_roots_uplink_for_each() -> None:
-    events, _, everyone, _ = collectives(cloud(3, {"uplink_mbit": (8.0,) * 3}, latency_s=0.25))
-    for c in everyone:
-        c.broadcast("transfer", 0, np.zeros(CHUNK, np.float32))
-    run_out(events)
-    assert events.now_s == pytest.approx(2 * 4 * CHUNK / BYTES_8_MBIT + 0.25)
-
-
-def test_a_chunk_goes_on_only_from_where_it_is() -> None:
-    events, _, everyone, _ = collectives(cloud(6, {"uplink_mbit": (8.0,) * 6}))
-    for c in everyone:
-        c.broadcast("transfer", 0, np.zeros(CHUNK, np.float32))
-    run_out(events)
-    # 0 to 1, 2 and 4 takes three times a chunk's time; then 1 to 3 and 5 twice.
-    assert events.now_s == pytest.approx(5 * 4 * CHUNK / BYTES_8_MBIT)
-
-
-def test_a_chunk_waits_for_those_who_have_not_asked_yet() -> None:
-    events, _, (root, other), _ = collectives(cloud(2, {"uplink_mbit": (8.0,) * 2}))
-    ticket = root.broadcast("transfer", 0, np.ones(10, np.float32))
-    run_out(events)
-    assert not ticket.done
-    late = other.broadcast("transfer", 0, np.zeros(10, np.float32))
-    run_out(events)
-    assert ticket.done
-    assert late.done
-    assert late.vector.tolist() == [1.0] * 10
-
-
-def test_a_broadcast_competes_with_other_messages() -> None:
-    def seconds(gradient_bytes: float) -> float:
-        events, network, everyone, _ = collectives(cloud(3, {"uplink_mbit": (8.0,) * 3}))
-        if gradient_bytes:
-            network.stream(0, 1).send(gradient_bytes, lambda _: None, None)
-        for c in everyone:
-            c.broadcast("transfer", 0, np.zeros(CHUNK, np.float32))
-        run_out(events)
-        return events.now_s
-
-    assert seconds(100_000) == pytest.approx(seconds(0) + 100_000 / BYTES_8_MBIT)
-
-
-def test_beyond_four_the_tree_is_binomial() -> None:
-    parent, children = _tree(0, 8)
-    assert children == [[1, 2, 4], [3, 5], [6], [7], [], [], [], []]
-    assert [parent[child] for child in range(1, 8)] == [0, 0, 1, 0, 1, 2, 3]
-    parent, _ = _tree(2, 6)
-    assert parent[2] == 2
-    assert parent[3] == 2
 
 
 # ---- ideals

@@ -1,0 +1,301 @@
+"""A worker's collectives over a virtual network: what `mpi/collectives.py` is over MPI.
+
+Each collective sends what the real one sends, through the same streams as gradients, so they contend for the links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from dlion_mpi.algorithms.ring import chunk_bounds, chunk_sent
+from dlion_mpi.simulation.links import VirtualLinks
+from dlion_mpi.simulation.network import Network
+from dlion_mpi.vector.layout import Vector
+
+CHUNK = 1 << 16
+"""Entries of a broadcast in flight at a time; see `mpi.collectives.CHUNK`."""
+LINEAR = 4
+"""Up to this many workers a broadcast goes from the root to everyone, above it along a binomial tree, like Open MPI's
+non-blocking broadcast."""
+
+
+@dataclass(slots=True)
+class VirtualTicket:
+    """See `loop.ports.Ticket`."""
+
+    done: bool = False
+    table: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
+    vector: Vector = field(default_factory=lambda: np.empty(0, np.float32))
+
+
+class VirtualCollectives:
+    """The collectives of one worker; see `mpi.collectives.Collectives`. ``operations``: those of all workers."""
+
+    def __init__(self, rank: int, operations: Operations) -> None:
+        self._rank = rank
+        self._operations = operations
+        self._asked: dict[str, int] = {}
+
+    def gather(self, channel: str, record: Sequence[float]) -> VirtualTicket:
+        """Everyone's ``record`` to everyone."""
+        operation = self._operations.gather(channel, self._next(channel))
+        return operation.ask(self._rank, record)
+
+    def broadcast(self, channel: str, root: int, vector: Vector) -> VirtualTicket:
+        """Rank ``root``'s ``vector`` (K,) float32 to everyone, in chunks, into the others' ``vector``."""
+        operation = self._operations.broadcast(channel, self._next(channel), root, len(vector))
+        return operation.ask(self._rank, vector)
+
+    def reduce(self, channel: str, vector: Vector | None) -> VirtualTicket:
+        """The sum of all workers' ``vector`` (K,) float32, in its place. None: no sum for anyone, now or later."""
+        operation = self._operations.sum(channel, self._next(channel))
+        return operation.ask(self._rank, vector)
+
+    def _next(self, channel: str) -> int:
+        self._asked[channel] = self._asked.get(channel, 0) + 1
+        return self._asked[channel]
+
+
+class Operations:
+    """The collectives in flight. ``links``: by rank, they count what sums move. ``wake``: called with a rank."""
+
+    def __init__(self, network: Network, links: Sequence[VirtualLinks], wake: Callable[[int], None]) -> None:
+        self.workers = len(links)
+        self.network = network
+        self.links = links
+        self.wake = wake
+        self._gathers: dict[tuple[str, int], _Gather] = {}
+        self._broadcasts: dict[tuple[str, int], _Broadcast] = {}
+        self._sums: dict[tuple[str, int], _Sum] = {}
+
+    def gather(self, channel: str, number: int) -> _Gather:
+        """The ``number``th operation of a channel, a gather."""
+        key = (channel, number)
+        if key not in self._gathers:
+            self._gathers[key] = _Gather(self, lambda: self._gathers.pop(key))
+        return self._gathers[key]
+
+    def broadcast(self, channel: str, number: int, root: int, entries: int) -> _Broadcast:
+        """The ``number``th operation of a channel, a broadcast."""
+        key = (channel, number)
+        if key not in self._broadcasts:
+            self._broadcasts[key] = _Broadcast(self, root, entries, lambda: self._broadcasts.pop(key))
+        return self._broadcasts[key]
+
+    def sum(self, channel: str, number: int) -> _Sum:
+        """The ``number``th operation of a channel, a sum."""
+        key = (channel, number)
+        if key not in self._sums:
+            self._sums[key] = _Sum(self, lambda: self._sums.pop(key))
+        return self._sums[key]
+
+
+class _Gather:
+    """Everyone sends its record to everyone, as Open MPI's non-blocking allgather does."""
+
+    def __init__(self, operations: Operations, forget: Callable[[], object]) -> None:
+        self._operations = operations
+        self._forget = forget
+        self._tickets: dict[int, VirtualTicket] = {}
+        self._records: dict[int, Sequence[float]] = {}
+        self._heard = [0] * operations.workers
+        self._left = operations.workers
+        self._table: npt.NDArray[np.float64] | None = None
+
+    def ask(self, rank: int, record: Sequence[float], then: Callable[[int], None] | None = None) -> VirtualTicket:
+        """Rank ``rank``'s record. ``then``: called with the rank when it has all records, in place of `wake`."""
+        self._tickets[rank] = ticket = VirtualTicket()
+        self._then = then or self._operations.wake
+        self._records[rank] = record
+        for peer in range(self._operations.workers):
+            if peer != rank:
+                self._operations.network.stream(rank, peer).send(8 * len(record), self._hear, peer)
+        self._hear(rank)
+        return ticket
+
+    def _hear(self, rank: int) -> None:
+        """A record has come to ``rank``; its own counts as one."""
+        self._heard[rank] += 1
+        if self._heard[rank] == self._operations.workers:
+            if self._table is None:
+                self._table = np.array([self._records[r] for r in range(self._operations.workers)], dtype=np.float64)
+            ticket = self._tickets[rank]
+            ticket.table = self._table
+            ticket.done = True
+            self._then(rank)
+            self._left -= 1
+            if not self._left:
+                self._forget()
+
+
+class _Broadcast:
+    """Chunk by chunk down a tree: a worker has done with a chunk when its children have it, and then wants the next.
+
+    A chunk goes from a parent to a child when the parent has it and the child wants it, as in MPI, where a long
+    message waits for its receive.
+    """
+
+    def __init__(self, operations: Operations, root: int, entries: int, forget: Callable[[], object]) -> None:
+        workers = operations.workers
+        self._operations = operations
+        self._forget = forget
+        self._root = root
+        self._chunks = [4 * min(CHUNK, entries - start) for start in range(0, entries, CHUNK)]
+        self._parent, self._children = _tree(root, workers)
+        self._tickets: dict[int, VirtualTicket] = {}
+        self._chunk = [-1] * workers  # which chunk each is at; -1 before it asks
+        self._has = [False] * workers
+        self._served = [0] * workers  # how many children have the chunk
+        self._begun = [-1] * workers  # the last chunk that set out to each
+        self._left = workers
+
+    def ask(self, rank: int, vector: Vector) -> VirtualTicket:
+        self._tickets[rank] = ticket = VirtualTicket(vector=vector)
+        self._want_next(rank)
+        return ticket
+
+    def _want_next(self, rank: int) -> None:
+        self._chunk[rank] += 1
+        if self._chunk[rank] == len(self._chunks):
+            self._finish(rank)
+            return
+        self._has[rank] = rank == self._root
+        self._served[rank] = 0
+        self._begin(rank)
+        for child in self._children[rank]:
+            self._begin(child)
+        self._move_on(rank)
+
+    def _begin(self, child: int) -> None:
+        """Send ``child`` the chunk it wants, if its parent has it."""
+        chunk, parent = self._chunk[child], self._parent[child]
+        if chunk > self._begun[child] and chunk == self._chunk[parent] and self._has[parent] and child != self._root:
+            self._begun[child] = chunk
+            self._operations.network.stream(parent, child).send(self._chunks[chunk], self._arrive, child)
+
+    def _arrive(self, child: int) -> None:
+        parent = self._parent[child]
+        self._has[child] = True
+        for grandchild in self._children[child]:
+            self._begin(grandchild)
+        self._move_on(child)
+        self._served[parent] += 1
+        self._move_on(parent)
+
+    def _move_on(self, rank: int) -> None:
+        if self._has[rank] and self._served[rank] == len(self._children[rank]):
+            self._want_next(rank)
+
+    def _finish(self, rank: int) -> None:
+        self._has[rank] = False
+        ticket = self._tickets[rank]
+        if rank != self._root:
+            ticket.vector[:] = self._tickets[self._root].vector
+        ticket.done = True
+        self._operations.wake(rank)
+        self._left -= 1
+        if not self._left:
+            self._forget()
+
+
+class _Sum:
+    """A ring. Each turn a worker sends a chunk to the next one, and waits until it has arrived and its own is here.
+
+    First all workers tell each other whether they have a vector. If one has none, nobody gets a sum.
+    See `mpi.collectives.Collectives.reduce`.
+    """
+
+    def __init__(self, operations: Operations, forget: Callable[[], object]) -> None:
+        workers = operations.workers
+        self._operations = operations
+        self._forget = forget
+        self._vectors: dict[int, Vector | None] = {}
+        self._tickets: dict[int, VirtualTicket] = {}
+        self._present = _Gather(operations, lambda: None)
+        self._bytes: list[int] = []  # of every chunk
+        self._total: Vector | None = None
+        self._turn = [-1] * workers  # -1: waits for the others' word
+        self._began_s = [0.0] * workers
+        self._delivered = [0] * workers  # chunks that have reached the next worker
+        self._arrived = [0] * workers
+        self._left = workers
+
+    def ask(self, rank: int, vector: Vector | None) -> VirtualTicket:
+        """Rank ``rank``'s vector, or None."""
+        self._vectors[rank] = vector
+        self._tickets[rank] = ticket = VirtualTicket()
+        self._present.ask(rank, [-1.0 if vector is None else len(vector)], self._begin)
+        return ticket
+
+    def _begin(self, rank: int) -> None:
+        """A worker knows whether all others take part."""
+        vectors = [vector for _, vector in sorted(self._vectors.items()) if vector is not None]
+        workers = self._operations.workers
+        if len(vectors) < workers:
+            self._finish(rank)
+            return
+        if self._total is None:
+            if any(len(vector) != len(vectors[0]) for vector in vectors):
+                raise ValueError(f"a sum of vectors that differ in size: {[len(vector) for vector in vectors]}")
+            bounds = chunk_bounds(len(vectors[0]), workers)
+            self._bytes = [4 * (stop - start) for start, stop in pairwise(bounds)]
+            self._total = vectors[0].copy()
+            for vector in vectors[1:]:
+                self._total += vector
+        self._next_turn(rank)
+
+    def _next_turn(self, rank: int) -> None:
+        workers = self._operations.workers
+        self._turn[rank] += 1
+        if self._turn[rank] == 2 * (workers - 1):
+            vector, total = self._vectors[rank], self._total
+            assert vector is not None
+            assert total is not None
+            vector[:] = total
+            self._tickets[rank].vector = vector
+            self._finish(rank)
+            return
+        self._began_s[rank] = self._operations.links[rank].now_s()
+        stream = self._operations.network.stream(rank, (rank + 1) % workers)
+        stream.send(self._bytes[chunk_sent(rank, self._turn[rank], workers)], self._arrive, rank)
+
+    def _arrive(self, sender: int) -> None:
+        """A chunk has arrived at the worker after ``sender``."""
+        receiver = (sender + 1) % self._operations.workers
+        self._delivered[sender] += 1
+        self._arrived[receiver] += 1
+        for rank in (sender, receiver):
+            if 0 <= self._turn[rank] < min(self._delivered[rank], self._arrived[rank]):
+                self._count(rank)
+                self._next_turn(rank)
+
+    def _count(self, rank: int) -> None:
+        """Add the bytes of a turn to the worker's links."""
+        workers, turn = self._operations.workers, self._turn[rank]
+        links, began_s = self._operations.links[rank], self._began_s[rank]
+        links.carried((rank + 1) % workers, self._bytes[chunk_sent(rank, turn, workers)], 0, began_s)
+        links.carried((rank - 1) % workers, 0, self._bytes[chunk_sent(rank - 1, turn, workers)], began_s)
+
+    def _finish(self, rank: int) -> None:
+        self._tickets[rank].done = True
+        self._operations.wake(rank)
+        self._left -= 1
+        if not self._left:
+            self._forget()
+
+
+def _tree(root: int, workers: int) -> tuple[list[int], list[list[int]]]:
+    """The parent (the root's is itself) and the children of every rank."""
+    parent = [root] * workers
+    children: list[list[int]] = [[] for _ in range(workers)]
+    for place in range(1, workers):  # counted from the root
+        above = 0 if workers <= LINEAR else place - (1 << (place.bit_length() - 1))
+        rank, parent_rank = (place + root) % workers, (above + root) % workers
+        parent[rank] = parent_rank
+        children[parent_rank].append(rank)
+    return parent, children
