@@ -55,8 +55,9 @@ def plain() -> list[float]:
     import keras
     import tensorflow as tf
 
-    from dlion_mpi.learner.data import Batches, load
-    from dlion_mpi.learner.replica import cipher
+    from dlion_mpi.learner.batches import Batches
+    from dlion_mpi.learner.models import cipher
+    from dlion_mpi.learner.shards import load
 
     hvd.init()
     shard = load("fashion-mnist", rank=hvd.rank(), ranks=hvd.size(), partition="iid", alpha=0.5, seed=0)

@@ -33,8 +33,10 @@ PLAIN = """
 import os, sys, time, json
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
-from dlion_mpi.learner.replica import cipher, tensorflow
-from dlion_mpi.learner.data import Batches, load
+from dlion_mpi.learner.models import cipher
+from dlion_mpi.learner.replica import tensorflow
+from dlion_mpi.learner.batches import Batches
+from dlion_mpi.learner.shards import load
 tf = tensorflow(1)
 import keras
 steps = int(sys.argv[1])

@@ -8,7 +8,7 @@ from typing import Any
 from dlion_mpi.checkpoint.start import plan
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.learner.data import shard_of_arrays
+from dlion_mpi.learner.shards import shard_of_arrays
 from dlion_mpi.mpi import startup
 from dlion_mpi.run import run
 

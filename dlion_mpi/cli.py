@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dlion_mpi import __version__
-from dlion_mpi.config.options import convert
 from dlion_mpi.config.parsing import add_config_options
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.log import complain
@@ -146,50 +145,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="shard files for micro-clouds, and what is in a data set")
-    actions = data.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
-    for name, text in (
-        ("split", "write one HDF5 shard file per rank"),
-        ("info", "what a data set holds, and what every rank would get"),
-    ):
-        parser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        parser.add_argument("data", help="fashion-mnist, digits, cifar10[:FOLDER] or FILE.h5")
-        parser.add_argument("--ranks", required=name == "split", default="1", help="number of ranks")
-        parser.add_argument("--partition", default="iid", metavar="iid|dirichlet", help="(default: iid)")
-        parser.add_argument("--dirichlet-alpha", default="0.5", help="smaller is more unequal (default: 0.5)")
-        parser.add_argument("--seed", default="0", help="(default: 0)")
-        if name == "split":
-            parser.add_argument("--out", required=True, help="for example 'shard-{rank}.h5'")
-            parser.add_argument("--overwrite", action="store_true", help="replace shard files that exist")
-        parser.set_defaults(action=_data_split if name == "split" else _data_info)
+    from dlion_mpi.commands import data
 
-
-def _data_split(args: argparse.Namespace) -> int:
-    from dlion_mpi.commands.data import split
-
-    for path in split(args.data, args.out, **_partition_of(args), overwrite=args.overwrite):
-        print(path)
-    return 0
-
-
-def _data_info(args: argparse.Namespace) -> int:
-    from dlion_mpi.commands.data import info
-
-    print(info(args.data, **_partition_of(args)))
-    return 0
-
-
-def _partition_of(args: argparse.Namespace) -> dict[str, Any]:
-    try:
-        ranks = int(args.ranks)
-    except ValueError:
-        raise UserError(f"--ranks {args.ranks}: must be a whole number") from None
-    return {
-        "ranks": ranks,
-        "partition": args.partition,
-        "alpha": convert("dirichlet_alpha", args.dirichlet_alpha),
-        "seed": convert("seed", args.seed),
-    }
+    data.add_arguments(commands.add_parser("data", help="shard files for micro-clouds, and what is in a data set"))
 
 
 def _add_simulate(commands: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.data import Shard
+from dlion_mpi.learner.shards import Shard
 from dlion_mpi.metrics.recorder import NoRecorder, Recorder
 from dlion_mpi.provenance import commit, versions
 from dlion_mpi.view import tensorboard

@@ -24,9 +24,11 @@ from dlion_mpi.checkpoint.start import NEW, Start
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
-from dlion_mpi.learner.data import Batches, Shard, load, merge_facts
+from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.evaluate import BackgroundEvaluator, rows_to_test
-from dlion_mpi.learner.replica import Replica, build, optimizer, tensorflow
+from dlion_mpi.learner.models import build, optimizer
+from dlion_mpi.learner.replica import Replica, tensorflow
+from dlion_mpi.learner.shards import Shard, load, merge_facts
 from dlion_mpi.log import say
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.ports import Loop, Reduce

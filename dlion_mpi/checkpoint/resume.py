@@ -11,7 +11,7 @@ from dlion_mpi.checkpoint.folder import Checkpoint
 from dlion_mpi.checkpoint.start import Start
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.data import Batches
+from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.log import say
 from dlion_mpi.loop.worker import Worker

@@ -2,16 +2,68 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 
+from dlion_mpi.config.options import convert
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.data import Shard, load_shards
+
+if TYPE_CHECKING:
+    from dlion_mpi.learner.shards import Shard
 
 _COUNTED_CLASSES = 20  # beyond that a table of counts no longer fits a terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The actions of `dlion data` and their options."""
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    splitter = _add_action(actions, "split", "write one HDF5 shard file per rank", split_main)
+    splitter.add_argument("--ranks", required=True, help="number of ranks")
+    splitter.add_argument("--out", required=True, help="for example 'shard-{rank}.h5'")
+    splitter.add_argument("--overwrite", action="store_true", help="replace shard files that exist")
+    shower = _add_action(actions, "info", "what a data set holds, and what every rank would get", info_main)
+    shower.add_argument("--ranks", default="1", help="number of ranks (default: 1)")
+
+
+def _add_action(actions: Any, name: str, text: str, main: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("data", help="fashion-mnist, digits, cifar10[:FOLDER] or FILE.h5")
+    parser.add_argument("--partition", default="iid", metavar="iid|dirichlet", help="(default: iid)")
+    parser.add_argument("--dirichlet-alpha", default="0.5", help="smaller is more unequal (default: 0.5)")
+    parser.add_argument("--seed", default="0", help="(default: 0)")
+    parser.set_defaults(action=main)
+    return parser
+
+
+def split_main(args: argparse.Namespace) -> int:
+    """Run ``dlion data split``. Returns the exit code."""
+    for path in split(args.data, args.out, **_partition(args), overwrite=args.overwrite):
+        print(path)
+    return 0
+
+
+def info_main(args: argparse.Namespace) -> int:
+    """Run ``dlion data info``. Returns the exit code."""
+    print(info(args.data, **_partition(args)))
+    return 0
+
+
+def _partition(args: argparse.Namespace) -> dict[str, Any]:
+    """How the data is dealt, as `split` and `info` take it. Raises UserError."""
+    try:
+        ranks = int(args.ranks)
+    except ValueError:
+        raise UserError(f"--ranks {args.ranks}: must be a whole number") from None
+    return {
+        "ranks": ranks,
+        "partition": args.partition,
+        "alpha": convert("dirichlet_alpha", args.dirichlet_alpha),
+        "seed": convert("seed", args.seed),
+    }
 
 
 def split(
@@ -24,13 +76,15 @@ def split(
     seed: int = 0,
     overwrite: bool = False,
 ) -> list[str]:
-    """Write one HDF5 shard file per rank, and give their names in the order of ranks.
+    """Write one HDF5 shard file per rank. Returns their names in the order of ranks.
 
     ``out_pattern``: a path with ``{rank}`` in it; missing folders are made. Every file holds its rank's
     training rows and the whole test set, so that each micro-cloud can evaluate by itself. A file appears
     under its name only when it is complete. Raises UserError for data that ``load`` refuses, shard files as
     input, a pattern without ``{rank}``, a file that exists (unless ``overwrite``) or cannot be written.
     """
+    from dlion_mpi.learner.shards import load_shards
+
     if "{rank}" in spec:
         raise UserError(f"data {spec!r} is already split: name a data set or one HDF5 file")
     if "{rank}" not in out_pattern:
@@ -53,7 +107,9 @@ def split(
 
 
 def _write(path: str, shard: Shard, attributes: dict[str, str | float]) -> None:
-    """Write beside the final name, then rename: readers see the whole file or none."""
+    """Write under a temporary name, then rename: readers see the whole file or none."""
+    import h5py
+
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -79,11 +135,13 @@ def _fsync(path: str) -> None:
 
 
 def info(spec: str, *, ranks: int = 1, partition: str = "iid", alpha: float = 0.5, seed: int = 0) -> str:
-    """A table for humans: what the data set is, and the rows and class counts that each rank gets.
+    """A table for people: what the data set is, and the rows and class counts that each rank gets.
 
-    For shard files, all that are there from rank 0 on are shown, and at least ``ranks``. The data is read and
-    checked as a run would do it. Raises UserError as ``load`` does.
+    For shard files, all that exist from rank 0 on are shown, and at least ``ranks``. The data is read and
+    checked as in a run. Raises UserError as ``load`` does.
     """
+    from dlion_mpi.learner.shards import load_shards
+
     _check_ranks(ranks)
     is_sharded = "{rank}" in spec
     if is_sharded:
@@ -112,7 +170,7 @@ def _check_ranks(ranks: int) -> None:
 
 
 def _rank_table(shards: list[Shard]) -> list[str]:
-    """One line per rank: its rows, and how many of each class; when classes are many, how many it has."""
+    """One line per rank: its rows, and the rows of each class; for many classes, how many classes it has."""
     classes = shards[0].classes
     counts = [np.bincount(shard.y_train, minlength=classes) for shard in shards]
     if classes <= _COUNTED_CLASSES:

@@ -23,9 +23,10 @@ import numpy as np
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
-from dlion_mpi.learner.data import Batches, Shard, load_shards
+from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.evaluate import rows_to_test
-from dlion_mpi.learner.replica import build, optimizer
+from dlion_mpi.learner.models import build, optimizer
+from dlion_mpi.learner.shards import Shard, load_shards
 from dlion_mpi.log import say
 from dlion_mpi.metrics.records import Evaluation, StepRecord
 from dlion_mpi.microcloud.environments import Environment

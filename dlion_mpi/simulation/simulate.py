@@ -16,7 +16,7 @@ from dlion_mpi.microcloud import environments
 from dlion_mpi.microcloud.environments import Environment
 
 if TYPE_CHECKING:  # heavy: imported when a simulation begins, so that `--help` answers at once
-    from dlion_mpi.learner.data import Shard
+    from dlion_mpi.learner.shards import Shard
     from dlion_mpi.result import Result
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi.learner.replica import Replica, build, optimizer, tensorflow
+from dlion_mpi.learner.models import build, optimizer
+from dlion_mpi.learner.replica import Replica, tensorflow
 from dlion_mpi.vector.named_arrays import StateError
 
 X = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi.learner.replica import Replica, build, optimizer
+from dlion_mpi.learner.models import build, optimizer
+from dlion_mpi.learner.replica import Replica
 from dlion_mpi.simulation.shared_replica import SharedReplica, VirtualReplica, prepare_tensorflow
 
 NETS = ["tests.nets:dense", "tests.nets:normalised"]

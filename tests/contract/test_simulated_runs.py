@@ -13,8 +13,10 @@ import pytest
 
 from dlion_mpi.config.options import Config, Every
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.data import Batches, Shard, load_shards
-from dlion_mpi.learner.replica import Replica, build, optimizer
+from dlion_mpi.learner.batches import Batches
+from dlion_mpi.learner.models import build, optimizer
+from dlion_mpi.learner.replica import Replica
+from dlion_mpi.learner.shards import Shard, load_shards
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.microcloud import environments

@@ -13,7 +13,8 @@ from dlion_mpi import UserError, fit
 from dlion_mpi.checkpoint import folder
 from dlion_mpi.checkpoint.start import NEW, Start, plan
 from dlion_mpi.config.parsing import config_of
-from dlion_mpi.learner.replica import build, tensorflow
+from dlion_mpi.learner.models import build
+from dlion_mpi.learner.replica import tensorflow
 from dlion_mpi.metrics import reader as runs
 from dlion_mpi.run import Result, run
 

@@ -14,7 +14,8 @@ from mpi4py import MPI
 from dlion_mpi.algorithms.ring import ring_bytes
 from dlion_mpi.config.parsing import config_of
 from dlion_mpi.errors import RunError
-from dlion_mpi.learner.replica import build, tensorflow
+from dlion_mpi.learner.models import build
+from dlion_mpi.learner.replica import tensorflow
 from dlion_mpi.run import Result, run
 from dlion_mpi.strategies.allreduce import AllReduce
 from tests.mpi.test_training import PLAIN

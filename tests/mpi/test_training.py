@@ -12,8 +12,10 @@ import pytest
 from mpi4py import MPI
 
 from dlion_mpi.config.parsing import config_of
-from dlion_mpi.learner import data
-from dlion_mpi.learner.replica import build, tensorflow
+from dlion_mpi.learner.batches import Batches
+from dlion_mpi.learner.models import build
+from dlion_mpi.learner.replica import tensorflow
+from dlion_mpi.learner.shards import load, shard_of_arrays
 from dlion_mpi.run import Result, run
 
 MODEL = "tests.nets:dense"
@@ -57,8 +59,8 @@ def joint_sgd(ranks: int, steps: int, lbs: int) -> np.ndarray:
     model = fresh_model()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizer = keras.optimizers.SGD(0.1)
-    shards = [data.load("digits", rank=r, ranks=ranks, partition="iid", alpha=0.5, seed=0) for r in range(ranks)]
-    batches = [data.Batches(shard, seed=0, rank=r) for r, shard in enumerate(shards)]
+    shards = [load("digits", rank=r, ranks=ranks, partition="iid", alpha=0.5, seed=0) for r in range(ranks)]
+    batches = [Batches(shard, seed=0, rank=r) for r, shard in enumerate(shards)]
     for _ in range(steps):
         parts = [b.take(lbs) for b in batches]
         x = np.concatenate([x for x, _ in parts]).astype(np.float32) / 255
@@ -250,7 +252,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_only_ends_all(world: MPI.Intracom
     scale = 1e37 if world.Get_rank() == 1 else 1.0
     x = (np.random.default_rng(world.Get_rank()).standard_normal((80, 64)) * scale).astype(np.float32)
     y = np.arange(80) % 10
-    shard = data.shard_of_arrays(x, y, x[:10], y[:10])
+    shard = shard_of_arrays(x, y, x[:10], y[:10])
     options = {"data": "arrays", "model": MODEL, "seconds": 60, "sync": sync, "batching": "fixed"}
     outcome = run(config_of(options), own_data=lambda: shard, report=False)
     assert outcome.exit_code == 1

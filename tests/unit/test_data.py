@@ -1,9 +1,8 @@
-"""Data sets as they come off a disk, good ones and bad ones, and the batches drawn from them."""
+"""Data sets as they come off a disk, good ones and bad ones."""
 
 from __future__ import annotations
 
 import gzip
-import json
 import struct
 import sys
 import types
@@ -14,12 +13,11 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner import data
-from dlion_mpi.learner.data import Batches, Shard, load, load_shards, merge_facts, partition_rows, shard_of_arrays
+from dlion_mpi.learner import named, source
+from dlion_mpi.learner.batches import Batches
+from dlion_mpi.learner.shards import load, load_shards, merge_facts, partition_rows, shard_of_arrays
 
 Arrays = dict[str, Any]
 
@@ -48,13 +46,6 @@ def write(path: Path, content: Arrays, **attributes: Any) -> str:
     return str(path)
 
 
-def shard(rows: int) -> Shard:
-    """Both x and y hold the row's number."""
-    content = arrays(rows, (2,), np.float32)
-    content["y_train"] = np.arange(rows, dtype=np.int32)
-    return Shard(name="", classes=rows, train_samples_global=rows, source="", **content)
-
-
 def assert_refused(message: str, spec: object, *, rank: int = 0, ranks: int = 1, **options: Any) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load(str(spec), rank=rank, ranks=ranks, **options)
@@ -69,8 +60,8 @@ def assert_refused(message: str, spec: object, *, rank: int = 0, ranks: int = 1,
 def test_ranks_read_their_own_rows_of_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, chunks: tuple[int, ...] | None
 ) -> None:
-    monkeypatch.setattr(data, "_BLOCK_BYTES", 12 * 20)  # several blocks even in a small file
-    monkeypatch.setattr(data, "_SELECTION_ROWS", 6)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 12 * 20)  # several blocks even in a small file
+    monkeypatch.setattr(source, "SELECTION_ROWS", 6)
     content = arrays(100)
     x = content.pop("x_train")
     path = write(tmp_path / "a.h5", content)
@@ -133,7 +124,7 @@ def spoiled(name: str, row: int, value: float) -> Arrays:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        *[({name: None}, f"no dataset {name}: it needs x_train, y_train") for name in data.DATASETS],
+        *[({name: None}, f"no dataset {name}: it needs x_train, y_train") for name in source.DATASETS],
         ({"x_test": {}}, "no dataset x_test"),
         ({"y_train": np.zeros(11, int)}, "x_train has 12 rows, y_train 11: store one label per row"),
         ({"y_test": np.zeros(6, int)}, "x_test has 5 rows, y_test 6"),
@@ -285,7 +276,7 @@ def test_digits_without_scikit_learn_name_the_remedy(monkeypatch: pytest.MonkeyP
 
 
 def test_fashion_mnist_from_debian() -> None:
-    if not data.FASHION_MNIST_FOLDER.is_dir():
+    if not named.FASHION_MNIST_FOLDER.is_dir():
         pytest.skip("needs Debian's package dataset-fashion-mnist")
     loaded = load("fashion-mnist", rank=1, ranks=4)
     assert (loaded.samples, loaded.train_samples_global, len(loaded.y_test)) == (15000, 60000, 10000)
@@ -305,7 +296,7 @@ def idx(array: Any, magic: int | None = None) -> bytes:
 @pytest.fixture
 def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with three training and two test images in Fashion-MNIST's format."""
-    monkeypatch.setattr(data, "FASHION_MNIST_FOLDER", tmp_path)
+    monkeypatch.setattr(named, "FASHION_MNIST_FOLDER", tmp_path)
     for part, rows in (("train", 3), ("t10k", 2)):
         images = np.arange(rows * 6, dtype=np.uint8).reshape(rows, 2, 3)
         (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(idx(images))
@@ -346,7 +337,7 @@ def test_bad_idx_files_name_the_remedy(fashion: Path, content: bytes) -> None:
 
 def offer_keras(monkeypatch: pytest.MonkeyPatch, folder: Path, load_data: Callable[[], Any] | None) -> None:
     """No Debian files; a Keras with this way to fetch the data, or none at all."""
-    monkeypatch.setattr(data, "FASHION_MNIST_FOLDER", folder / "absent")
+    monkeypatch.setattr(named, "FASHION_MNIST_FOLDER", folder / "absent")
     monkeypatch.setenv("KERAS_HOME", str(folder / "home"))
     datasets = types.SimpleNamespace(fashion_mnist=types.SimpleNamespace(load_data=load_data))
     monkeypatch.setitem(sys.modules, "keras", load_data and types.SimpleNamespace(datasets=datasets))
@@ -425,77 +416,7 @@ def test_missing_cifar10_names_the_remedies(cifar: Path, monkeypatch: pytest.Mon
     assert_refused("'cifar-10-batches-bin' is missing: .*cifar10:FOLDER or DLION_CIFAR10", "cifar10")
 
 
-# Batches
-
-
-@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30), rows=st.integers(1, 17))
-def test_batches_cover_every_row_once_per_epoch_whatever_their_sizes(sizes: list[int], rows: int) -> None:
-    batches = Batches(shard(rows), seed=1, rank=2)
-    seen: list[int] = []
-    for size in sizes:
-        x, y = batches.take(size)
-        assert (x.shape, x.dtype, y.shape, y.dtype) == ((size, 2), np.float32, (size,), np.int32)
-        np.testing.assert_array_equal(x[:, 0], y)
-        seen += y.tolist()
-    for start in range(0, len(seen), rows):
-        epoch = seen[start : start + rows]
-        assert len(set(epoch)) == len(epoch)
-
-
-@given(
-    before=st.lists(st.integers(1, 40), max_size=10),
-    after=st.lists(st.integers(1, 40), min_size=1, max_size=10),
-    rows=st.integers(1, 17),
-)
-def test_restore_continues_exactly(before: list[int], after: list[int], rows: int) -> None:
-    whole, resumed = Batches(shard(rows), seed=5, rank=1), Batches(shard(rows), seed=5, rank=1)
-    for size in before:
-        whole.take(size)
-    resumed.take(3)  # what it did before it was restored must not matter
-    resumed.restore(json.loads(json.dumps(whole.state())))
-    for size in after:
-        np.testing.assert_array_equal(whole.take(size)[1], resumed.take(size)[1])
-    assert whole.state() == resumed.state()
-
-
-def test_epochs_ranks_and_seeds_shuffle_differently() -> None:
-    def epochs(seed: int, rank: int) -> list[tuple[int, ...]]:
-        batches = Batches(shard(50), seed=seed, rank=rank)
-        return [tuple(batches.take(50)[1].tolist()) for _ in range(2)]
-
-    orders = [order for seed in (0, 1) for rank in (0, 1) for order in epochs(seed, rank)]
-    assert len(set(orders)) == len(orders) == 8
-    assert epochs(1, 1) == epochs(1, 1)
-
-
-def test_ranks_and_sizes_out_of_range_are_bugs_of_the_caller() -> None:
+def test_a_rank_out_of_range_is_a_bug_of_the_caller() -> None:
     for rank in (-1, 2):
         with pytest.raises(ValueError, match=f"rank {rank} is not one of 2"):
             load("digits", rank=rank, ranks=2)
-    for size in (0, -3):
-        with pytest.raises(ValueError, match="at least 1 sample"):
-            Batches(shard(3), seed=0, rank=0).take(size)
-
-
-def test_an_empty_shard_gives_no_batches() -> None:
-    with pytest.raises(UserError, match="no training rows to draw batches from"):
-        Batches(shard(0), seed=0, rank=0)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seed": 9}, "seed was 9, is now 0: resume with the same data, seed and ranks"),
-        ({"rank": 1}, "rank was 1, is now 0"),
-        ({"samples": 7}, "samples was 7, is now 5"),
-        ({"position": 6}, "damaged: resume from another checkpoint"),
-        ({"position": -1}, "damaged"),
-        ({"epoch": 1.5}, "damaged"),
-        ({"epoch": "1"}, "damaged"),
-        ({"more": 1}, "damaged"),
-    ],
-)
-def test_a_state_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
-    batches = Batches(shard(5), seed=0, rank=0)
-    with pytest.raises(UserError, match=message):
-        batches.restore({**batches.state(), **change})

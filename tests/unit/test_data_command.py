@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dlion_mpi.commands import data as datatool
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.data import load, partition_rows
+from dlion_mpi.learner.shards import load, partition_rows
 
 ROWS = 30
 CLASSES = 3

@@ -12,7 +12,7 @@ import pytest
 from dlion_mpi.commands import doctor
 from dlion_mpi.commands.doctor import GET_MPI, Answer, Check
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner import data
+from dlion_mpi.learner import named
 
 OPEN_MPI_LIBRARY = "Open MPI v5.0.11, package: Open MPI x Distribution, ident: 5.0.11\n"
 OPEN_MPI_MPIRUN = "mpirun (Open MPI) 5.0.11\n\nReport bugs to https://www.open-mpi.org/community/help/\n"
@@ -300,7 +300,7 @@ def test_emulation_needs_namespaces_not_only_root(monkeypatch: pytest.MonkeyPatc
 
 
 def test_data_sets_are_looked_for_where_training_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert doctor.FASHION_MNIST_FOLDER == data.FASHION_MNIST_FOLDER
+    assert doctor.FASHION_MNIST_FOLDER == named.FASHION_MNIST_FOLDER
     monkeypatch.setattr(doctor, "FASHION_MNIST_FOLDER", tmp_path / "debian")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     assert statuses(doctor.check_data())["fashion-mnist"] == "missing"

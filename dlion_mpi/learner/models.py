@@ -1,0 +1,74 @@
+"""Models: the built-in one, those that a user's function builds, and the optimizer for models without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dlion_mpi import plugins
+from dlion_mpi.errors import UserError
+
+
+def cipher(input_shape: Sequence[int], classes: int) -> Any:
+    """The CNN of the DLion experiments, about 1 M parameters on 28x28x1: three 5x5 convolutions with 10, 20 and
+    100 kernels, two 2x2 poolings, dense 200, dense ``classes`` (logits). Input: images (H, W, C), H, W >= 4."""
+    import keras
+
+    if len(input_shape) != 3 or min(input_shape[:2]) < 4:
+        raise UserError(
+            f"--model cipher wants images of at least 4x4, but the data is {tuple(input_shape)}: "
+            "bring a model of your own (--model PACKAGE.MODULE:FUNCTION)"
+        )
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input(tuple(input_shape)),
+            layers.Conv2D(10, 5, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(20, 5, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(100, 5, padding="same", activation="relu"),
+            layers.Flatten(),
+            layers.Dense(200, activation="relu"),
+            layers.Dense(classes),
+        ],
+        name="cipher",
+    )
+
+
+def builder(spec: str) -> Callable[[Sequence[int], int], Any]:
+    """The function ``(input_shape, classes) -> Keras model`` that ``--model`` names. Raises UserError."""
+    if spec == "cipher":
+        return cipher
+    found: Callable[[Sequence[int], int], Any] = plugins.load("--model", spec, built_in="cipher", kind="function")
+    return found
+
+
+def build(spec: str, input_shape: Sequence[int], classes: int, seed: int) -> Any:
+    """The Keras model that ``--model`` names, with initial weights from ``seed``. Raises UserError."""
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    model = builder(spec)(tuple(input_shape), classes)
+    if not isinstance(model, keras.Model):
+        raise UserError(f"--model {spec}: returned {type(model).__name__}, but must return a keras.Model")
+    if not model.built:
+        model.build((None, *input_shape))
+    wanted = (None, *input_shape)
+    if tuple(model.input_shape) != wanted:
+        raise UserError(f"--model {spec}: takes input {model.input_shape}, but the data gives {wanted}")
+    if tuple(model.output_shape) != (None, classes):
+        raise UserError(
+            f"--model {spec}: gives output {model.output_shape}, but the data has {classes} classes: "
+            f"it must be (None, {classes})"
+        )
+    return model
+
+
+def optimizer(name: str, learning_rate: float, momentum: float) -> Any:
+    """The Keras optimizer that applies effective gradients."""
+    import keras
+
+    if name == "sgd":
+        return keras.optimizers.SGD(learning_rate, momentum=momentum)
+    return keras.optimizers.Adam(learning_rate)
