@@ -1,8 +1,8 @@
-"""What a run can be resumed from: docs/checkpoints.md. `rounds` is where the worker's loop comes in.
+"""Checkpoints, resume and preemption; docs/checkpoints.md explains them to users.
 
-`file`: one rank's file. `folder`: when files make a checkpoint, and which stay. `snapshot`: a worker as arrays and
-back. `rounds`: how workers take one together while they train. `preemption`: what makes them end early. `start`,
-`resume`: how a run goes on. `session`: what `run.py` needs of all this.
+`file`: one rank's file. `folder`: complete checkpoints, and which ones are kept. `snapshot`: a worker as arrays and
+back. `rounds`: checkpoint rounds, which the training loop drives. `preemption`: signals and time limits. `start`,
+`resume`: options and state of a resumed run. `session`: the part that `run.py` uses.
 """
 
 from __future__ import annotations

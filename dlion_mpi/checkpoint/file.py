@@ -1,7 +1,7 @@
-"""One rank's part of a checkpoint: named arrays and texts in an HDF5 file, which is whole or not there.
+"""One rank's checkpoint file: named arrays and texts in HDF5, written atomically.
 
-HDF5 lays the file out; the large arrays are then written to their places with `os.pwrite`. h5py would hold Python's
-lock meanwhile, and with it the training loop and the thread that owns MPI.
+HDF5 lays the file out; `os.pwrite` then writes the large arrays to their offsets. h5py would hold Python's lock during
+those writes, and so stop the training loop and the MPI thread.
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ import xxhash
 from dlion_mpi.vector.named_arrays import Array, Arrays
 
 LARGE_BYTES = 1 << 16
-"""Arrays from this size on are written past h5py."""
+"""Arrays of at least this size are written with `os.pwrite`."""
 BLOCK_BYTES = 1 << 20
-"""Hashed and written at a time."""
+"""Size of one hashed and written block."""
 SPARE_BYTES = 1 << 20
-"""What HDF5 needs beside the arrays, amply: HDF5 on a full disk does not fail cleanly, so it is not let near one."""
+"""Free space required in addition to the arrays. HDF5 does not fail cleanly on a full disk."""
 KINDS = "iuf"
-"""NumPy's kinds of what is kept: numbers alone."""
+"""NumPy dtype kinds that a checkpoint may contain: numbers only."""
 
 
 class Damaged(Exception):
-    """A file that is not what was written; says what is wrong with it."""
+    """Raised for a file that differs from what was written; the message names the difference."""
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A file's size, and the digest of all that it holds (64 bits)."""
+    """Size of a file, and the 64-bit digest of its content."""
 
     size_bytes: int
     digest: int
 
 
 def digest_of(arrays: Mapping[str, Array], texts: Mapping[str, str], hashes: Mapping[str, int]) -> int:
-    """XXH3 of every name, dtype, shape and content. ``hashes``: XXH3 of each array's bytes, by name."""
+    """Return the XXH3 digest of every name, dtype, shape and content.
+
+    ``hashes``: XXH3 of each array's bytes, by name.
+    """
     whole = xxhash.xxh3_64()
     for name in sorted(arrays):
         found = arrays[name]
@@ -58,21 +61,20 @@ def write(
     path: Path,
     arrays: Mapping[str, Array],
     texts: Mapping[str, str],
-    rest: Callable[[float], None] = lambda cpu_s: None,
+    throttle: Callable[[float], None] = lambda cpu_s: None,
 ) -> Written:
-    """Write a file under another name, bring it to the disk, and give it its own. Raises OSError.
+    """Write to a temporary name, fsync, then rename. An existing file stays until the new one is complete.
 
-    Where there was a file of that name, it stays until the new one is whole. ``rest``: is told now and then how many
-    seconds of the processor writing has taken, and may sleep.
+    ``throttle``: called after each block with the processor seconds that it took; may sleep. Raises OSError.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
         _check_space(path.parent, sum(array.nbytes for array in arrays.values()))
         try:
             offsets = _lay_out(partial, arrays, texts)
-        except (RuntimeError, ValueError) as error:  # what h5py makes of a disk that fills up
+        except (RuntimeError, ValueError) as error:  # h5py raises these when the disk fills up
             raise OSError(errno.EIO, str(error).splitlines()[0]) from None
-        hashes = _write_arrays(partial, arrays, offsets, rest)
+        hashes = _write_arrays(partial, arrays, offsets, throttle)
         size_bytes = partial.stat().st_size
         os.replace(partial, path)
         sync_folder(path.parent)
@@ -84,7 +86,7 @@ def write(
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same for a small text file. Raises OSError."""
+    """Write a small text file atomically, as `write` does. Raises OSError."""
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
@@ -95,7 +97,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring to the disk which files a folder has. Raises OSError."""
+    """Flush a folder's directory entries to the disk. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -110,7 +112,7 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
 
 
 def _lay_out(path: Path, arrays: Mapping[str, Array], texts: Mapping[str, str]) -> dict[str, int]:
-    """Make the HDF5 file, the small arrays in it. Returns where in the file each large one goes."""
+    """Create the HDF5 file with the small arrays in it. Returns the file offset of each large array."""
     offsets = {}
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
         for name, text in texts.items():
@@ -124,7 +126,7 @@ def _lay_out(path: Path, arrays: Mapping[str, Array], texts: Mapping[str, str]) 
 
 
 def _reserve(file: h5py.File, name: str, array: Array) -> int:
-    """A data set without its content. Returns where in the file that goes."""
+    """Create a data set without content. Returns its file offset."""
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -138,9 +140,9 @@ def _reserve(file: h5py.File, name: str, array: Array) -> int:
 
 
 def _write_arrays(
-    path: Path, arrays: Mapping[str, Array], offsets: Mapping[str, int], rest: Callable[[float], None]
+    path: Path, arrays: Mapping[str, Array], offsets: Mapping[str, int], throttle: Callable[[float], None]
 ) -> dict[str, int]:
-    """Write the large arrays to their places, and all to the disk. Returns every array's hash."""
+    """Write the large arrays to their offsets and fsync the file. Returns the hash of every array."""
     hashes = {}
     descriptor = os.open(path, os.O_RDWR)
     try:
@@ -153,7 +155,7 @@ def _write_arrays(
                 if at is not None:
                     _write_at(descriptor, block, at)
                     at += len(block)
-                rest(time.thread_time() - began_s)
+                throttle(time.thread_time() - began_s)
             hashes[name] = int(content.intdigest())
         os.fsync(descriptor)
     finally:
@@ -162,7 +164,7 @@ def _write_arrays(
 
 
 def _blocks(array: Array) -> Iterator[memoryview]:
-    """The bytes of a contiguous array."""
+    """Yield an array's bytes in blocks."""
     content = _bytes(array)
     for start in range(0, len(content), BLOCK_BYTES):
         yield content[start : start + BLOCK_BYTES]
@@ -175,11 +177,11 @@ def _write_at(descriptor: int, block: memoryview, offset: int) -> None:
 
 
 def read(path: Path, expected: Written) -> tuple[Arrays, dict[str, str]]:
-    """The arrays and texts of a file, which must be those that were written. Raises Damaged."""
+    """Read a file's arrays and texts. Raises Damaged if they differ from what was written."""
     try:
         size_bytes = path.stat().st_size
         if size_bytes != expected.size_bytes:
-            raise Damaged(f"it has {size_bytes} bytes where {expected.size_bytes} were written")
+            raise Damaged(f"it has {size_bytes} bytes, but {expected.size_bytes} were written")
         with h5py.File(path, "r", locking=False) as file:
             texts = {name: _text(name, value) for name, value in file.attrs.items()}
             arrays = dict(_datasets(file, "", size_bytes))
@@ -188,7 +190,7 @@ def read(path: Path, expected: Written) -> tuple[Arrays, dict[str, str]]:
         raise Damaged(f"it cannot be read: {reason}") from None
     hashes = {name: int(xxhash.xxh3_64_intdigest(_bytes(array))) for name, array in arrays.items()}
     if digest_of(arrays, texts, hashes) != expected.digest:
-        raise Damaged("its content is not what was written")
+        raise Damaged("its content differs from what was written")
     return arrays, texts
 
 
@@ -198,23 +200,23 @@ def _bytes(array: Array) -> memoryview:
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"attribute {name} is no text")
+        raise ValueError(f"attribute {name} is not a text")
     return value
 
 
 def _datasets(group: h5py.Group, prefix: str, most_bytes: int) -> Iterator[tuple[str, Array]]:
-    """All data sets, by name: numbers stored in this file itself, and no more of them than the file is long."""
+    """Yield all data sets by name. Accepts only numbers that are stored in this file and fit into its size."""
     for name in group:
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise ValueError(f"{prefix}{name} is a link to elsewhere")
+            raise ValueError(f"{prefix}{name} is a link to another file or object")
         found = group[name]
         if isinstance(found, h5py.Group):
             yield from _datasets(found, f"{prefix}{name}/", most_bytes)
             continue
         if not isinstance(found, h5py.Dataset) or found.dtype.kind not in KINDS or found.shape is None:
-            raise ValueError(f"{prefix}{name} does not hold numbers")
+            raise ValueError(f"{prefix}{name} does not contain numbers")
         if found.is_virtual or found.external or found.chunks is not None or found.nbytes > most_bytes:
-            raise ValueError(f"{prefix}{name} is not stored in this file as it was written")
+            raise ValueError(f"{prefix}{name} is not stored contiguously in this file")
         array = np.empty(found.shape, found.dtype)
         if array.size:
             found.read_direct(array)

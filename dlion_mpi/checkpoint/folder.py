@@ -1,7 +1,7 @@
-"""The checkpoints of a run: ``RUN/checkpoints/step-00000500/rank-00000.h5`` and so on, and a manifest beside them.
+"""The checkpoints of a run: ``RUN/checkpoints/step-00000500`` with a file per rank and a manifest.
 
-A checkpoint counts from the moment its ``manifest.json`` is there: rank 0 writes it when every rank has its file on the
-disk, with the sizes and digests that they have reported. What has no manifest was never finished.
+A checkpoint is complete once its ``manifest.json`` exists. Rank 0 writes it after every rank has flushed its file to
+the disk, with the sizes and digests that the ranks reported. A folder without a manifest is incomplete.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ MOST_RANKS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A rank's part: its file, the step with which it goes on, when it was taken (seconds since the run began), and the
-    mean of its recent losses, NaN if unknown."""
+    """One rank's part of a checkpoint.
+
+    ``step``: the next step to compute. ``time_s``: seconds from the start of the run to the snapshot. ``loss``: mean of
+    the recent losses, NaN if unknown.
+    """
 
     file: Written
     step: int
@@ -40,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete checkpoint. ``step``: steps that every worker has done at least. ``parts``: by rank."""
+    """A complete checkpoint. ``step``: number of steps that every worker has completed. ``parts``: by rank."""
 
     folder: Path
     step: int
@@ -48,46 +51,46 @@ class Checkpoint:
 
     @property
     def ranks(self) -> int:
-        """How many ranks have written it."""
+        """Number of ranks that wrote it."""
         return len(self.parts)
 
     @property
     def time_s(self) -> float:
-        """When it was taken, in seconds since the run began."""
+        """Seconds from the start of the run to the last snapshot."""
         return max(part.time_s for part in self.parts)
 
     @property
     def best(self) -> int:
-        """The rank with the lowest recent loss."""
+        """Rank with the lowest recent loss."""
         losses = [part.loss if math.isfinite(part.loss) else math.inf for part in self.parts]
         return losses.index(min(losses))
 
     def path(self, rank: int) -> Path:
-        """A rank's file."""
+        """Path of a rank's file."""
         return rank_path(self.folder, rank)
 
     def read(self, rank: int) -> tuple[Arrays, dict[str, str]]:
-        """A rank's arrays and texts. Raises UserError for a file that is damaged or gone."""
+        """Read a rank's arrays and texts. Raises UserError if the file is damaged or missing."""
         try:
             return file.read(self.path(rank), self.parts[rank].file)
         except Damaged as damage:
             raise UserError(
-                f"{self.path(rank)} is damaged ({damage}): --resume-earlier goes on from the checkpoint before it"
+                f"{self.path(rank)} is damaged ({damage}): --resume-earlier resumes from the checkpoint before it"
             ) from None
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of that step goes."""
+    """Path of the checkpoint of a step."""
     return run / FOLDER / f"step-{step:08d}"
 
 
 def rank_path(folder: Path, rank: int) -> Path:
-    """A rank's file in a checkpoint's folder."""
+    """Path of a rank's file in a checkpoint's folder."""
     return folder / f"rank-{rank:05d}.h5"
 
 
 def write_manifest(folder: Path, step: int, parts: Sequence[Part]) -> None:
-    """Make a checkpoint count. Raises OSError."""
+    """Write the manifest, which completes a checkpoint. Raises OSError."""
     entries = [
         {
             "file": rank_path(folder, rank).name,
@@ -105,30 +108,33 @@ def write_manifest(folder: Path, step: int, parts: Sequence[Part]) -> None:
 
 
 def complete(run: Path) -> list[Path]:
-    """The folders of the complete checkpoints, the newest last."""
+    """List the folders of complete checkpoints, the newest last."""
     return [folder for folder in _folders(run) if (folder / MANIFEST).exists()]
 
 
 def incomplete(run: Path) -> list[Path]:
-    """The folders of checkpoints that were never finished."""
+    """List the folders of incomplete checkpoints."""
     return [folder for folder in _folders(run) if not (folder / MANIFEST).exists()]
 
 
 def read_manifest(folder: Path) -> Checkpoint:
-    """What a complete checkpoint consists of. Raises UserError for a manifest that is damaged."""
+    """Read the manifest of a complete checkpoint. Raises UserError if it is damaged."""
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format"]
         if version != FORMAT:
-            raise UserError(f"{path} has format {version}, this program reads {FORMAT}: resume with the other version")
+            raise UserError(
+                f"{path} has format {version}, and this version reads format {FORMAT}: resume with the version of "
+                "dlion_mpi that wrote it"
+            )
         entries = content["ranks"]
         if not 0 < len(entries) <= MOST_RANKS or content["step"] != _step(folder):
             raise ValueError
         return Checkpoint(folder, int(content["step"]), tuple(_part(entry) for entry in entries))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"{path} is damaged: --resume-earlier goes on from the checkpoint before it, or remove {folder}"
+            f"{path} is damaged: resume from the checkpoint before it with --resume-earlier, or remove {folder}"
         ) from None
 
 
@@ -139,7 +145,7 @@ def _part(entry: Mapping[str, Any]) -> Part:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` complete checkpoints, and what was never finished before them."""
+    """Remove all but the newest ``keep`` complete checkpoints, and incomplete ones that are older."""
     kept = complete(run)[-keep:]
     for folder in _folders(run):
         if folder not in kept and (not kept or folder < kept[-1]):
@@ -147,7 +153,7 @@ def prune(run: Path, keep: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, its manifest first: at no moment does half of it look like a whole one."""
+    """Remove a checkpoint, its manifest first, so that a partly removed one never looks complete."""
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):
             path.unlink()
@@ -155,9 +161,9 @@ def remove(folder: Path) -> None:
 
 
 def set_aside(run: Path, after: int) -> list[Path]:
-    """Take complete checkpoints of later steps than ``after`` out of the count, and remove what was never finished.
+    """Rename complete checkpoints of steps later than ``after``, and remove incomplete ones.
 
-    For a run that goes on from an earlier one: its steps have still to come. Returns where they are now.
+    For a run that resumes from an earlier checkpoint and will repeat those steps. Returns the new paths.
     """
     for folder in incomplete(run):
         remove(folder)

@@ -1,4 +1,4 @@
-"""What makes a run end early and be started again: a signal of the batch system, or the end of its allocation."""
+"""Early end of a run: a signal from the batch system, or the end of the allocation."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
 EXIT_CODE = 75
-"""EX_TEMPFAIL: start it again, and it goes on."""
+"""EX_TEMPFAIL: the run saved a checkpoint and can be started again."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 END_VARIABLE = "SLURM_JOB_END_TIME"
-"""Seconds since the epoch at which Slurm ends the job."""
+"""Environment variable with the time at which Slurm ends the job, in seconds since the epoch."""
 FIRST_MARGIN_S, MARGIN_S = 60.0, 10.0
-"""Before the first checkpoint has been timed: what it is allowed; and what is allowed beside those that were."""
+"""Time reserved before the end: until a checkpoint has been timed, and later in addition to its time."""
 FIRST_SHARE, SHARE = 0.2, 0.05
-"""At most so much of the time that there is, for those."""
+"""Upper limits of those two, as fractions of the total time."""
 TIMES = 2.0
-"""A checkpoint may take so many times as long as the slowest so far."""
+"""Time reserved for a checkpoint, as a multiple of the slowest one so far."""
 
 
 class Preemption:
-    """Notices that the run has to make room. ``reason``: why, once it has to.
+    """Detects that the run has to end. ``reason`` says why, and is None before.
 
-    ``limit_s``: seconds from now that the run may take (``--time-limit``); the allocation may end before.
+    ``limit_s``: time limit in seconds from now (``--time-limit``). The allocation may end earlier.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class Preemption:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 ask for a checkpoint and the end, from here on, instead of ending the process."""
+        """Let SIGTERM and SIGUSR1 request a checkpoint and the end of the run instead of ending the process."""
 
         def heard(number: int, frame: FrameType | None) -> None:
             self.reason = self.reason or signal.Signals(number).name
 
         before = {}
-        with contextlib.suppress(ValueError):  # not the main thread: signals are the caller's business
+        with contextlib.suppress(ValueError):  # outside the main thread the caller handles signals
             before = {number: signal.signal(number, heard) for number in SIGNALS}
         try:
             yield
@@ -59,9 +59,10 @@ class Preemption:
                 signal.signal(number, handler)
 
     def look(self, checkpoint_s: float | None, step_s: float) -> bool:
-        """Whether the run has to end now. ``checkpoint_s``: what the slowest checkpoint took, None before the first.
+        """Whether the run has to end now.
 
-        ``step_s``: what a step takes; all workers have to finish theirs first.
+        ``checkpoint_s``: duration of the slowest checkpoint so far, None before the first. ``step_s``: duration of a
+        step, which all workers have to finish first.
         """
         if self.reason is None and self._ends_s is not None:
             whole_s = max(0.0, self._ends_s - self._began_s)

@@ -1,16 +1,17 @@
-"""How workers take a checkpoint together while they train.
+"""Checkpoint rounds: workers take a consistent checkpoint together while they train.
 
-Now and then every worker tells every other whether a checkpoint is due (*asking*, a gather that nobody waits for but in
-`sync`). When one is, each takes a snapshot at its next border between two steps: a copy, which a thread then writes.
+Every 0.2 s the workers gather their votes on whether a checkpoint is due. In `sync` the loop waits for the votes; in
+the other modes it does not. If one is due, each worker takes a snapshot before its next step, a copy in memory, and a
+thread writes it.
 
-The snapshots make one state of the run, because nobody uses a gradient that its sender will send again:
+The snapshots form a consistent cut: no gradient is in one worker's snapshot as sent and missing in its receiver's.
 
-- in `sync` all stop before the same step, and every gradient of the steps before has been used;
-- else a worker sends no entries from its own snapshot until everyone has taken theirs, as if its links were busy, and
-  what others had sent it before theirs goes into its file when it comes. Nobody waits.
+- In `sync` all workers stop before the same step, and all gradients of earlier steps have been applied.
+- Otherwise a worker sends no entries between its own snapshot and the last worker's, as if its links were busy.
+  Messages that were in flight at the cut are added to the receiver's file when they arrive. Training continues.
 
-When all files are on the disk, rank 0 makes the checkpoint count. In the end of a run a last one is taken.
-Source of the cut: Lai and Yang, "On distributed snapshots" (1987), with the colour of a message known by counting.
+When all files are on the disk, rank 0 writes the manifest. A run ends with a last checkpoint.
+Source of the cut: Lai and Yang, "On distributed snapshots" (1987); messages are counted instead of coloured.
 """
 
 from __future__ import annotations
@@ -38,21 +39,21 @@ from dlion_mpi.strategies.contract import Resumable
 from dlion_mpi.vector.named_arrays import Arrays
 from dlion_mpi.wire import Kind, Message
 
-ASKING, STAGES = "asking", "checkpoint"
-CHANNELS = (ASKING, STAGES)
-ASK_S, ASK_AFTER_S = 0.2, 0.02
-"""Seconds between two rounds of asking: while training, and after the last step."""
+VOTES, STAGES = "asking", "checkpoint"
+CHANNELS = (VOTES, STAGES)
+VOTE_S, VOTE_AFTER_S = 0.2, 0.02
+"""Seconds between two votes: while training, and after the last step."""
 SHARE = 0.1
-"""Of a processor that writing may take while training goes on; not when the run is about to end."""
+"""Limit on the writer's processor time, as a fraction of a core. Not applied when the run is about to end."""
 LEFT = math.nan
-"""What a worker says that ended in the middle of a step and has no state to keep."""
+"""Sent instead of a step by a worker that ended in the middle of a step and has no state to save."""
 HALF = 1 << 32
 
 Table = npt.NDArray[np.float64]
 
 
-class Say(IntEnum):
-    """What a worker says when it asks, by column."""
+class Vote(IntEnum):
+    """Columns of a worker's vote."""
 
     DUE = 0
     BUSY = 1
@@ -65,11 +66,11 @@ class Say(IntEnum):
 
 
 class CheckpointRounds:
-    """Takes checkpoints of one worker into ``run``; see `loop.worker.Checkpoints`.
+    """Takes checkpoints of one worker into ``run``; implements `loop.worker.Checkpoints`.
 
-    ``texts``: what goes into the file beside the state. ``executor``: one thread that writes. ``last_step``: of the
-    checkpoint that the run goes on from, and ``own_step`` this worker's own in it, -1 for none. ``before``: called when
-    one is taken. ``say``: tells the user.
+    ``executor``: one writer thread. ``texts``: texts to save with the state. ``last_step``: step of the checkpoint
+    that the run resumed from, and ``own_step`` this worker's step in it; -1 for a new run. ``before``: called before a
+    snapshot. ``say``: shows a line to the user.
     """
 
     def __init__(
@@ -97,26 +98,26 @@ class CheckpointRounds:
         self._sync = config.mode.lockstep
         self.holding = self.over = False
         self.safe = True
-        """Whether the newest snapshot has become part of a complete checkpoint."""
+        """Whether the newest snapshot is part of a complete checkpoint."""
         self.left: str | None = None
-        """Why the run was ended by `Preemption` or `end`; "" if another rank knows."""
+        """Reason why `Preemption` or `end` ended the run; "" if the reason is on another rank."""
         self.preempted = False
         self.slowest_s: float | None = None
-        """What the slowest checkpoint took, from its snapshot until it counted."""
+        """Duration of the slowest checkpoint, from its snapshot to its manifest."""
         self._end_reason: str | None = None
         self._hurry = False
-        self._asking: Ticket | None = None
-        self._next_ask_step, self._next_ask_s = 0, 0.0
+        self._votes: Ticket | None = None
+        self._next_vote_step, self._next_vote_s = 0, 0.0
         self._next_due_s: float | None = None
         self._step_began_s, self._step_s = 0.0, 0.0
         self._seen_step = own_step
-        """Where this worker's newest snapshot was taken, or tried."""
+        """Step of this worker's newest snapshot, successful or not."""
         self._name_step = last_step
         self._spare: Arrays = {}
         self._forget()
 
     def _forget(self) -> None:
-        """No checkpoint is under way."""
+        """Reset the state of the current checkpoint round."""
         self._busy = False
         self._taken: Arrays | None = None
         self._log: list[tuple[int, Message]] = []
@@ -128,53 +129,53 @@ class CheckpointRounds:
         self._completing: Future[None] | None = None
         self._taken_s = 0.0
 
-    # What the worker's loop calls.
+    # Called by the training loop.
 
     def advance(self, w: Worker) -> Iterator[Until]:
-        """Between two steps: move a checkpoint on, or take one that is due."""
+        """Advance the checkpoint round between two steps, or take a checkpoint that is due."""
         now_s = w.now_s()
         self._step_began_s, self._step_s = now_s, now_s - self._step_began_s
         self._move_on(w)
-        if self._asking is not None:
+        if self._votes is not None:
             if self._awaited:
-                yield Until(self._is_answered)
-            if self._asking.done:
-                yield from quiet(w)  # a snapshot has all that was sent, or that is remembered as unsent
+                yield Until(self._is_decided)
+            if self._votes.done:
+                yield from quiet(w)  # every entry of a snapshot is either sent or in the residual
                 self._decide(w, ended=False)
-        if self._asking is None and w.step < w.end_step and self._time_to_ask(w):
-            self._ask(w, ended=False)
+        if self._votes is None and w.step < w.end_step and self._time_to_vote(w):
+            self._vote(w, ended=False)
 
     def serve(self, w: Worker) -> None:
-        """After the last step: go on taking part in the others' checkpoints, until `over`."""
+        """Take part in checkpoint rounds after the last step, until `over`."""
         self._move_on(w)
-        if self._asking is not None and self._asking.done:
+        if self._votes is not None and self._votes.done:
             self._decide(w, ended=True)
-            self._next_ask_s = w.now_s() + ASK_AFTER_S
-        if self._asking is None and not self.over and w.now_s() >= self._next_ask_s:
-            self._ask(w, ended=True)
+            self._next_vote_s = w.now_s() + VOTE_AFTER_S
+        if self._votes is None and not self.over and w.now_s() >= self._next_vote_s:
+            self._vote(w, ended=True)
 
     def arrived(self, w: Worker, message: Message) -> None:
-        """A message has come; it belongs to the checkpoint under way if it was sent before its sender's snapshot."""
+        """Record a received message for the current checkpoint, in case it was in flight at the cut."""
         open_ = self._taken is not None and self._writing is None and not self._sync
         if open_ and message.header.kind in (Kind.GRADIENT, Kind.WEIGHTS):
             self._log.append((w.collected[message.header.sender], message))
 
     def end(self, reason: str) -> None:
-        """The run has come to its end: all workers are to end together, after a last checkpoint."""
+        """Request the end of the run on all workers, after a last checkpoint."""
         self._end_reason = self._end_reason or reason
 
-    # Asking.
+    # Votes.
 
-    def _is_answered(self) -> bool:
-        return self._asking is not None and self._asking.done
+    def _is_decided(self) -> bool:
+        return self._votes is not None and self._votes.done
 
-    def _time_to_ask(self, w: Worker) -> bool:
+    def _time_to_vote(self, w: Worker) -> bool:
         if self._awaited:
-            return w.step >= self._next_ask_step
-        return w.now_s() >= self._next_ask_s or (self._is_due(w) and not self._busy)
+            return w.step >= self._next_vote_step
+        return w.now_s() >= self._next_vote_s or (self._is_due(w) and not self._busy)
 
     def _is_due(self, w: Worker) -> bool:
-        """Whether this worker wants a checkpoint at the border where the answers will be known."""
+        """Whether this worker wants a checkpoint at the step where the votes will be known."""
         if self._every.steps is not None:
             return w.step + self._awaited >= self._due_step()
         if self._next_due_s is None:
@@ -186,53 +187,53 @@ class CheckpointRounds:
         steps = self._every.steps or 1
         return (max(self._name_step, 0) // steps + 1) * steps
 
-    def _ask(self, w: Worker, *, ended: bool) -> None:
+    def _vote(self, w: Worker, *, ended: bool) -> None:
         if w.timed_out():
             self.end("")
         leave = self._preemption.look(self.slowest_s, self._step_s)
         broken = ended and (w.midway or w.stop_reason is not None)
-        said = {
-            Say.DUE: self._is_due(w),
-            Say.BUSY: self._busy,
-            Say.NEWS: w.step != self._seen_step,
-            Say.LEAVE: leave,
-            Say.END: self._end_reason is not None,
-            Say.ENDED: ended,
-            Say.BROKEN: broken,
-            Say.STEP_S: self._step_s,
+        vote = {
+            Vote.DUE: self._is_due(w),
+            Vote.BUSY: self._busy,
+            Vote.NEWS: w.step != self._seen_step,
+            Vote.LEAVE: leave,
+            Vote.END: self._end_reason is not None,
+            Vote.ENDED: ended,
+            Vote.BROKEN: broken,
+            Vote.STEP_S: self._step_s,
         }
-        self._asking = self._collectives.gather(ASKING, [float(said[column]) for column in Say])
+        self._votes = self._collectives.gather(VOTES, [float(vote[column]) for column in Vote])
 
     def _decide(self, w: Worker, *, ended: bool) -> None:
-        """What follows from everyone's answers: the same on all ranks."""
-        assert self._asking is not None
-        table, self._asking = self._asking.table, None
+        """Act on the votes. All ranks have the same table and reach the same decision."""
+        assert self._votes is not None
+        table, self._votes = self._votes.table, None
         some = [bool(column.any()) for column in table.T]
-        everyone = [bool(column.all()) for column in table.T]
-        leave, end = some[Say.LEAVE], some[Say.END]
-        self._hurry = leave or end or some[Say.ENDED]
-        due = (everyone if self._every.steps is not None else some)[Say.DUE]  # of steps, the slowest has to do so many
-        wanted = (due or leave or end or everyone[Say.ENDED]) and some[Say.NEWS] and not some[Say.BROKEN]
-        if not some[Say.BUSY]:
-            self.over = (some[Say.BROKEN] or everyone[Say.ENDED]) and not wanted
+        every = [bool(column.all()) for column in table.T]
+        leave, end = some[Vote.LEAVE], some[Vote.END]
+        self._hurry = leave or end or some[Vote.ENDED]
+        due = (every if self._every.steps is not None else some)[Vote.DUE]  # steps: the slowest worker's count
+        wanted = (due or leave or end or every[Vote.ENDED]) and some[Vote.NEWS] and not some[Vote.BROKEN]
+        if not some[Vote.BUSY]:
+            self.over = (some[Vote.BROKEN] or every[Vote.ENDED]) and not wanted
             if wanted:
                 self._take(w)
-            if (leave or end) and not (ended or some[Say.BROKEN]):
+            if (leave or end) and not (ended or some[Vote.BROKEN]):
                 self.preempted = leave
                 self.left = self._preemption.reason if leave else self._end_reason
                 w.end_step = min(w.end_step, w.step)
-        self._set_next_ask(w, hurry=leave or end, step_s=float(table[:, Say.STEP_S].max()))
+        self._set_next_vote(w, hurry=leave or end, step_s=float(table[:, Vote.STEP_S].max()))
 
-    def _set_next_ask(self, w: Worker, *, hurry: bool, step_s: float) -> None:
-        """In `sync` the same step for all."""
+    def _set_next_vote(self, w: Worker, *, hurry: bool, step_s: float) -> None:
+        """Schedule the next vote; in `sync` at the same step on all ranks."""
         if not self._awaited:
-            self._next_ask_s = w.now_s() + ASK_S
+            self._next_vote_s = w.now_s() + VOTE_S
             return
-        self._next_ask_step = w.step if hurry else w.step - 1 + max(1, math.ceil(ASK_S / max(step_s, 1e-6)))
+        self._next_vote_step = w.step if hurry else w.step - 1 + max(1, math.ceil(VOTE_S / max(step_s, 1e-6)))
         if self._every.steps is not None:
-            self._next_ask_step = min(self._next_ask_step, max(w.step, self._due_step() - 1))
+            self._next_vote_step = min(self._next_vote_step, max(w.step, self._due_step() - 1))
 
-    # Taking one: the snapshot; what everyone's snapshot says; the file; what everyone's file says; the manifest.
+    # Stages of a checkpoint: take the snapshot, gather the cut, write the file, gather the sizes, write the manifest.
 
     def _take(self, w: Worker) -> None:
         self._forget()
@@ -240,7 +241,7 @@ class CheckpointRounds:
         self._taken_s = w.now_s()
         self._next_due_s = self._taken_s + (self._every.seconds or math.inf)
         self._seen_step, self.safe = w.step, False
-        if self._awaited:  # everyone's: when to ask again must not depend on when the others' answer is seen
+        if self._awaited:  # the same on all ranks, so that the next vote does not depend on when a gather completes
             self._name_step = w.step
         ranks = self._ranks
         if w.midway:
@@ -256,10 +257,10 @@ class CheckpointRounds:
         self._cut = self._collectives.gather(STAGES, [w.step, *(w.posted[peer] for peer in range(ranks))])
 
     def _move_on(self, w: Worker) -> None:
-        """Start what can be started; nothing here waits."""
+        """Start each stage whose input is ready. Does not block."""
         if self._cut is not None and self._cut.done:
             table, self._cut, self.holding = self._cut.table, None, False
-            if np.isnan(table).any():  # somebody has ended in the middle of a step meanwhile
+            if np.isnan(table).any():  # a worker has ended in the middle of a step
                 self._forget()
                 return
             self._sent = table[:, 1 + self._rank]
@@ -275,7 +276,7 @@ class CheckpointRounds:
             self._finish(w, self._completing)
 
     def _has_all(self, w: Worker, sent: Table) -> bool:
-        """Whether all that was sent to this worker before its senders' snapshots has come."""
+        """Whether every message that was in flight at the cut has arrived."""
         return self._sync or all(w.collected[rank] >= count for rank, count in enumerate(sent))
 
     def _write(self, w: Worker, sent: Table) -> None:
@@ -287,12 +288,12 @@ class CheckpointRounds:
 
         def job() -> Written:
             target.mkdir(parents=True, exist_ok=True)
-            return file.write(folder.rank_path(target, rank), arrays, texts, self._rest)
+            return file.write(folder.rank_path(target, rank), arrays, texts, self._throttle)
 
         self._writing = self._executor.submit(job)
 
-    def _rest(self, cpu_s: float) -> None:
-        """The writer has taken so much of the processor."""
+    def _throttle(self, cpu_s: float) -> None:
+        """Sleep after the writer has used ``cpu_s`` seconds of the processor."""
         if not self._hurry:
             time.sleep(cpu_s * (1 / SHARE - 1))
 
@@ -311,13 +312,13 @@ class CheckpointRounds:
         self._written = self._collectives.gather(STAGES, record)
 
     def _complete(self, table: Table) -> None:
-        """All have written, or somebody could not."""
+        """Complete the checkpoint, or discard it if a rank could not write its file."""
         self._written = None
         target, step = folder.folder_of(self._run, self._name_step), self._name_step
         failed = np.flatnonzero(table[:, 0] == 0)
         if len(failed):
             if failed[0] == self._rank:
-                self._say(f"dlion: {target} could not be written ({self._problem}): the run goes on, older ones stay")
+                self._report_failure(target, self._problem)
             self._executor.submit(_discard, target, self._rank)
             self._forget()
             return
@@ -341,12 +342,15 @@ class CheckpointRounds:
             if self._rank == 0:
                 self._say(f"dlion: {target} is complete after {seconds:.1f} s")
         except OSError as error:
-            self._say(f"dlion: {target} could not be written ({error.strerror}): the run goes on, older ones stay")
+            self._report_failure(target, error.strerror)
         self._forget()
+
+    def _report_failure(self, target: Path, problem: str) -> None:
+        self._say(f"dlion: {target} could not be written ({problem}): training continues, older ones stay")
 
 
 def _discard(target: Path, rank: int) -> None:
-    """Remove a rank's part of what will never be a checkpoint; whoever comes last removes the folder."""
+    """Remove a rank's file of a failed checkpoint; the last rank also removes the folder."""
     with contextlib.suppress(OSError):
         folder.rank_path(target, rank).unlink(missing_ok=True)
         target.rmdir()

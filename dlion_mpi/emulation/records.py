@@ -1,7 +1,7 @@
-"""Emulations on this machine: what each one is made of, who owns it, and how it is taken down.
+"""Records of the emulations on this machine: their parts, their owners, and their removal.
 
-A record is written before anything is built, so whatever ended a run, the next `dlion emulate` knows what
-to clear away. Records lie in /run/dlion, or in DLION_RUNTIME_DIR if that is set.
+A record is written before anything is built, so that the next `dlion emulate` can remove the rest of a killed run.
+Records are in /run/dlion, or in DLION_RUNTIME_DIR if that is set.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FOLDER_PREFIX = "dlion-emulation-"
 class Emulation:
     """One emulated micro-cloud.
 
-    `environment`: built-in name or absolute path. `folder`: its temporary files. `owner_pid` and
-    `owner_started` (clock ticks since boot): the process that takes it down; None if made by `up`.
+    `environment`: built-in name or absolute path. `folder`: its temporary files. `owner_pid` and `owner_started` (clock
+    ticks since boot): the process that removes it; None if `up` created it.
     """
 
     name: str
@@ -41,27 +41,27 @@ class Emulation:
 
     @property
     def clock(self) -> Path:
-        """The file in which the training program says when it began."""
+        """File in which the training program reports the start of training."""
         return Path(self.folder) / "clock"
 
     def owner_lives(self) -> bool:
-        """Whether the process that owns it still runs (False if it has no owner)."""
+        """Whether the owning process is running (False if there is no owner)."""
         return self.owner_pid is not None and _started(self.owner_pid) == self.owner_started
 
     def is_stale(self) -> bool:
-        """Whether it was left by a process that was killed."""
+        """Whether the owning process was killed and left it behind."""
         return self.owner_pid is not None and not self.owner_lives()
 
 
 def records() -> Path:
-    """The directory of the records."""
+    """Directory of the records."""
     return Path(os.environ.get("DLION_RUNTIME_DIR") or "/run/dlion")
 
 
 def claim(environment: str, workers: int, *, name: str | None, owned: bool) -> Emulation:
-    """Record a new emulation, named at random unless `name` is given, and make its folder.
+    """Record a new emulation and create its folder. The name is random unless `name` is given.
 
-    `owned`: whether it ends with this process. Raises UserError if the name is taken or no good.
+    `owned`: whether it ends with this process. Raises UserError if the name is taken or invalid.
     """
     if name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
         raise UserError(f"emulation name {name!r}: use 1 to 32 lower-case letters, digits and dashes")
@@ -72,7 +72,7 @@ def claim(environment: str, workers: int, *, name: str | None, owned: bool) -> E
         raise UserError(taken)
     temporary = Path(tempfile.gettempdir())
     if any(character.isspace() for character in str(temporary)):
-        raise UserError(f"TMPDIR {str(temporary)!r} has a space, which mpirun cannot take: set another TMPDIR")
+        raise UserError(f"TMPDIR {str(temporary)!r} has a space, which mpirun does not accept: set another TMPDIR")
     emulation = Emulation(
         name=chosen,
         environment=environment,
@@ -95,15 +95,15 @@ def claim(environment: str, workers: int, *, name: str | None, owned: bool) -> E
 
 
 def find_all() -> list[Emulation]:
-    """Every emulation recorded, by name."""
+    """List all recorded emulations by name."""
     found = (_read(path) for path in sorted(records().glob("*.json")))
     return [emulation for emulation in found if emulation is not None]
 
 
 def take_down(emulation: Emulation) -> list[str]:
-    """Kill its processes, delete its namespaces, folder and record. Can be repeated.
+    """Kill its processes and delete its namespaces, folder and record. Can be repeated.
 
-    Returns what could not be done, a line each; the record then stays, so that `down` can try again.
+    Returns one line per failure; the record then stays, so that `down` can try again.
     """
     problems = netns.destroy(emulation.name, emulation.workers)
     if Path(emulation.folder).name.startswith(FOLDER_PREFIX):
@@ -116,7 +116,7 @@ def take_down(emulation: Emulation) -> list[str]:
 
 
 def sweep() -> list[str]:
-    """Take down what killed runs left. Returns the names of what was there."""
+    """Remove the emulations that killed runs left behind. Returns their names."""
     stale = [emulation for emulation in find_all() if emulation.is_stale()]
     for emulation in stale:
         take_down(emulation)
@@ -128,7 +128,7 @@ def _record(name: str) -> Path:
 
 
 def _read(path: Path) -> Emulation | None:
-    """The emulation of a record, or None if it is gone or no record."""
+    """Read a record. Returns None if it is missing or invalid."""
     try:
         table: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return Emulation(**table)
@@ -137,7 +137,10 @@ def _read(path: Path) -> Emulation | None:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot (its id may be another's later). None: it ended."""
+    """Return the start of a process in clock ticks since boot, which identifies it even if its id is reused.
+
+    Returns None if the process has ended.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

@@ -1,3 +1,3 @@
-"""The machines and links of a micro-cloud, described in TOML."""
+"""Description of a micro-cloud's machines and links, read from TOML."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A micro-cloud as a value: how fast each worker computes and each link carries, over the time of a run."""
+"""A micro-cloud as a value: the compute speed of each worker and the rate of each link, by phase of the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARE_TOLERANCE = 1e-3
 
 
 class InvalidEnvironment(UserError):
-    """A value of an environment that cannot be: which key, in which phase (None: outside the phases)."""
+    """Raised for an invalid value of an environment: its key, and its phase (None: outside the phases)."""
 
     def __init__(self, key: str, problem: str, phase: int | None = None) -> None:
         self.key, self.phase = key, phase
@@ -24,23 +24,23 @@ class InvalidEnvironment(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How long an iteration takes: alpha + beta * batch, in seconds."""
+    """Duration of an iteration in seconds: alpha + beta * batch."""
 
     alpha_s: float
     beta_s: float
 
     def seconds(self, batch: int) -> float:
-        """Seconds of an iteration of `batch` samples."""
+        """Return the seconds of an iteration of `batch` samples."""
         return self.alpha_s + self.beta_s * batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Conditions that hold for a part of the run.
+    """Compute and network conditions during a part of the run.
 
-    `cores`: relative compute per worker. Network in Mbit/s: `uplink_mbit` per worker, shared by its
-    peers, or `link_mbit[source][destination]` with 0 on the diagonal. The phase begins where the `share`s
-    (fractions of the run) before it end, or at `start_s`.
+    `cores`: relative compute per worker. `uplink_mbit`: Mbit/s per worker, shared by the links to its peers; or
+    `link_mbit[source][destination]` with 0 on the diagonal. The phase begins when the `share`s (fractions of the run)
+    of the earlier phases end, or at `start_s`.
     """
 
     cores: tuple[float, ...]
@@ -79,10 +79,10 @@ class Environment:
         _check_times(self.phases)
 
     def phase_starts_s(self, run_seconds: float | None) -> tuple[float, ...]:
-        """When each phase begins, in seconds from the start of training.
+        """Return the start of each phase in seconds from the start of training.
 
-        `run_seconds`: planned length of the run; None or NaN if unknown, and then phases given as shares
-        never follow the first (their start is infinity).
+        `run_seconds`: planned length of the run; None or NaN if unknown. Phases given as shares then start at infinity,
+        except the first.
         """
         if self.phases[0].start_s is not None:
             return tuple(float(phase.start_s or 0.0) for phase in self.phases)
@@ -93,25 +93,25 @@ class Environment:
         return (0.0, *(run_seconds * end / ends[-1] for end in ends[:-1]))
 
     def phase_at(self, time_s: float, run_seconds: float | None) -> Phase:
-        """The phase in force `time_s` seconds after the start of training."""
+        """Return the phase that is active `time_s` seconds after the start of training."""
         return self.phases[max(bisect_right(self.phase_starts_s(run_seconds), time_s) - 1, 0)]
 
     def pace(self, worker: int, time_s: float, run_seconds: float | None) -> Pace:
-        """The pace of `worker` at `time_s`: beta is the time per sample on 24 cores, times 24 / cores."""
+        """Return the pace of `worker` at `time_s`: beta is the time per sample on 24 cores, times 24 / cores."""
         cores = self.phase_at(time_s, run_seconds).cores[worker]
         return Pace(alpha_s=self.alpha_s, beta_s=self.seconds_per_sample_24 * 24.0 / cores)
 
     def rate_mbit(self, source: int, destination: int, phase: Phase) -> float:
-        """Nominal Mbit/s of a link while all links of its source are busy.
+        """Return the nominal Mbit/s of a link while all links of its source are busy.
 
-        An uplink is shared evenly by the worker's peers; a matrix gives each link its own rate.
-        Raises ValueError for a link of a worker to itself.
+        The links to the peers share an uplink evenly; a matrix gives each link its own rate. Raises ValueError for a
+        link of a worker to itself.
         """
         if source == destination:
             raise ValueError(f"worker {source} has no link to itself")
         if phase.link_mbit is not None:
             return phase.link_mbit[source][destination]
-        assert phase.uplink_mbit is not None  # a phase without a network is refused at construction
+        assert phase.uplink_mbit is not None  # the constructor refuses a phase without a network
         return phase.uplink_mbit[source] / (self.workers - 1)
 
 

@@ -1,8 +1,8 @@
-"""Environments as files, and as the clock that paces a training program.
+"""Environment files, and the clock that paces a training program.
 
-An `Environment` is read from TOML: one of the built-in files in `named/`, or a copy a user edited.
-The emulator shapes a real network by it, the simulator a virtual one, and `PaceClock` tells a training
-program how long an iteration lasts on a worker of it.
+An `Environment` is read from TOML: one of the built-in files in `named/`, or a user's file. The emulator shapes a real
+network with it, the simulator a virtual one. `PaceClock` gives a training program the duration of an iteration on one
+of its workers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 BUILT_IN = Path(__file__).parent / "named"
 
-# What `dlion emulate` tells the ranks it starts.
+# Variables that `dlion emulate` sets for its ranks.
 ENVIRONMENT_VARIABLE = "DLION_ENVIRONMENT"
 CLOCK_VARIABLE = "DLION_ENVIRONMENT_CLOCK"
 SECONDS_VARIABLE = "DLION_ENVIRONMENT_SECONDS"
@@ -53,7 +53,7 @@ def names() -> tuple[str, ...]:
 def load(name_or_path: str | os.PathLike[str]) -> Environment:
     """Read a built-in environment by name, or a TOML file by path (ends in .toml, or has a directory).
 
-    Raises UserError with the file, key and line of what is wrong.
+    Raises UserError with the file, the key and the line of the mistake.
     """
     path = locate(name_or_path)
     try:
@@ -71,7 +71,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Environment:
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
-    """The absolute path of the TOML file of an environment. Raises UserError for an unknown name."""
+    """Return the absolute path of an environment's TOML file. Raises UserError for an unknown name."""
     given = os.fspath(name_or_path)
     if given.endswith(".toml") or os.sep in given:
         return Path(given).absolute()
@@ -85,7 +85,7 @@ _PHASE_KEYS = {"cores", "uplink_mbit", "link_mbit", "share", "start_s"}
 
 
 def _parse(table: Mapping[str, Any], *, default_name: str) -> Environment:
-    """The environment a TOML table describes; types are checked here, values by the dataclass."""
+    """Build the environment of a TOML table. Types are checked here, values by the dataclass."""
     _check_keys(table, _KEYS, None)
     workers = table.get("workers")
     if not isinstance(workers, int) or isinstance(workers, bool):
@@ -145,7 +145,7 @@ def _number(value: Any, key: str, phase: int | None) -> float:
 
 
 def _line_of(text: str, key: str, phase: int | None) -> int:
-    """Line, from 1, on which `key` of the given phase is set; where it is missing, its table's line."""
+    """Return the line, from 1, that sets `key` in the given phase; if the key is missing, the line of its table."""
     lines = text.splitlines()
     tables = [n for n, line in enumerate(lines) if re.match(r"\s*\[\[\s*phases\s*\]\]", line)]
     begin, end = 0, tables[0] if tables else len(lines)
@@ -156,7 +156,7 @@ def _line_of(text: str, key: str, phase: int | None) -> int:
 
 
 def _with_key(message: str, text: str) -> str:
-    """A TOML parser's message with the key that its line sets, if it sets one."""
+    """Append the key of the offending line to a TOML parser's message, if that line sets one."""
     at = re.search(r"line (\d+)", message)
     lines = text.splitlines()
     if at is None or int(at[1]) > len(lines):
@@ -167,7 +167,7 @@ def _with_key(message: str, text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """When training began (seconds since the epoch) and how long it is planned to run (None: unknown)."""
+    """Start of training (seconds since the epoch) and planned length of the run (None: unknown)."""
 
     started_s: float
     run_seconds: float | None
@@ -176,10 +176,10 @@ class Clock:
 def start_clock(
     run_seconds: float | None, *, started_s: float | None = None, environ: Mapping[str, str] = os.environ
 ) -> float:
-    """Tell the emulator that training begins, so that it times the phases from here.
+    """Report the start of training to the emulator, which times the phases from it.
 
-    Called by rank 0 only; outside an emulation it tells nobody. `started_s`: when it begins, in seconds
-    since the epoch (None: now). Returns that time.
+    Called by rank 0 only; without an emulation it writes nothing. `started_s`: start in seconds since the epoch (None:
+    now). Returns that time.
     """
     begin_s = time.time() if started_s is None else started_s
     path = environ.get(CLOCK_VARIABLE)
@@ -194,7 +194,7 @@ def start_clock(
 
 
 def read_clock(path: str | os.PathLike[str]) -> Clock | None:
-    """What `start_clock` wrote, or None while there is nothing (or nothing that makes sense)."""
+    """Read the line of `start_clock`. Returns None if it is missing or invalid."""
     try:
         started_s, run_seconds = (float(word) for word in Path(path).read_text(encoding="ascii").split())
     except (OSError, ValueError):
@@ -204,7 +204,7 @@ def read_clock(path: str | os.PathLike[str]) -> Clock | None:
 
 @dataclass(frozen=True, kw_only=True)
 class PaceClock:
-    """How long each iteration of one worker must last for it to be a worker of the environment."""
+    """Duration of each iteration of one worker of an environment."""
 
     environment: Environment
     worker: int
@@ -214,10 +214,10 @@ class PaceClock:
     def from_environ(
         cls, worker: int, *, run_seconds: float | None = None, environ: Mapping[str, str] = os.environ
     ) -> PaceClock | None:
-        """The clock of `worker` in the emulation this process runs in, or None outside one.
+        """Return the clock of `worker` in the current emulation, or None outside one.
 
-        `run_seconds`: the planned length of the run; what was given to `dlion emulate` comes first.
-        Raises UserError if the environment has no such worker.
+        `run_seconds`: planned length of the run; the value given to `dlion emulate` takes precedence. Raises UserError
+        if the environment has no such worker.
         """
         reference = environ.get(ENVIRONMENT_VARIABLE)
         if not reference:
@@ -233,5 +233,5 @@ class PaceClock:
         return cls(environment=environment, worker=worker, run_seconds=float(given) if given else run_seconds)
 
     def seconds(self, batch: int, elapsed_s: float) -> float:
-        """Seconds an iteration of `batch` samples lasts that begins `elapsed_s` after training did."""
+        """Return the seconds of an iteration of `batch` samples that begins `elapsed_s` after the start of training."""
         return self.environment.pace(self.worker, elapsed_s, self.run_seconds).seconds(batch)

@@ -254,7 +254,7 @@ def killed_run(place: Place) -> None:
 
 def test_down_clears_what_a_killed_run_left(place: Place) -> None:
     killed_run(place)
-    assert "left by a killed run" in place.call("status").stdout
+    assert "left behind by a killed run" in place.call("status").stdout
     assert place.mark in place.call("down").stdout
     assert place.left() == []
     assert place.call("status").stdout == "no emulations\n"
@@ -306,7 +306,7 @@ def test_up_status_down_by_hand(place: Place) -> None:
     up = place.call("up", "--env", place.environment(), "--name", place.mark)
     assert up.returncode == 0, up.stderr
     assert f"ip netns exec dlion-{place.mark}-w1 COMMAND" in up.stdout
-    assert f"{place.mark}  {place.environment()}  2 workers, 0 processes  made by up" in place.call("status").stdout
+    assert f"{place.mark}  {place.environment()}  2 workers, 0 processes  created by up" in place.call("status").stdout
     for worker, mbit in ((0, 40), (1, 12)):
         shown = subprocess.run(
             ["tc", "-n", netns.of_worker(place.mark, worker), "class", "show", "dev", "eth0"],

@@ -52,7 +52,7 @@ def test_times_have_units(text: str, seconds: float) -> None:
         ({"save_model_of": "mean"}, "--save-model-of belongs to --save-model"),
         ({"requeue": True}, "--requeue needs --out and --checkpoint-every"),
         ({"requeue": True, "resume": "runs/a"}, "exclude each other"),
-        ({"resume_earlier": True}, "--resume-earlier belongs to --resume or --requeue"),
+        ({"resume_earlier": True}, "--resume-earlier needs --resume or --requeue"),
         ({"resume": "/nowhere"}, "--resume /nowhere: holds no run"),
     ],
 )
@@ -64,7 +64,7 @@ def test_mistakes_are_refused(options: dict[str, Any], names: str) -> None:
 def test_a_run_without_a_checkpoint_is_not_resumed(tmp_path: Path) -> None:
     path = run_of(tmp_path / "run")
     (folder.complete(path)[0] / "manifest.json").unlink()
-    with pytest.raises(UserError, match="only one that was never finished"):
+    with pytest.raises(UserError, match="only an incomplete one"):
         plan({"resume": str(path)})
 
 

@@ -241,7 +241,7 @@ def test_a_good_probe_passes() -> None:
 def test_a_link_out_of_bounds(links: dict[tuple[int, int], list[float]], wrong: tuple[str, int, int]) -> None:
     report = linkcheck.evaluate(DYNAMIC, probe(links), 6.0)
     assert [(row.what, row.phase, row.worker) for row in report.rows if not row.ok] == [wrong]
-    assert "1 of 9 figures out of bounds" in linkcheck.to_table(report)
+    assert "1 of 9 measurements out of bounds" in linkcheck.to_table(report)
 
 
 def test_a_late_change_is_out_of_bounds() -> None:
