@@ -345,7 +345,7 @@ class CheckpointRounds:
             self._report_failure(target, error.strerror)
         self._forget()
 
-    def _report_failure(self, target: Path, problem: str) -> None:
+    def _report_failure(self, target: Path, problem: str | None) -> None:
         self._say(f"dlion: {target} could not be written ({problem}): training continues, older ones stay")
 
 

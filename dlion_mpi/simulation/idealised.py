@@ -1,7 +1,7 @@
-"""Synchronous SGD by formula, in virtual time: the limit that others are held against, and what stands for Horovod.
+"""Synchronous SGD with communication by formula: `free-network`, the limit to compare with, and `allreduce`.
 
-All replicas are equal after every step, so one is computed: the exact mean gradient over the global batch.
-Strategies of `dlion simulate` only.
+All replicas are equal after every step, so one replica is computed, with the exact mean gradient over the global batch.
+These strategies exist in `dlion simulate` only.
 """
 
 from __future__ import annotations
@@ -33,47 +33,47 @@ BATCH_OPTIONS = ("lbs_max", *(name for name in Dlion.defaults if name.startswith
 
 
 class Ideal(Protocol):
-    """How a global batch is shared, and what the exchange of a step costs."""
+    """Division of the global batch, and the cost of a step's exchange."""
 
     name: ClassVar[str]
 
     def share(self, gbs: int, paces: Sequence[Pace], limit: int) -> list[int]:
-        """Everyone's batch size."""
+        """Return the batch size of each worker."""
 
     def exchange(self, environment: Environment, time_s: float, seconds: float | None, size: int) -> tuple[float, int]:
-        """Seconds, and the bytes that every worker sends to the next, for a gradient of ``size`` entries."""
+        """Return (seconds, bytes that each worker sends to the next) for a gradient of ``size`` entries."""
 
 
 class FreeNetwork:
-    """Perfect balance, and communication that costs nothing: the limit for what an exchange can save in time."""
+    """Perfect balance and free communication: the limit of what a better exchange can gain in time."""
 
     name: ClassVar[str] = "free-network"
 
     def share(self, gbs: int, paces: Sequence[Pace], limit: int) -> list[int]:
-        """So that all finish together."""
+        """Divide the batch so that all workers finish at the same time."""
         fits = [(pace.alpha_s, pace.beta_s) for pace in paces]
         return solve_lbs(min(gbs, limit * len(paces)), fits, [limit] * len(paces))
 
     def exchange(self, environment: Environment, time_s: float, seconds: float | None, size: int) -> tuple[float, int]:
-        """Nothing."""
+        """Return no cost."""
         return 0.0, 0
 
 
 class AllReduce:
-    """Equal batches and a ring all-reduce after the computing, as Horovod does it.
+    """Equal batches and a ring all-reduce after the computation, as in Horovod.
 
-    Each worker sends 2 (n - 1) / n of the gradient to the next, in 2 (n - 1) rounds that all go at the pace of the
-    slowest link. Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
+    Each worker sends 2 (n - 1) / n of the gradient to the next one, in 2 (n - 1) rounds at the rate of the slowest
+    link. Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
     """
 
     name: ClassVar[str] = "allreduce"
 
     def share(self, gbs: int, paces: Sequence[Pace], limit: int) -> list[int]:
-        """Equally."""
+        """Divide the batch equally."""
         return equal_lbs(min(gbs, limit * len(paces)), len(paces))
 
     def exchange(self, environment: Environment, time_s: float, seconds: float | None, size: int) -> tuple[float, int]:
-        """Rounds x latency + bytes / slowest link; a worker sends to one peer only, so that has the whole uplink."""
+        """Return rounds x latency + bytes / slowest link. A worker sends to one peer, which gets the whole uplink."""
         workers = environment.workers
         if workers == 1:
             return 0.0, 0
@@ -90,8 +90,10 @@ IDEALS: dict[str, type[Ideal]] = {cls.name: cls for cls in (FreeNetwork, AllRedu
 
 
 def resolve(config: Config) -> Config:
-    """The Config with the defaults of the ideal that it names filled in: the global batch is fixed unless it is
-    told to grow. Raises UserError for an option that the ideal does not use."""
+    """Fill in the defaults of the ideal that a Config names. The global batch is fixed by default.
+
+    Raises UserError for an option that the ideal does not use.
+    """
     ideal = IDEALS[config.strategy]
     if config.sync not in (None, "sync"):
         raise UserError(f"--strategy {ideal.name} does not support --sync {config.sync}: it supports sync")
@@ -107,8 +109,8 @@ def resolve(config: Config) -> Config:
 
 
 @dataclass(kw_only=True)
-class Together:
-    """All workers, which are always at the same step. ``losses``, ``compute_s``, ``samples``: by rank."""
+class Group:
+    """State of all workers, which are always at the same step. ``losses``, ``compute_s``, ``samples``: by rank."""
 
     run: VirtualRun
     ideal: Ideal
@@ -124,16 +126,16 @@ class Together:
     evaluations: list[Evaluation] = field(default_factory=list)
 
     def ended(self) -> bool:
-        """Whether there is no next step."""
+        """Whether the run has ended."""
         config = self.run.config
         timed_out = config.seconds is not None and self.now_s >= config.seconds
         return self.stop_reason is not None or self.step >= config.last_step or timed_out
 
 
 def train_together(run: VirtualRun) -> list[Finish]:
-    """Train until the run ends: everyone computes, the exact mean is applied, time passes."""
+    """Train until the run ends. Each step computes all gradients, applies their mean and advances the time."""
     workers = run.workers
-    group = Together(
+    group = Group(
         run=run,
         ideal=IDEALS[run.config.strategy](),
         losses=[deque(maxlen=10) for _ in range(workers)],
@@ -157,8 +159,8 @@ def train_together(run: VirtualRun) -> list[Finish]:
     return [_finish(group, rank) for rank in range(workers)]
 
 
-def _step(group: Together, gbs: int) -> None:
-    """One step of everyone: share the batch, compute, take the mean, apply it, let the time pass."""
+def _step(group: Group, gbs: int) -> None:
+    """Do one step: divide the batch, compute all gradients, apply their mean, advance the time."""
     run, config, environment = group.run, group.run.config, group.run.environment
     paces = [environment.pace(rank, group.now_s, config.seconds) for rank in range(run.workers)]
     shares = group.ideal.share(gbs, paces, config.lbs_max or NO_LIMIT)
@@ -188,7 +190,7 @@ def _step(group: Together, gbs: int) -> None:
     _record(group, shares, [pace.seconds(lbs) for pace, lbs in zip(paces, shares, strict=True)], losses)
 
 
-def _record(group: Together, shares: Sequence[int], compute_s: Sequence[float], losses: Sequence[float]) -> None:
+def _record(group: Group, shares: Sequence[int], compute_s: Sequence[float], losses: Sequence[float]) -> None:
     run, workers = group.run, group.run.workers
     exchange_s, sent_bytes = group.ideal.exchange(
         run.environment, group.now_s + max(compute_s), run.config.seconds, run.shared.layout.size
@@ -227,8 +229,8 @@ def _link(peer: int, total_bytes: int) -> Mapping[int, int]:
     return {peer: total_bytes} if total_bytes else {}
 
 
-def _take(group: Together, evaluations: Sequence[Evaluation]) -> None:
-    """Everyone has the same weights, so one evaluation is everyone's."""
+def _take(group: Group, evaluations: Sequence[Evaluation]) -> None:
+    """Record evaluations for all workers, which have the same weights."""
     for evaluation in evaluations:
         group.evaluations.append(evaluation)
         for recorder in group.run.recorders:
@@ -237,7 +239,7 @@ def _take(group: Together, evaluations: Sequence[Evaluation]) -> None:
             group.stop_reason = group.stop_reason or "target accuracy reached"
 
 
-def _finish(group: Together, rank: int) -> Finish:
+def _finish(group: Group, rank: int) -> Finish:
     loss = float(np.mean(group.losses[rank])) if group.losses[rank] else math.nan
     compute_s = group.compute_s[rank]
     wait_s = group.now_s - compute_s

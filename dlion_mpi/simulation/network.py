@@ -1,6 +1,6 @@
-"""Virtual time: what happens when, and a network whose bytes take time. No wall clock and no randomness here.
+"""Discrete events in virtual time, and a network with finite rates. Uses no wall clock and no randomness.
 
-The micro-clouds of docs/environments.md, simulated.
+Simulates the micro-clouds of docs/environments.md.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 from dlion_mpi.microcloud.environments import Environment, Phase
 
 PAYLOAD_SHARE = 0.949
-"""Of a rate that is set, what MPI carries for its user: headers take 4.4 %, TCP's acknowledgements of what comes the
-other way the rest. The mean over emulated links (`benchmarks/results/emulate.json`)."""
+"""Payload of MPI as a fraction of the set rate. Headers take 4.4 %; TCP acknowledgements of the opposite direction take
+the rest. Mean over emulated links (`benchmarks/results/emulate.json`)."""
 RESOLUTION_S = 1e-9
-"""Transfers that end within a nanosecond of each other end together: below it, rounding would tell them apart."""
+"""Transfers that end within a nanosecond of each other end together, so that rounding cannot separate them."""
 
 Deliver = Callable[[Any], None]
 
 
 class Events:
-    """What happens when, in virtual seconds. What is due at the same time happens in the order it was asked for."""
+    """Event queue in virtual seconds. Events at the same time run in the order in which they were scheduled."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -33,18 +33,18 @@ class Events:
         self._order = itertools.count()
 
     def at(self, time_s: float, action: Callable[[], None]) -> None:
-        """Call ``action`` at ``time_s``, which must not have passed."""
+        """Call ``action`` at ``time_s``, which must not be in the past."""
         heapq.heappush(self._heap, (time_s, next(self._order), action))
 
     def run(self, ended: Callable[[], bool]) -> None:
-        """Let things happen until ``ended()``, or until nothing is left to happen."""
+        """Process events until ``ended()`` is true or the queue is empty."""
         while self._heap and not ended():
             self.now_s, _, action = heapq.heappop(self._heap)
             action()
 
 
 class Stream:
-    """What one worker sends to another: messages of so many bytes, first in first out, as in a TCP connection."""
+    """Messages from one worker to another, first in first out, as in a TCP connection."""
 
     __slots__ = ("medium", "queue")
 
@@ -53,7 +53,7 @@ class Stream:
         self.queue: deque[tuple[float, Deliver, Any]] = deque()
 
     def send(self, size_bytes: float, deliver: Deliver, parcel: Any) -> None:
-        """Call ``deliver(parcel)`` when ``size_bytes`` more are across."""
+        """Call ``deliver(parcel)`` when another ``size_bytes`` have been transferred."""
         self.queue.append((size_bytes, deliver, parcel))
         if len(self.queue) == 1:
             assert self.medium is not None
@@ -61,11 +61,11 @@ class Stream:
 
 
 class Medium:
-    """A rate, in payload bytes per second, that the streams with something to send share evenly.
+    """A rate in payload bytes per second, shared evenly by the streams that have data to send.
 
-    Even shares mean that every busy stream is served equally many bytes. So one number, the bytes each has been
-    served since the medium was idle, tells how far all of them are; a message ends when that number reaches what
-    it was at the message's start plus its size. A stream that begins or ends costs O(log streams).
+    With even shares every busy stream transfers the same number of bytes. One counter, the bytes per stream since the
+    medium was idle, describes the progress of all streams: a message ends when the counter has grown by its size. A
+    stream that begins or ends costs O(log streams).
     """
 
     def __init__(self, events: Events, bytes_per_s: float, latency_s: float) -> None:
@@ -74,25 +74,25 @@ class Medium:
         self._latency_s = latency_s
         self._served = 0.0
         self._served_at_s = 0.0
-        self._busy: list[tuple[float, int, Stream]] = []  # a heap: where the first message of each stream ends
+        self._busy: list[tuple[float, int, Stream]] = []  # heap, by the counter at the end of the first message
         self._order = itertools.count()
         self._due_s = math.inf
 
     def add(self, stream: Stream, size_bytes: float) -> None:
-        """A stream that was idle has a message of ``size_bytes``."""
+        """Add an idle stream with a message of ``size_bytes``."""
         self._serve()
         heapq.heappush(self._busy, (self._served + size_bytes, next(self._order), stream))
-        if self._busy[0][2] is stream:  # else the one that ends first is only delayed, and `_finish` finds that out
+        if self._busy[0][2] is stream:  # otherwise the next end is only delayed, and `_finish` reschedules it
             self._schedule()
 
     def release(self) -> list[tuple[Stream, float]]:
-        """Serve nobody any more. Returns the streams that were busy, and the bytes left of their first message."""
+        """Remove all streams. Returns the busy ones, each with the bytes left of its first message."""
         self._serve()
         busy, self._busy, self._due_s = sorted(self._busy), [], math.inf
         return [(stream, max(0.0, end - self._served)) for end, _, stream in busy]
 
     def _serve(self) -> None:
-        """Bring ``_served`` up to now."""
+        """Update ``_served`` to the current time."""
         now_s = self._events.now_s
         if now_s == self._served_at_s:
             return
@@ -103,7 +103,7 @@ class Medium:
         self._served_at_s = now_s
 
     def _schedule(self) -> None:
-        """See to it that `_finish` is called when the next message ends, or sooner."""
+        """Schedule `_finish` for the end of the next message, or earlier."""
         if not self._busy:
             return
         left = max(0.0, self._busy[0][0] - self._served)
@@ -113,9 +113,9 @@ class Medium:
             self._events.at(due_s, self._finish)
 
     def _finish(self) -> None:
-        """Deliver what has ended, if anything has: with more streams than foreseen, nothing has yet."""
+        """Deliver the messages that have ended. There may be none if streams were added after it was scheduled."""
         if self._events.now_s != self._due_s:
-            return  # an earlier look has taken this one's place
+            return  # an earlier call was scheduled later
         self._due_s = math.inf
         self._serve()
         busy = self._busy
@@ -142,7 +142,7 @@ def _deliver(ended: list[tuple[Deliver, Any]]) -> None:
 
 
 class Network:
-    """All streams of a micro-cloud. Its rates change with its phases, also for what is under way.
+    """All streams of a micro-cloud. A new phase changes the rates of messages in flight too.
 
     ``run_seconds``: planned length of the run, for phases given as shares of it; None if unknown.
     """
@@ -160,12 +160,12 @@ class Network:
                 events.at(start_s, partial(self._shape, phase))
 
     def stream(self, source: int, destination: int) -> Stream:
-        """What ``source`` sends to ``destination``."""
+        """Return the stream from ``source`` to ``destination``."""
         return self._streams[source, destination]
 
     def _shape(self, phase: Phase) -> None:
-        """Bring a phase's rates into force: one medium per uplink, or one per link of a matrix."""
-        under_way = [busy for medium in self._media for busy in medium.release()]
+        """Apply a phase's rates: one medium per uplink, or one per link of a matrix."""
+        in_flight = [busy for medium in self._media for busy in medium.release()]
         self._media = []
         if phase.uplink_mbit is not None:
             uplinks = [self._medium(mbit) for mbit in phase.uplink_mbit]
@@ -174,7 +174,7 @@ class Network:
         else:
             for (source, destination), stream in self._streams.items():
                 stream.medium = self._medium(self._environment.rate_mbit(source, destination, phase))
-        for stream, left_bytes in under_way:
+        for stream, left_bytes in in_flight:
             assert stream.medium is not None
             stream.medium.add(stream, left_bytes)
 
@@ -185,5 +185,5 @@ class Network:
 
 
 def payload_bytes_per_s(mbit: float) -> float:
-    """What a link that is set to ``mbit`` Mbit/s carries of what its users send, in bytes per second."""
+    """Return the payload bytes per second of a link that is set to ``mbit`` Mbit/s."""
     return mbit * 1e6 / 8 * PAYLOAD_SHARE

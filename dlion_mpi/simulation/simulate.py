@@ -1,7 +1,7 @@
-"""`dlion simulate`: the worker's loop and the strategies of `dlion train`, in virtual time, in one process.
+"""Simulation of a training run: the loop and the strategies of `dlion train` in virtual time and in one process.
 
-Gradients are real; how long they take, and how long messages travel, is what the environment says. A run is
-deterministic: the same options give the same result, the same metrics, to the last digit.
+Gradients are real. The environment gives the duration of each computation and of each message. A run is deterministic:
+the same options give the same result and the same metrics to the last digit.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from dlion_mpi.errors import UserError
 from dlion_mpi.microcloud import environments
 from dlion_mpi.microcloud.environments import Environment
 
-if TYPE_CHECKING:  # heavy: imported when a simulation begins, so that `--help` answers at once
+if TYPE_CHECKING:  # slow imports, done when a simulation starts so that `--help` stays fast
     from dlion_mpi.learner.shards import Shard
     from dlion_mpi.result import Result
 
 
 def micro_cloud(reference: str, workers: str | int | None = None) -> Environment:
-    """The environment of that name or file, with another number of ``workers`` if that is given.
+    """Return the environment of that name or file, with a different number of ``workers`` if given.
 
-    Raises UserError where the environment does not say what one more worker is like.
+    Raises UserError if its workers differ, so that a different number is not defined.
     """
     environment = environments.load(reference)
     if workers is None:
@@ -42,8 +42,8 @@ def micro_cloud(reference: str, workers: str | int | None = None) -> Environment
         alike = [set(phase.cores), set(phase.uplink_mbit or ()), set(links)]
         if max(len(values) for values in alike) > 1 or (phase.link_mbit is not None and not links):
             raise UserError(
-                f"--workers {wanted}: environment {environment.name} has {environment.workers} workers that are not "
-                "all alike: leave --workers out, or write an environment file for as many"
+                f"--workers {wanted}: the {environment.workers} workers of environment {environment.name} differ: "
+                f"omit --workers, or write an environment file for {wanted} workers"
             )
         matrix = tuple(tuple(0.0 if a == b else links[0] for b in range(wanted)) for a in range(wanted) if links)
         phases.append(
@@ -67,8 +67,8 @@ def simulate(
 ) -> Result:
     """Train on all workers of ``environment`` in virtual time.
 
-    ``model``, ``shards``: a Keras model, and everyone's data by rank, in place of what the Config names.
-    ``report``: say how it goes on stderr. Raises UserError.
+    ``model``: a Keras model to use instead of the Config's. ``shards``: data by rank to use instead of the Config's.
+    ``report``: print progress on stderr. Raises UserError.
     """
     import numpy as np
 
@@ -83,9 +83,9 @@ def simulate(
 
     for name in ("checkpoint_every", "save_model"):
         if getattr(config, name) is not None:
-            raise UserError(f"{flag(name)} belongs to dlion train: a simulated run is repeated instead, from its seed")
+            raise UserError(f"{flag(name)} belongs to dlion train: repeat a simulated run from its seed instead")
     if config.strategy == "horovod":
-        raise UserError("--strategy horovod runs real processes only: simulate --strategy allreduce in its place")
+        raise UserError("--strategy horovod needs real processes: simulate --strategy allreduce instead")
     exchanging = [name for name in strategies.STRATEGIES if name not in ("horovod", *idealised.IDEALS)]
     if config.strategy not in (known := [*exchanging, *idealised.IDEALS]) and ":" not in config.strategy:
         raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(known)}, or PACKAGE.MODULE:CLASS")

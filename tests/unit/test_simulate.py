@@ -326,9 +326,9 @@ def test_workers_that_are_all_alike_can_be_more_or_fewer() -> None:
 @pytest.mark.parametrize(
     ("name", "workers", "word"),
     [
-        ("hetero-sys-a", "7", "not all alike"),
-        ("hetero-net-b", "3", "not all alike"),
-        ("dynamic-a", "12", "not all alike"),
+        ("hetero-sys-a", "7", "workers of environment hetero-sys-a differ"),
+        ("hetero-net-b", "3", "workers of environment hetero-net-b differ"),
+        ("dynamic-a", "12", "workers of environment dynamic-a differ"),
         ("homo-b", "0", "at least 1"),
         ("homo-b", "many", "whole number"),
         ("homo-z", None, "unknown environment"),
