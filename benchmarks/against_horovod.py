@@ -1,12 +1,12 @@
-"""The step of Horovod, and of the strategies that do the same sum, side by side. Prints one JSON object.
+"""Compare the step time of Horovod with that of strategies that compute the same sum. Prints one JSON object.
 
     python benchmarks/against_horovod.py [--turns 3] [--case allreduce ...]
 
-Median step in ms (Cipher, Fashion-MNIST, LBS 32, one thread per rank, evaluation off) on one machine's own, unshaped
-network, with 2 and with 4 ranks: a plain Horovod program, and `dlion train` with horovod, allreduce, baseline, and
-dlion in `sync` with N = 100. The same processes run them in turn, several times and each time in another order, so
-that what else the machine does strikes all alike; ratios to `horovod` are taken turn by turn. The plain program shows
-what running Horovod inside the worker's loop costs Horovod.
+Median step in ms (Cipher, Fashion-MNIST, batch size 32, one thread per rank, no evaluation) on one machine with its
+unshaped network, with 2 and 4 ranks. Cases: a plain Horovod program, and `dlion train` with horovod, allreduce,
+baseline, and dlion in `sync` with N = 100. The same processes run all cases in turn, several times and in a different
+order each time, so that other load on the machine affects all cases equally. Ratios to `horovod` are taken turn by
+turn. The plain program shows the cost of running Horovod inside the training loop.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from heading import heading
 RANKS = (2, 4)
 STEPS, WARM_UP = 60, 15
 LIMIT_S = 600
-"""Of the measurement with one number of ranks."""
+"""Time limit of the measurement with one number of ranks."""
 WHOLE = {
     "sync": "sync",
     "max_n": 100,
@@ -50,7 +50,7 @@ ALL = [PLAIN, *CASES]
 
 
 def plain() -> list[float]:
-    """Seconds of this rank's steps in a plain Horovod program."""
+    """Return the seconds of each step of this rank in a plain Horovod program."""
     import horovod.tensorflow as hvd
     import keras
     import tensorflow as tf
@@ -86,7 +86,7 @@ def plain() -> list[float]:
 
 
 def trained(options: dict[str, Any], out: Path, rank: int) -> list[float]:
-    """Seconds of this rank's steps in `dlion train`, whose metrics go to ``out``."""
+    """Return the seconds of each step of this rank in `dlion train`, which writes its metrics to ``out``."""
     from dlion_mpi.config.parsing import config_of
     from dlion_mpi.run import run
 
@@ -98,7 +98,7 @@ def trained(options: dict[str, Any], out: Path, rank: int) -> list[float]:
 
 
 def inside(turns: int, names: Sequence[str]) -> None:
-    """What each rank does: these cases in turn. Rank 0 prints the median step of all ranks, by turn and case, in ms."""
+    """Run these cases in turn on one rank. Rank 0 prints the median step of all ranks by turn and case, in ms."""
     from mpi4py import MPI
 
     from dlion_mpi.learner.replica import tensorflow
@@ -114,15 +114,15 @@ def inside(turns: int, names: Sequence[str]) -> None:
                 gc.collect()
                 out = folder / f"{name}-{turn}"
                 times = plain() if name == PLAIN else trained(CASES[name], out, world.Get_rank())
-                everyone = [s for each in world.allgather(times) for s in each[WARM_UP:]]
-                medians[-1][name] = 1e3 * statistics.median(everyone)
+                all_times = [s for each in world.allgather(times) for s in each[WARM_UP:]]
+                medians[-1][name] = 1e3 * statistics.median(all_times)
         world.Barrier()  # rank 0 removes the folder
     if world.Get_rank() == 0:
         print(json.dumps(medians), flush=True)
 
 
 def measured(ranks: int, turns: int, names: Sequence[str]) -> dict[str, Any]:
-    """These cases with so many ranks: medians over the turns, and ratios to Horovod."""
+    """Measure these cases with ``ranks`` ranks: medians over the turns, and ratios to Horovod."""
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     command = ["mpirun", "--oversubscribe", "--bind-to", "none", *root, "-n", str(ranks)]
     command += [sys.executable, "-m", "mpi4py", __file__, "--inside", "--turns", str(turns), "--case", *names]
@@ -141,10 +141,10 @@ def measured(ranks: int, turns: int, names: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure with every number of ranks."""
-    parser = argparse.ArgumentParser(description="Steps of Horovod and of what does the same sum, as one JSON object.")
+    """Measure with each number of ranks and print the result."""
+    parser = argparse.ArgumentParser(description="Step times of Horovod and of equivalent strategies, as JSON.")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--case", nargs="+", choices=ALL, default=ALL, help="these, and horovod")
+    parser.add_argument("--case", nargs="+", choices=ALL, default=ALL, help="cases to run in addition to horovod")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = [name for name in ALL if name in {"horovod", *args.case}]

@@ -1,7 +1,7 @@
-"""Does a simulated run do what the emulated one does? Both of the same options, side by side, as one JSON object.
+"""Compare simulated runs with emulated runs of the same options. Prints one JSON object.
 
-For every environment, strategy and seed: iterations and bytes sent of each worker, and accuracy at the end. Each
-emulated run needs root and the machine to itself. Run it from the root of the repository.
+Compares iterations and bytes sent by each worker, and accuracy at the end, for each environment, strategy and seed. An
+emulated run needs root and an otherwise idle machine. Run this from the root of the repository.
 
     python benchmarks/agreement.py
 """
@@ -27,7 +27,7 @@ LIMITS = {"iterations": 0.10, "bytes": 0.10, "accuracy_points": 2.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One run. By worker: ``iterations``, ``bytes_sent``. ``accuracy``: mean at the end, in 0..1."""
+    """One run. ``iterations``, ``bytes_sent``: by worker. ``accuracy``: mean at the end, 0 to 1."""
 
     iterations: list[int]
     bytes_sent: list[int]
@@ -51,9 +51,9 @@ def run(command: Sequence[str]) -> Measured:
 def compared(
     env: str, strategy: str, seconds: float, seeds: int, earlier: Mapping[tuple[str, str], Sequence[Measured]]
 ) -> dict[str, Any]:
-    """Both testbeds, all seeds: ratios of emulated over simulated, by worker, as medians over the seeds.
+    """Run both testbeds with all seeds. Returns ratios of emulated over simulated by worker, medians over the seeds.
 
-    ``earlier``: emulated runs by environment and strategy, one per seed, that need not be made again.
+    ``earlier``: emulated runs to reuse, by environment and strategy, one per seed.
     """
     pairs = []
     for seed in range(seeds):
@@ -88,12 +88,14 @@ def compared(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Emulated runs against simulated ones, as one JSON object.")
+    parser = argparse.ArgumentParser(description="Compare emulated runs with simulated ones; prints JSON.")
     parser.add_argument("--env", nargs="+", default=["homo-b", "hetero-sys-a"])
     parser.add_argument("--strategy", nargs="+", default=["dlion", "baseline"])
-    parser.add_argument("--seconds", type=float, default=120.0, help="of training")
+    parser.add_argument("--seconds", type=float, default=120.0, help="length of a run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--reuse", nargs="*", default=[], metavar="JSON", help="take emulated runs from these results")
+    parser.add_argument(
+        "--reuse", nargs="*", default=[], metavar="JSON", help="reuse the emulated runs of these results"
+    )
     args = parser.parse_args()
     earlier = {
         (result["environment"], result["strategy"]): [Measured(**pair["emulated"]) for pair in result["runs"]]

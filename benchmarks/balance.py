@@ -1,13 +1,13 @@
-"""Weighted dynamic batching: how even the workers' iterations are, from the start and after every change; its cost.
+"""Measure weighted dynamic batching: balance of iteration times from the start and after each change, and its cost.
 
-Runs dlion in emulated (or, with `--simulated`, simulated) environments and prints one JSON object. Emulated runs need
-root, and the machine to themselves: three minutes.
+Runs dlion in emulated environments (or simulated ones with `--simulated`) and prints one JSON object. Emulated runs
+need root and an otherwise idle machine for three minutes.
 
     python benchmarks/balance.py > benchmarks/results/balance.json
 
-The limits are those of issue 4: within 20 iterations of the start, and within 15 of a change, the slowest worker's
-iteration takes at most 1.10 of the median worker's, and stays there; the global batch is met at every step; what is
-not exchanging or computing takes at most 1 % of the run.
+The limits are those of issue 4. From 20 iterations after the start, and from 15 iterations after a change, the slowest
+worker's iteration takes at most 1.10 of the median worker's. The batch sizes add up to the global batch at every step.
+Everything except computing and exchange takes at most 1 % of the run.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.microcloud import environments
 
 RUNS = {"hetero-sys-a": 40.0, "dynamic-a": 90.0}
-"""Seconds by environment: of a dynamic one, for its three phases."""
+"""Length of a run in seconds, by environment. 90 s cover the three phases of dynamic-a."""
 LIMIT = 1.10
 
 
 @dataclass(frozen=True)
 class Run:
-    """Per worker and iteration, (workers, iterations): when it began, what computing took, LBS and GBS."""
+    """Measurements of a run. Arrays have shape (workers, iterations)."""
 
     began_s: np.ndarray
     compute_s: np.ndarray
     lbs: np.ndarray
     gbs: np.ndarray
     profile_s: list[float]
-    """Per worker: from the start of training to its first iteration, in which two batch sizes are timed."""
+    """Per worker: seconds from the start of training to the first iteration, spent timing two batch sizes."""
     agree_s: list[float]
-    """Per worker: for how long it stood still for everyone's throughput."""
+    """Per worker: seconds spent waiting for the throughput of the other workers."""
     other_share: list[float]
-    """Per worker: of all iterations, what was neither computing, selecting, waiting nor applying."""
+    """Per worker: fraction of the time spent neither computing, selecting, waiting nor applying."""
 
     @classmethod
     def of(cls, folder: Path) -> Run:
-        """Read the metrics that a run has left: the iterations that all workers have made."""
+        """Read a run's metrics, up to the last iteration that all workers have completed."""
         workers: list[dict[str, np.ndarray]] = []
         agree_s = []
         for path in sorted(folder.glob("metrics-*.h5")):
@@ -76,16 +76,16 @@ class Run:
         )
 
     def slowest_over_median(self) -> np.ndarray:
-        """By iteration: what the slowest worker's computing took over what the median worker's took."""
+        """Return the computing time of the slowest worker over that of the median worker, by iteration."""
         return self.compute_s.max(axis=0) / np.median(self.compute_s, axis=0)
 
     def first_of(self, start_s: float) -> int:
-        """The first iteration that any worker began at or after a time."""
+        """Return the first iteration that any worker began at or after a time."""
         return int(np.argmax((self.began_s >= start_s).any(axis=0)))
 
 
 def balanced_after(ratios: np.ndarray) -> int | None:
-    """The iteration from which on the ratio is within the limit in nineteen of twenty; None if there is none."""
+    """Return the first iteration after which 95 % of the ratios are within the limit; None if there is none."""
     within = ratios <= LIMIT
     for k in range(len(within)):
         if within[k] and within[k:].mean() >= 0.95:
@@ -94,7 +94,7 @@ def balanced_after(ratios: np.ndarray) -> int | None:
 
 
 def measured(env: str, seconds: float, seed: int, simulated: bool) -> dict[str, Any]:
-    """One environment: by phase how soon iterations are even and how even they stay, and what balancing costs."""
+    """Run one environment. Returns how soon and how well iterations are balanced in each phase, and the cost."""
     with trained(env, [], seconds=seconds, seed=seed, simulated=simulated) as folder:
         run = Run.of(folder)
     ratios = run.slowest_over_median()
@@ -129,10 +129,10 @@ def measured(env: str, seconds: float, seed: int, simulated: bool) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How even the workers' iterations are, as one JSON object.")
-    parser.add_argument("--simulated", action="store_true", help="in virtual time")
+    parser = argparse.ArgumentParser(description="Measure the balance of iteration times; prints JSON.")
+    parser.add_argument("--simulated", action="store_true", help="run in virtual time")
     parser.add_argument("--env", nargs="+", default=list(RUNS))
-    parser.add_argument("--seconds", type=float, help="of every run (default: by environment)")
+    parser.add_argument("--seconds", type=float, help="length of each run (default: by environment)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     about = heading("balance") | {"simulated": args.simulated}

@@ -1,8 +1,8 @@
-"""What a checkpoint costs: the step while one is being written, and reading and writing against `cp`.
+"""Measure the cost of a checkpoint: step time while one is written, and read and write speed compared with `cp`.
 
-Prints one JSON object. The state is about 100 MB: a dense model with a momentum slot for every weight. Steps are timed
-one by one, with and without a checkpoint under way, in the same run, so that both see the same machine. `cp` is
-followed by an fsync, since a checkpoint is on the disk when it counts; a file is read from the page cache by both.
+Prints one JSON object. The state is about 100 MB: a dense model with a momentum slot per weight. Steps with and without
+a checkpoint in progress are timed in the same run, so that both see the same machine. An fsync follows `cp`, because a
+complete checkpoint is on the disk. Both read from the page cache.
 
     python benchmarks/checkpoint.py [--folder DIR] [--megabytes 100] [--steps 400]
 """
@@ -35,7 +35,7 @@ REPEATS = 7
 
 
 def dense(weights: int) -> Callable[[Sequence[int], int], Any]:
-    """A builder of two dense layers with about so many weights."""
+    """Return a builder of a model of two dense layers with about ``weights`` weights."""
 
     def build(input_shape: Sequence[int], classes: int) -> Any:
         import keras
@@ -51,13 +51,13 @@ def dense(weights: int) -> Callable[[Sequence[int], int], Any]:
 
 
 def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
-    """Seconds of a step with and without a checkpoint under way, in one run of one rank."""
-    under_way: list[float] = []
+    """Time the steps of one rank with and without a checkpoint in progress."""
+    during: list[float] = []
     alone: list[float] = []
     original = live.Progress
 
     class Timed(original):  # type: ignore[misc, valid-type]
-        """Sorts steps by whether a checkpoint is under way; the whole time from step to step counts."""
+        """Sorts the time from step to step by whether a checkpoint was in progress."""
 
         last_s = 0.0
         was_busy = False
@@ -66,7 +66,7 @@ def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
             worker: Worker = self.accuracy.__self__
             busy = bool(worker.checkpoints._busy)  # type: ignore[union-attr]
             if record.step > 20:
-                (under_way if busy or self.was_busy else alone).append(record.time_s - self.last_s)
+                (during if busy or self.was_busy else alone).append(record.time_s - self.last_s)
             self.last_s, self.was_busy = record.time_s, busy
 
     live.Progress = Timed  # type: ignore[misc]
@@ -93,27 +93,27 @@ def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
     runner.run(config, model=dense(weights)((28, 28, 1), 10))
     live.Progress = original  # type: ignore[misc]
     return {
-        "steps_with": len(under_way),
+        "steps_with": len(during),
         "steps_without": len(alone),
-        "mean_with_ms": 1e3 * statistics.mean(under_way),
-        "median_with_ms": 1e3 * statistics.median(under_way),
+        "mean_with_ms": 1e3 * statistics.mean(during),
+        "median_with_ms": 1e3 * statistics.median(during),
         "mean_without_ms": 1e3 * statistics.mean(alone),
         "median_without_ms": 1e3 * statistics.median(alone),
-        "ratio_of_means": statistics.mean(under_way) / statistics.mean(alone),
-        "ratio_of_medians": statistics.median(under_way) / statistics.median(alone),
-        "longest_with_ms": 1e3 * max(under_way),
+        "ratio_of_means": statistics.mean(during) / statistics.mean(alone),
+        "ratio_of_medians": statistics.median(during) / statistics.median(alone),
+        "longest_with_ms": 1e3 * max(during),
     }
 
 
-def seconds(what: Callable[[], Any]) -> float:
-    """What it takes."""
+def seconds(call: Callable[[], Any]) -> float:
+    """Return the seconds of one call."""
     start = time.perf_counter()
-    what()
+    call()
     return time.perf_counter() - start
 
 
 def speeds(scratch: Path, megabytes: int) -> dict[str, Any]:
-    """MB/s of writing and reading a file, and of `cp` of the same file, in turn."""
+    """Measure MB/s of writing and reading a file, and of `cp` on the same file, in turn."""
     arrays = {f"part/{k}": np.random.default_rng(k).random(megabytes * 125_000, dtype=np.float32) for k in range(2)}
     path, other = scratch / "rank-00000.h5", scratch / "copy"
     written = file.write(path, arrays, {})
@@ -151,10 +151,10 @@ def _turns() -> Iterator[int]:
 
 
 def main() -> None:
-    """Print the figures."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: a temporary one)")
-    parser.add_argument("--megabytes", type=int, default=100, help="of state (default: 100)")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: a temporary folder)")
+    parser.add_argument("--megabytes", type=int, default=100, help="size of the state (default: 100)")
     parser.add_argument("--steps", type=int, default=400, help="steps to time (default: 400)")
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(dir=args.folder))

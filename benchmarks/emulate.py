@@ -1,9 +1,9 @@
-"""How true the emulated micro-clouds are: every link of two environments, paces, and changes of rate.
+"""Measure the accuracy of emulated micro-clouds: link rates of two environments, paces, and rate changes.
 
     python benchmarks/emulate.py > benchmarks/results/emulate.json
 
-As root. Prints one JSON object: per environment the spread of measured over set, and how long each change
-of rate took at most. The targets: links 0.93 to 1.02, paces within 5 %, changes within 1 s. Takes 1 minute.
+Needs root and takes 1 minute. Prints one JSON object: the range of measured over set values, and the longest rate
+change, by environment. Targets: links 0.93 to 1.02, paces within 5 %, changes within 1 s.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ENVIRONMENTS = ("hetero-net-a", "hetero-net-b", "dynamic-a")
 
 
 def check(environment: str) -> dict[str, Any]:
-    """The report of `dlion emulate check` on an environment."""
+    """Return the report of `dlion emulate check` on an environment."""
     command = [sys.executable, "-m", "dlion_mpi.commands.emulate", "check", "--env", environment, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=600, check=False)
     if not done.stdout:
@@ -30,7 +30,7 @@ def check(environment: str) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
-    """Smallest and largest ratio of links and of paces, and the longest change of rate."""
+    """Summarise a report: smallest and largest ratio of links and paces, and the longest rate change."""
 
     def of(what: str, key: str) -> list[float]:
         return [row[key] for row in report["rows"] if row["what"] == what]

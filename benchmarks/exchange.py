@@ -1,8 +1,9 @@
-"""What an exchange costs a processor: remembering, selecting, encoding and decoding, for one and for many links.
+"""Measure the processor time of an exchange: accumulating, selecting, encoding and decoding, for one and many links.
 
-Prints one JSON object; each time is the median over steps, one core. `alike`: all links carry the same; `slack`: from
-all of the share down to half of it, each the widest one's entries, as by default; `spread`: down to a sixteenth, as by
-default; `unlike`: down to half, but each what it can take. `handling` are the figures that the simulator charges.
+Prints one JSON object; each time is the median over steps on one core. `alike`: all links have equal rates. `slack`:
+rates down to half of the widest, and each link gets the widest link's entries (default). `spread`: rates down to a
+sixteenth (default). `unlike`: rates down to half, and each link gets what it can carry. `handling`: the costs that the
+simulator uses.
 
     python benchmarks/exchange.py
 """
@@ -25,15 +26,16 @@ from dlion_mpi.strategies.dlion import SLACK
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 
 SIZES = (1_040_000, 25_000_000)  # the Cipher CNN, and a model of 100 MB
-SHARES = (0.0134, 0.08)  # of the bytes of a whole gradient: about 1 % and 6 % of the entries
+SHARES = (0.0134, 0.08)  # message size over dense gradient: about 1 % and 6 % of the entries
 LINKS = (1, 5, 16)
 WIDTHS = (("alike", 1.0, 1.0), ("slack", 0.5, SLACK), ("spread", 1 / 16, SLACK), ("unlike", 0.5, 1.0))
-"""Name, the narrowest link over the widest, and how much more than it wants a link takes to be served together."""
+"""Name, rate of the narrowest link over the widest, and the factor by which a link may exceed its budget to be served
+together with a wider one."""
 HEADER = wire.Header(kind=wire.Kind.GRADIENT, sender=0, epoch=0, step=0, sequence=0, acknowledged=0)
 
 
 def gradients(size: int) -> list[Vector]:
-    """Three gradients whose entries differ widely in scale, as those of a network do."""
+    """Return three gradients whose entries differ widely in scale, like those of a network."""
     random = np.random.default_rng(1)
     scale = np.exp(random.standard_normal(size, dtype=np.float32))
     return [random.standard_normal(size, dtype=np.float32) * scale for _ in range(3)]
@@ -43,14 +45,14 @@ class Sending(NamedTuple):
     """Milliseconds per step."""
 
     whole: float
-    """To remember a gradient, and to select and encode for all links."""
+    """Accumulating a gradient, and selecting and encoding for all links."""
     select_encode: float
     numpy_max: float
-    """Of the same gradient."""
+    """`numpy.max` of the same gradient."""
 
 
 def sending_ms(own: Sequence[Vector], shares: Sequence[float], slack: float, steps: int) -> Sending:
-    """What sending costs for links that carry these shares: medians."""
+    """Measure the cost of sending over links with these shares. Returns medians."""
     size = len(own[0])
     unsent = Unsent(Layout.of([(size // 100,), (size - size // 100,)]), Rules(None, 0.85, "float32"))
     buffers = [np.zeros(wire.capacity_bytes(size), np.uint8) for _ in shares]
@@ -75,7 +77,7 @@ def sending_ms(own: Sequence[Vector], shares: Sequence[float], slack: float, ste
 
 
 def receiving_ms(entries: Entries, steps: int) -> float:
-    """Milliseconds to decode a message and add it up."""
+    """Measure the milliseconds to decode a message and add it to a vector."""
     buffer = np.zeros(wire.capacity_bytes(entries.size), np.uint8)
     message = buffer[: wire.encode(HEADER, entries, buffer)]
     vector = np.zeros(entries.size, np.float32)
@@ -88,7 +90,7 @@ def receiving_ms(entries: Entries, steps: int) -> float:
 
 
 def measured(size: int, share: float, steps: int) -> dict[str, Any]:
-    """All figures for one size and share."""
+    """Measure everything for one size and share."""
     own = gradients(size)
     result: dict[str, Any] = {"parameters": size, "share": share}
     for name, least, slack in WIDTHS:
@@ -114,8 +116,8 @@ def measured(size: int, share: float, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What an exchange costs a processor, as one JSON object.")
-    parser.add_argument("--steps", type=int, default=30, help="per figure; a third above 10 M parameters")
+    parser = argparse.ArgumentParser(description="Measure the processor time of an exchange; prints JSON.")
+    parser.add_argument("--steps", type=int, default=30, help="repeats per measurement; a third above 10 M parameters")
     steps = parser.parse_args().steps
     about = heading("exchange")
     results = [measured(size, share, steps if size < 1e7 else steps // 3) for size in SIZES for share in SHARES]

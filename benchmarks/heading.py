@@ -1,4 +1,4 @@
-"""What every benchmark says first: when, on what, and with which versions it measured."""
+"""The heading of every benchmark result: date, machine and versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dlion_mpi.provenance import commit, versions
 
 
 def heading(benchmark: str) -> dict[str, Any]:
-    """To be called before anything is measured: the machine's load is part of it."""
+    """Return the heading. Call it before measuring, because it contains the machine's load."""
     return {
         "benchmark": benchmark,
         "date": date.today().isoformat(),

@@ -1,15 +1,15 @@
-"""Full links without queues, and balanced workers: emulated runs of dlion, counted by the kernel. One JSON object.
+"""Measure full links without queues in emulated runs of dlion, with the kernel's counters. Prints one JSON object.
 
-How much of every link's shaped rate is used, by the counters of the kernel's traffic shaper, and how many messages
-had all that there was to send, so that the link could not be fuller; how old gradients are when they are applied; how
-long a step takes over what it computes; how even the workers' iteration times are; and after a link's rate has
-changed, how soon use and age are good again. Needs root and the machine to itself: 9 minutes.
+Measures the utilisation of each link by the counters of the kernel's traffic shaper; the messages that carried
+everything there was to send; the age of gradients when they are applied; step time over computing time; the balance of
+iteration times; and the recovery of utilisation and age after a rate change. Needs root and an otherwise idle machine
+for 9 minutes.
 
     python benchmarks/links.py > benchmarks/results/links.json
 
-The limits are those of issue 4: use of at least 0.93, age (95th percentile) under 2.5 iterations, slowest worker at
-most 1.10 of the median after 20 iterations, steps at most 1.05 of their computing; after a change use of 0.90 and
-that age within 5 s.
+The limits are those of issue 4: utilisation at least 0.93; age (95th percentile) under 2.5 iterations; slowest worker
+at most 1.10 of the median after 20 iterations; steps at most 1.05 of their computing time; after a change, utilisation
+of 0.90 and that age within 5 s.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ENVIRONMENTS = ("hetero-net-a", "hetero-net-b", "hetero-sys-a", "homo-b")
 WARM_UP_S = 10.0
 SETTLED_STEP = 20
 FULL = "--link-share 1 --patience 0 --own-gradient whole"
-"""What dlion does not do by default: fill its links, and wait for nobody as long as it may."""
+"""Options that fill the links and do not wait for peers; not the default."""
 NAME = "links"
-"""Of the emulation."""
+"""Name of the emulation."""
 UNTESTED = "--evaluate-every 1000000"
-"""Accuracy is not measured here, and testing it would take the cores that six ranks share."""
+"""Disables evaluation, which would use the cores that six ranks share."""
 SELDOM = 0.1
-"""Links with no more than this share of messages that had all there was to send had more to send than they carry."""
+"""A link has more to send than it carries if at most this fraction of its messages carried everything."""
 STEP = ("step_s", "compute_s", "wait_s", "time_s", "mpi_cpu_s")
 CHANGE_S = 30.0
 CHANGES = {"50 to 20": (50, 20), "20 to 50": (20, 50)}
@@ -63,14 +63,14 @@ start_s = {change_s}
 
 @dataclass
 class Counters:
-    """What every worker's shaper has sent: (seconds since training began, bytes by worker and peer) now and then."""
+    """Samples of the shapers' counters: seconds since the start of training, and bytes sent by worker and peer."""
 
     workers: int
     times_s: list[float] = field(default_factory=list)
     sent_bytes: list[np.ndarray] = field(default_factory=list)
 
     def read(self) -> None:
-        """Read the counters of all links, if training has begun."""
+        """Read the counters of all links if training has started."""
         clock = next((e.clock for e in records.find_all() if e.name == NAME), None)
         began = None if clock is None else environments.read_clock(clock)
         if began is None:
@@ -84,7 +84,7 @@ class Counters:
             self.sent_bytes.append(sent)
 
     def megabits_per_s(self, start_s: float, stop_s: float) -> np.ndarray:
-        """By worker and peer, between the readings nearest to two times."""
+        """Return the rates by worker and peer between the samples nearest to two times."""
         times = np.array(self.times_s)
         first, last = int(np.abs(times - start_s).argmin()), int(np.abs(times - stop_s).argmin())
         return (self.sent_bytes[last] - self.sent_bytes[first]) * 8e-6 / (times[last] - times[first])
@@ -92,18 +92,18 @@ class Counters:
 
 @dataclass(frozen=True)
 class Run:
-    """An emulated run: the environment, the kernel's counters, and per worker what its metrics file says."""
+    """An emulated run: the environment, the kernel's counters, and each worker's metrics."""
 
     environment: Environment
     counters: Counters
     steps: list[dict[str, np.ndarray]]
     ages_s: list[np.ndarray]
     qualities: list[np.ndarray]
-    """N of every message, by step and peer."""
+    """N of each message, by step and peer."""
     seconds: float
 
     def use(self, start_s: float, stop_s: float) -> dict[str, float]:
-        """What each link, by name, carries over what it may, between two times of one phase."""
+        """Return the utilisation of each link, by name, between two times of one phase."""
         rates = self.counters.megabits_per_s(start_s, stop_s)
         workers = range(self.environment.workers)
         phase = self.environment.phase_at(start_s, self.seconds)
@@ -115,7 +115,7 @@ class Run:
         }
 
     def whole(self, start_s: float) -> dict[str, float]:
-        """The share of each link's messages after a time that had every entry that is not zero (N = 100)."""
+        """Return the fraction of each link's messages after a time that carried every non-zero entry (N = 100)."""
         shares = {}
         for k, (quality, steps) in enumerate(zip(self.qualities, self.steps, strict=True)):
             later = quality[steps["time_s"] >= start_s]
@@ -126,9 +126,9 @@ class Run:
         return shares
 
     def ages(self, start_s: float, stop_s: float) -> np.ndarray:
-        """Ages of the gradients that were applied between two times, in iterations of their receivers.
+        """Return the ages of the gradients applied between two times, in iterations of their receivers.
 
-        By the clock: counted in steps, a gradient would seem older to a worker that is ahead of its sender.
+        Ages are measured in seconds: in steps, a gradient would seem older to a worker that is ahead of its sender.
         """
         ages = []
         for age_s, steps in zip(self.ages_s, self.steps, strict=True):
@@ -138,7 +138,7 @@ class Run:
 
 
 def emulated(env: str, seconds: float, seed: int, options: str) -> Run:
-    """Train for some time in an emulation, reading the kernel's counters twice a second."""
+    """Train for ``seconds`` in an emulation and read the kernel's counters twice a second."""
     environment = environments.load(env)
     counters = Counters(environment.workers)
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +163,7 @@ def emulated(env: str, seconds: float, seed: int, options: str) -> Run:
 
 
 def steady(env: str, seconds: float, seed: int, options: str) -> dict[str, Any]:
-    """Use, age, step times and balance once the run has settled."""
+    """Measure utilisation, age, step times and balance after the warm-up."""
     run = emulated(env, seconds, seed, options)
     use = run.use(WARM_UP_S, seconds)
     ages = run.ages(WARM_UP_S, seconds)
@@ -190,7 +190,7 @@ def steady(env: str, seconds: float, seed: int, options: str) -> dict[str, Any]:
 
 
 def changing(name: str, seconds: float, seed: int, options: str) -> dict[str, Any]:
-    """Use and age from 5 s after all uplinks have changed their rate, and second by second after the change."""
+    """Measure utilisation and age from 5 s after all uplinks change, and for each second after the change."""
     before, after = CHANGES[name]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "change.toml"
@@ -210,12 +210,12 @@ def changing(name: str, seconds: float, seed: int, options: str) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Use of links, ages of gradients, balance.")
+    parser = argparse.ArgumentParser(description="Measure link utilisation, ages of gradients and balance.")
     parser.add_argument("--env", nargs="*", default=list(ENVIRONMENTS))
     parser.add_argument("--change", nargs="*", default=list(CHANGES), choices=list(CHANGES))
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--options", default=FULL, help="of dlion, quoted (default: %(default)s)")
+    parser.add_argument("--options", default=FULL, help="options of dlion, quoted (default: %(default)s)")
     args = parser.parse_args()
     result = {
         **heading("links"),

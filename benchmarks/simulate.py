@@ -1,7 +1,7 @@
-"""How fast `dlion simulate` is: real seconds and memory of a virtual run, as one JSON object.
+"""Measure the speed of `dlion simulate`: real seconds and memory of a virtual run. Prints one JSON object.
 
-Every case runs in a process of its own, from the root of the repository. `within` says whether the case kept to
-its limits of time and memory, which hold for 2 cores that nobody else uses.
+Each case runs in a new process from the root of the repository. `within` says whether the case stayed within its limits
+of time and memory, which are set for 2 idle cores.
 
     python benchmarks/simulate.py
 """
@@ -24,7 +24,7 @@ from heading import heading
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is simulated, and what it may cost."""
+    """Options of a simulated run, and its limits of time and memory."""
 
     options: str
     limit_s: float
@@ -40,7 +40,7 @@ CASES = {
 
 
 def child(options: list[str]) -> None:
-    """Simulate in this process; print what came out and what it cost."""
+    """Simulate in this process and print its processor time and memory after the result."""
     from dlion_mpi.commands import simulate
 
     parser = argparse.ArgumentParser()
@@ -76,8 +76,8 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         sys.path.insert(0, os.getcwd())
         child(sys.argv[2:])
-    parser = argparse.ArgumentParser(description="How fast virtual runs are, as one JSON object.")
-    parser.add_argument("--only", choices=sorted(CASES), help="one case")
+    parser = argparse.ArgumentParser(description="Measure the speed of virtual runs; prints JSON.")
+    parser.add_argument("--only", choices=sorted(CASES), help="run one case")
     only = parser.parse_args().only
     about = heading("simulate")
     results = {name: measured(case) for name, case in CASES.items() if only in (None, name)}

@@ -1,17 +1,17 @@
-"""Systems in micro-clouds, simulated or emulated: seconds to 70 % and 80 %, accuracy and spread at 120 s, bytes sent.
+"""Compare systems in micro-clouds, simulated or emulated: seconds to 70 % and 80 %, accuracy, spread and bytes sent.
 
-Every finished run is a line of the results file at once. What the file has already is not run again, so a run that
-was cut off is started again with the same command. Run it from the root of the repository.
+Each finished run becomes a line of the results file immediately. Runs that the file contains are not repeated, so an
+interrupted comparison resumes with the same command. Run it from the root of the repository.
 
     python benchmarks/systems.py --results systems.jsonl
     python benchmarks/systems.py --results systems.jsonl --emulated --seeds 0 --seconds 240 --jobs 1 \
         --env homo-a homo-b hetero-sys-a hetero-sys-b --system dlion baseline ako gaia hop horovod
     python benchmarks/systems_table.py systems.jsonl --markdown
 
-A run tests every 20 steps, with 1,000 samples, until the mean over the workers reaches 80 %, or for `--seconds` or
-`--steps`, whichever comes first: a system whose many quick steps lead nowhere would take hours. The changes of the
-dynamic environments come at thirds of `--at`, whatever the length of the run. Emulated runs take as long as they say,
-need root, and the machine to themselves.
+A run evaluates 1,000 samples every 20 steps. It ends when the mean over the workers reaches 80 %, or after `--seconds`
+or `--steps`, because a system that makes many quick steps without progress would take hours. The phases of the dynamic
+environments change at thirds of `--at`, for any length of the run. Emulated runs take their real time, and need root
+and an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -56,16 +56,17 @@ SYSTEMS = (
     "gaia --gaia-threshold 0.2",
     "hop --hop-graph ring --staleness 20 --hop-max-gap 32",
 )
-"""The rivals with the best settings of a sweep over homo-b and hetero-sys-a; see results/sweep.jsonl."""
+"""Strategies with their options. The rivals have the best settings of a sweep over homo-b and hetero-sys-a
+(results/sweep.jsonl)."""
 TARGETS = (0.7, 0.8)
 BEYOND = 0.85
-"""Noted where a run gets there that had to last so long (``--at``): no run is prolonged for it."""
+"""A higher target, recorded if a run of length ``--at`` reaches it. No run is extended for it."""
 SIMULATED, EMULATED = "simulated", "emulated"
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What one line of the results file is about. ``system``: a strategy, and options after it."""
+    """The settings of one line of the results file. ``system``: a strategy and its options."""
 
     testbed: str
     environment: str
@@ -78,13 +79,13 @@ class Case:
 
     @classmethod
     def of(cls, run: dict[str, Any]) -> Case:
-        """The case of a line. Raises KeyError if it is none."""
+        """Return the case of a line. Raises KeyError if a field is missing."""
         return cls(*(run[part.name] for part in fields(cls)))
 
 
 @dataclass
 class Results:
-    """The results file, which several threads and processes may add to."""
+    """The results file. Several threads and processes may append to it."""
 
     path: Path
     runs: list[dict[str, Any]] = field(init=False)
@@ -94,12 +95,12 @@ class Results:
         self.runs = read(self.path)
 
     def lacking(self, wanted: Iterable[Case]) -> list[Case]:
-        """Those that no line is about, each once."""
+        """Return the wanted cases that are not in the file, without duplicates."""
         done = {Case.of(run) for run in self.runs}
         return [case for case in dict.fromkeys(wanted) if case not in done]
 
     def add(self, run: dict[str, Any]) -> None:
-        """Append a line, on disk when this returns. What a write that was cut off has left stays a line of its own."""
+        """Append a line and flush it to the disk. The rest of an interrupted write stays on a separate line."""
         with self._lock, self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if end := file.seek(0, os.SEEK_END):
@@ -111,8 +112,10 @@ class Results:
             self.runs.append(run)
 
     def expected_s(self, case: Case) -> float:
-        """The seconds that the same system took to the last target, from the runs that are most like it: another seed,
-        else the other testbed, else other environments; infinite if there are none."""
+        """Estimate the seconds to the last target from the most similar runs of the same system.
+
+        Prefers other seeds, then the other testbed, then other environments. Returns infinity if there are none.
+        """
         known = [run for run in list(self.runs) if run["system"] == case.system]
 
         def likeness(run: dict[str, Any]) -> tuple[bool, bool]:
@@ -125,7 +128,7 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One run. By worker: its tests, the times of its steps and the bytes it had sent by then."""
+    """One run. By worker: its evaluations, the times of its steps, and the bytes sent at those times."""
 
     tests: list[list[Evaluation]]
     times_s: list[np.ndarray]
@@ -133,7 +136,7 @@ class Measured:
 
     @classmethod
     def of(cls, folder: Path) -> Measured:
-        """Read the metrics that a run has left."""
+        """Read the metrics of a run."""
         measured = cls([], [], [])
         for path in sorted(folder.glob("metrics-*.h5")):
             with h5py.File(path) as file:
@@ -144,22 +147,22 @@ class Measured:
         return measured
 
     def reached_s(self, target: float) -> float | None:
-        """When the workers' mean accuracy reached the target."""
+        """Return the time at which the mean accuracy of the workers reached the target."""
         return target_reached_s(self.tests, target)
 
     def lasted_s(self) -> float:
-        """When the first worker ended."""
+        """Return the time at which the first worker ended."""
         return min((float(times[-1]) for times in self.times_s if len(times)), default=0.0)
 
     def accuracies(self, at_s: float) -> list[float]:
-        """By worker, of its newest test by then; empty before everyone's first."""
+        """Return the accuracy of each worker's newest evaluation at a time; empty before all have one."""
         newest = [[e.accuracy for e in tests if e.time_s <= at_s][-1:] for tests in self.tests]
         return [own[0] for own in newest] if all(newest) else []
 
     def mean_accuracy(self, until_s: float) -> float:
-        """Over the time until then, and over the workers, each by its newest test; none before its first.
+        """Return the mean accuracy over time and over the workers until ``until_s``; 0 before the first evaluation.
 
-        Steadier than when a target is reached, which a single lucky test decides.
+        Less noisy than the time to a target, which a single lucky evaluation decides.
         """
         means = []
         for tests in self.tests:
@@ -169,17 +172,17 @@ class Measured:
         return statistics.mean(means)
 
     def gigabytes(self, at_s: float) -> float:
-        """Sent by all workers by then."""
+        """Return the GB that all workers have sent at a time."""
         counts = [int(np.searchsorted(times, at_s, side="right")) for times in self.times_s]
         return sum(int(sent[n - 1]) for sent, n in zip(self.sent_bytes, counts, strict=True) if n) / 1e9
 
 
 class Unstable(Exception):
-    """A run that ended itself, for example since its loss was no longer finite."""
+    """Raised for a run that failed by itself, for example by a non-finite loss."""
 
 
 def measured(case: Case, seconds: float, target: float) -> Measured:
-    """Run until ``target``, or for ``seconds``. Raises Unstable, and RuntimeError for anything else that went wrong."""
+    """Run until ``target`` or for ``seconds``. Raises Unstable, or RuntimeError for other failures."""
     with tempfile.TemporaryDirectory() as folder:
         env, out = _fixed_phases(case, Path(folder)), Path(folder) / "run"
         dlion = [sys.executable, "-m", "dlion_mpi"]
@@ -192,14 +195,14 @@ def measured(case: Case, seconds: float, target: float) -> Measured:
         command += ["--target-accuracy", str(target), "--out", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["said nothing"])[-1]
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             error = Unstable if done.returncode == 1 and "not finite" in done.stderr else RuntimeError
-            raise error(f"{case.environment}, {case.system}, seed {case.seed}: code {done.returncode}: {said}")
+            raise error(f"{case.environment}, {case.system}, seed {case.seed}: code {done.returncode}: {reason}")
         return Measured.of(out)
 
 
 def _fixed_phases(case: Case, folder: Path) -> str:
-    """The environment, or a file of it whose phases begin at set times in the place of parts of the run."""
+    """Return the environment, or a copy whose phases begin at fixed times instead of fractions of the run."""
     path = environments.locate(case.environment)
     starts = iter(environments.load(path).phase_starts_s(case.at_seconds))
     text, changed = re.subn(
@@ -213,11 +216,11 @@ def _fixed_phases(case: Case, folder: Path) -> str:
 
 
 def covering(case: Case, expected_s: float) -> Measured:
-    """A run that goes on until the last target and until `at`, at the longest for the most seconds.
+    """Return a run that lasts until the last target and until `at`, at most for the most seconds.
 
-    A run ends when it reaches its target, so if it gets there before `at` another is needed, of that length and with
-    a target that is out of reach, whose workers do just the same. With ``expected_s``, the time to the target that
-    is expected, the one that is more likely to be enough is made first.
+    A run ends at its target. If that is before `at`, a second run of length `at` with an unreachable target is needed,
+    which is identical up to then. ``expected_s``, the expected time to the target, decides which of the two is tried
+    first.
     """
     short = None
     no_longer = case.most_seconds <= case.at_seconds
@@ -232,7 +235,7 @@ def covering(case: Case, expected_s: float) -> Measured:
 
 
 def line(case: Case, expected_s: float) -> dict[str, Any]:
-    """Run a case: its line of the results file. Seconds are None where a target was not reached."""
+    """Run a case and return its line of the results file. Seconds are None if a target was not reached."""
     run: dict[str, Any] = {
         **asdict(case),
         "commit": commit(),
@@ -274,7 +277,7 @@ def _percent(target: float) -> str:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Seed by seed, so that a cut leaves whole seeds."""
+    """Yield the cases seed by seed, so that an interrupted comparison has complete seeds."""
     for seed, env, system in product(args.seeds, args.env, args.system):
         testbed = EMULATED if args.emulated else SIMULATED
         yield Case(
@@ -283,7 +286,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def run_all(results: Results, wanted: Iterable[Case], jobs: int) -> list[str]:
-    """Run what the results file lacks. Returns what went wrong; after that, or a signal, nothing more is begun."""
+    """Run the cases that the results file lacks. Returns failures. No case starts after a failure or a signal."""
     failures: list[str] = []
 
     def run(case: Case) -> None:
@@ -309,25 +312,21 @@ def run_all(results: Results, wanted: Iterable[Case], jobs: int) -> list[str]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Systems in micro-clouds, into a file of JSON lines.")
-    parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="where runs are added")
-    parser.add_argument(
-        "--emulated", action="store_true", help="real ranks on shaped links, in the place of simulated ones"
-    )
+    parser = argparse.ArgumentParser(description="Compare systems in micro-clouds; appends JSON lines to a file.")
+    parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="file to append to")
+    parser.add_argument("--emulated", action="store_true", help="run real ranks on shaped links instead of simulating")
     parser.add_argument("--env", nargs="+", default=list(ENVIRONMENTS))
-    parser.add_argument("--system", nargs="+", default=list(SYSTEMS), help="strategies, each with its options, quoted")
+    parser.add_argument("--system", nargs="+", default=list(SYSTEMS), help="strategies with their options, each quoted")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=3000.0, help="most virtual seconds of a run")
     parser.add_argument("--steps", type=int, default=2000, help="most steps of a worker")
-    parser.add_argument("--at", type=float, default=120.0, metavar="SECONDS", help="when accuracy is compared")
-    parser.add_argument(
-        "--learning-rate", type=float, default=0.1, help="of systems that have none among their options"
-    )
+    parser.add_argument("--at", type=float, default=120.0, metavar="SECONDS", help="time at which accuracy is compared")
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="for systems that do not set one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     args = parser.parse_args(words)
     if not 0 < args.at <= args.seconds:
         parser.error("--at must be above 0 and at most --seconds")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; what was running has been finished and kept"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the running cases were finished and saved"))
     if failures := run_all(Results(args.results), cases(args), args.jobs):
         sys.exit("\n".join(failures))
 

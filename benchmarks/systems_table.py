@@ -1,9 +1,9 @@
-"""The tables of `systems.py`: medians over the seeds, and ratios. Reads a results file, prints JSON or Markdown.
+"""Tables from the results of `systems.py`: medians over the seeds, and ratios. Prints JSON or Markdown.
 
     python benchmarks/systems_table.py FILE [FILE ...] [--markdown | --settings] [--emulated]
 
-Ratios are of medians of seconds, so above 1 the divisor is the faster. A run that did not reach its target counts as
-infinitely long; where one side of a ratio did not reach it, the ratio is bounded by how long that side was given.
+A ratio compares medians of seconds, so above 1 the divisor is faster. A run that did not reach its target counts as
+infinite. If one side of a ratio did not reach the target, its time limit gives a bound of the ratio.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NOTHING = "-"
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """Median seconds to a target, infinite where it was not reached though at least ``given_s`` were tried for it."""
+    """Median seconds to a target, infinite if not reached in at least ``given_s`` seconds."""
 
     seconds: float
     given_s: float
@@ -33,14 +33,14 @@ class Time:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A quotient, or with ``bound`` ">" or "<" what it is above or below; None: neither side got there."""
+    """A quotient; with ``bound`` ">" or "<" only its bound; None if neither side reached the target."""
 
     value: float | None
     bound: str = ""
 
     @classmethod
     def of(cls, over: Time | None, under: Time | None) -> Ratio:
-        """``over / under``; either may be missing."""
+        """Return ``over / under``; either may be missing."""
         if over is None or under is None or (math.isinf(over.seconds) and math.isinf(under.seconds)):
             return cls(None)
         if math.isinf(over.seconds):
@@ -54,20 +54,20 @@ class Ratio:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The runs of a results file. A line that was cut off, by a full disk say, is passed over."""
+    """Read the runs of a results file. Skips incomplete lines, for example after a full disk."""
     runs = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             run = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(run, dict) and "lasted_s" in run:  # so it has all that is written with it
+        if isinstance(run, dict) and "lasted_s" in run:  # a complete line
             runs.append(run)
     return runs
 
 
 def rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per environment and system: medians over the seeds; None for seconds that the median run did not reach."""
+    """Return medians over the seeds by environment and system; seconds are None if the median run missed the target."""
     table = []
     for env, system in dict.fromkeys((run["environment"], run["system"]) for run in runs):
         own = [run for run in runs if (run["environment"], run["system"]) == (env, system)]
@@ -86,15 +86,15 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _time(runs: Sequence[Mapping[str, Any]], target: str) -> float:
-    """Median seconds to a target, infinite where it was not reached."""
+    """Return the median seconds to a target, infinite if not reached."""
     return statistics.median(math.inf if (s := run["seconds_to"][target]) is None else s for run in runs)
 
 
 def _given_s(runs: Sequence[Mapping[str, Any]]) -> float:
-    """How long every run that failed to reach the last target was given; one that became unstable, all that it had."""
-    in_vain = [run for run in runs if None in run["seconds_to"].values()]
+    """Return the shortest time that a run had without reaching the last target. An unstable run had all of its time."""
+    missed = [run for run in runs if None in run["seconds_to"].values()]
     return min(
-        (run["most_seconds"] if run["lasted_s"] is None else run["lasted_s"] for run in in_vain), default=math.inf
+        (run["most_seconds"] if run["lasted_s"] is None else run["lasted_s"] for run in missed), default=math.inf
     )
 
 
@@ -107,7 +107,7 @@ def _or_infinite(value: float | None) -> float:
 
 
 def ratios(table: Sequence[Mapping[str, Any]], target: str) -> dict[str, dict[str, Ratio]]:
-    """By environment: the best rival, the ring and the free network against DLion."""
+    """Compare the best rival, the ring and the free network with DLion, by environment."""
     found = {}
     for env in dict.fromkeys(row["environment"] for row in table):
         times = {
@@ -116,7 +116,7 @@ def ratios(table: Sequence[Mapping[str, Any]], target: str) -> dict[str, dict[st
             if row["environment"] == env
         }
         rivals = [time for system, time in times.items() if system.split()[0] in RIVALS]
-        # Of rivals that did not get there, any may have been the best: the one that was given least bounds it.
+        # If no rival reached the target, any of them may be the best, and the shortest time limit is the bound.
         best = min(rivals, key=lambda time: (time.seconds, time.given_s), default=None)
         ours = times.get(OURS)
         ring = next((times[name] for name in RINGS if name in times), None)
@@ -133,7 +133,7 @@ def _grid(
     cell: Callable[[Mapping[str, Any]], str],
     more: Mapping[str, Mapping[str, Ratio]],
 ) -> list[str]:
-    """Lines of a Markdown table: environments down, systems across, then the ratios of ``more``."""
+    """Return the lines of a Markdown table: environments down, systems across, then the ratios of ``more``."""
     systems = list(dict.fromkeys(row["system"] for row in table))
     names = list(next(iter(more.values()))) if more else []
     lines = [_line(["", *systems, *names]), _line(["---"] * (1 + len(systems) + len(names)))]
@@ -169,13 +169,13 @@ def _gigabytes(row: Mapping[str, Any]) -> str:
 
 
 def _span(values: Iterable[float]) -> str:
-    """From the least to the largest, or the one that all are."""
+    """Format the range of values, or the value if all are equal."""
     ordered = sorted(values)
     return " to ".join(f"{value:g}" for value in dict.fromkeys((ordered[0], ordered[-1])))
 
 
 def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The tables to print."""
+    """Format all tables."""
     if not runs:
         return "No runs yet."
     table = rows(runs)
@@ -197,10 +197,10 @@ def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def settings(runs: Sequence[Mapping[str, Any]], environments: Sequence[str]) -> str:
-    """One Markdown table for many settings of few systems: these down, environments across.
+    """Format one Markdown table for many settings of few systems: settings down, environments across.
 
-    [n]: of n seeds, where most have more; of the runs that ended themselves, by a loss that was not finite say, only
-    their number counts. Of several runs of the same seed the last counts.
+    [n] marks a cell with fewer seeds than most. Failed runs, for example with a non-finite loss, are only counted. The
+    last of several runs with the same seed counts.
     """
     runs = list({(run["environment"], run["system"], run["seed"]): run for run in runs}.values())
     table = rows(runs)
@@ -210,7 +210,7 @@ def settings(runs: Sequence[Mapping[str, Any]], environments: Sequence[str]) -> 
         own = [run for run in runs if (run["environment"], run["system"]) == (row["environment"], row["system"])]
         failed = sum(run["failed"] is not None for run in own)
         if failed == len(own):
-            text = "none ended well"
+            text = "all failed"
         else:
             last = f"{100 * row['accuracy_at']:.1f} ({100 * row['spread_at']:.1f})"
             text = f"{_mean_accuracy(row)}; {_seconds(row, list(row['seconds_to'])[-1])}; {last}"
@@ -225,7 +225,7 @@ def settings(runs: Sequence[Mapping[str, Any]], environments: Sequence[str]) -> 
 
 
 def as_json(runs: Sequence[Mapping[str, Any]]) -> str:
-    """All there is: the table, the ratios, the runs."""
+    """Format the table, the ratios and the runs as JSON."""
     table = rows(runs)
     targets = list(runs[0]["seconds_to"]) if runs else []
     found = {target: ratios(table, target) for target in targets}
@@ -244,18 +244,18 @@ def as_json(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tables of what systems.py has measured.")
+    parser = argparse.ArgumentParser(description="Tables from the results of systems.py.")
     parser.add_argument("results", type=Path, metavar="FILE", nargs="+")
-    parser.add_argument("--emulated", action="store_true", help="of emulated runs, in the place of simulated ones")
-    parser.add_argument("--env", nargs="+", help="these only")
-    parser.add_argument("--system", nargs="+", help="these only, each with its options, quoted")
-    parser.add_argument("--at", type=float, help="these only, that were to last so many seconds")
+    parser.add_argument("--emulated", action="store_true", help="use emulated runs instead of simulated ones")
+    parser.add_argument("--env", nargs="+", help="only these environments")
+    parser.add_argument("--system", nargs="+", help="only these systems, each with its options, quoted")
+    parser.add_argument("--at", type=float, metavar="SECONDS", help="only runs with this --at")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="tables to read in the place of JSON")
+    form.add_argument("--markdown", action="store_true", help="print Markdown tables instead of JSON")
     form.add_argument(
         "--settings",
         action="store_true",
-        help="one table to read, systems down: mean accuracy until --at, seconds to the last target, accuracy (spread)",
+        help="print one table, systems down: mean accuracy until --at, seconds to the last target, accuracy (spread)",
     )
     args = parser.parse_args()
     runs = [

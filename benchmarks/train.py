@@ -1,11 +1,11 @@
-"""What a step costs, what a rank weighs, how soon the command line answers. Prints one JSON object.
+"""Measure step time, memory per rank, and the response time of the command line. Prints one JSON object.
 
     python benchmarks/train.py [step] [memory] [answer]
 
-``step``: medians of a DLion step (2 ranks, Cipher, LBS 32, each rank on a core of its own) and of the same computing
-alone: the plain TensorFlow loop, run as often and at the same time on both cores. One rank against one plain loop
-likewise. Both are run in turn, several times; the ratio is taken pair by pair. ``memory``: resident MB per rank after
-500 and after 5,000 steps. ``answer``: seconds that `dlion --help` and `dlion doctor` take.
+``step``: median step of DLion (2 ranks, Cipher, batch size 32, each rank on its own core) and of the same computation
+alone, a plain TensorFlow loop that runs on both cores at the same time; also one rank against one plain loop. Both run
+in turn, several times, and the ratio is taken pair by pair. ``memory``: resident MB per rank after 500 and after 5,000
+steps. ``answer``: seconds that `dlion --help` and `dlion doctor` take.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ print(json.dumps(times))
 
 
 def plain_ms(processes: int) -> float:
-    """Median step of ``processes`` plain TensorFlow loops at the same time, each on a core of its own."""
+    """Return the median step of ``processes`` plain TensorFlow loops at the same time, each on its own core."""
     command = [sys.executable, "-c", PLAIN, str(STEPS)]
     running = [
         subprocess.Popen(["taskset", "-c", str(core), *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -74,7 +74,7 @@ def plain_ms(processes: int) -> float:
 
 
 def dlion_ms(ranks: int, *options: str) -> dict[str, float]:
-    """Medians over all ranks of the parts of a DLion step, and the MB that a step sends per link."""
+    """Return medians over all ranks of the parts of a DLion step, and the MB that each rank sends per step."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         words = ["dlion", "train", "--steps", str(STEPS), "--out", str(out), "--threads", "1", *FIXED, *options]
@@ -99,7 +99,7 @@ def _mpirun(ranks: int) -> list[str]:
 
 
 def step() -> dict[str, Any]:
-    """Ratios of a DLion step to the same computing alone, in pairs run one after the other."""
+    """Measure ratios of a DLion step to the same computation alone, in pairs run one after the other."""
     pairs: dict[str, list[dict[str, float]]] = {}
     cases = {
         "one_rank": (1, ()),
@@ -120,7 +120,7 @@ def step() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """Resident memory of every rank of a run of 5,000 steps."""
+    """Measure the resident memory of each rank in a run of 5,000 steps."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         words = ["dlion", "train", "--steps", "5000", "--out", str(out), *FIXED]
@@ -156,7 +156,7 @@ def _steps_done(out: Path) -> int:
 
 
 def answer() -> dict[str, Any]:
-    """Median wall seconds of commands that must answer at once."""
+    """Measure the median wall seconds of commands that must respond quickly."""
     result = {}
     for words in (["--help"], ["train", "--help"], ["doctor"]):
         times = []
@@ -169,7 +169,7 @@ def answer() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the parts that the command line names, or all."""
+    """Run the parts named on the command line, or all."""
     parts = {"step": step, "memory": memory, "answer": answer}
     chosen = sys.argv[1:] or list(parts)
     print(json.dumps({"date": time.strftime("%Y-%m-%d"), **{name: parts[name]() for name in chosen}}, indent=1))

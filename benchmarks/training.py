@@ -1,4 +1,4 @@
-"""A run of dlion in an environment, for benchmarks that read the metrics it leaves."""
+"""A run of dlion in an environment, for benchmarks that read its metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def trained(env: str, options: Sequence[str], *, seconds: float, seed: int, simulated: bool) -> Iterator[Path]:
-    """The folder of a finished run, until the context ends. Ends the program if the run fails."""
+    """Run dlion and provide the folder of the run until the context ends. Exits the program if the run fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         dlion = [sys.executable, "-m", "dlion_mpi"]

@@ -1,11 +1,11 @@
-"""Direct knowledge transfer: what a step costs while one is under way.
+"""Measure the cost of a step while a knowledge transfer is in progress.
 
-Runs dlion where gradients are dropped, so that there is something to transfer, and prints one JSON object. Runs are
-emulated, which needs root and the machine to themselves for three minutes, or `--simulated`.
+Runs dlion with dropped gradients, so that there is something to transfer, and prints one JSON object. Runs are
+emulated, which needs root and an otherwise idle machine for three minutes, or `--simulated`.
 
     python benchmarks/transfer.py > benchmarks/results/transfer.json
 
-The limit is that of issue 4: a step during which a transfer is under way takes at most 1.05 of one without.
+The limit is that of issue 4: a step with a transfer in progress takes at most 1.05 times as long as one without.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from dlion_mpi.metrics.timeline import Phase
 ENVIRONMENTS = ("homo-b", "hetero-sys-a")
 OPTIONS = ("--unsent", "drop", "--transfer-period", "50")
 SETTLED_S = 10.0
-"""Of a run's start, left out of the times: bandwidth is measured first."""
+"""Seconds at the start of a run that are not counted, while bandwidth is measured."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Per worker: the times of its steps while a transfer was under way and while none was, and what else is told."""
+    """Times of the steps with and without a transfer in progress, by worker; durations and bytes of the transfers."""
 
     with_s: list[np.ndarray]
     without_s: list[np.ndarray]
     transfer_s: list[float]
-    """How long each transfer took, from the asking to the merging, all workers' in one list."""
+    """Duration of each transfer, from its first gather to the merge, of all workers in one list."""
     payload_bytes: int
     gradient_bytes: int
 
     @classmethod
     def of(cls, folder: Path) -> Run:
-        """Read the metrics that a run has left. A step counts as with a transfer if at least half of it was."""
+        """Read the metrics of a run. A step counts as one with a transfer if they overlap for half of the step."""
         with_s, without_s, transfer_s = [], [], []
         payload = sent = 0
         for path in sorted(folder.glob("metrics-*.h5")):
@@ -58,13 +58,13 @@ class Run:
             overlap_s = np.zeros(len(ends_s))
             for span in spans:
                 overlap_s += np.maximum(0, np.minimum(ends_s, span["end_s"]) - np.maximum(starts_s, span["start_s"]))
-            under_way, settled = overlap_s >= step_s / 2, starts_s >= SETTLED_S
-            with_s.append(step_s[settled & under_way])
-            without_s.append(step_s[settled & ~under_way])
+            during, settled = overlap_s >= step_s / 2, starts_s >= SETTLED_S
+            with_s.append(step_s[settled & during])
+            without_s.append(step_s[settled & ~during])
         return cls(with_s, without_s, transfer_s, payload, sent)
 
     def cost(self) -> dict[str, Any]:
-        """A step with a transfer under way over one without: medians over the workers of the quotients of their own."""
+        """Return the time of a step with a transfer over one without: medians of the quotients of the workers."""
         both = [(a, b) for a, b in zip(self.with_s, self.without_s, strict=True) if len(a) and len(b)]
         return {
             "steps_with": sum(len(a) for a in self.with_s),
@@ -80,7 +80,7 @@ def _median(values: list[float]) -> float | None:
 
 
 def measured(env: str, seconds: float, seed: int, simulated: bool) -> dict[str, Any]:
-    """One run's figures."""
+    """Run one environment and return its measurements."""
     with trained(env, [*OPTIONS, "--learning-rate", "0.1"], seconds=seconds, seed=seed, simulated=simulated) as folder:
         run = Run.of(folder)
     return {
@@ -92,10 +92,10 @@ def measured(env: str, seconds: float, seed: int, simulated: bool) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a knowledge transfer costs, as one JSON object.")
-    parser.add_argument("--simulated", action="store_true", help="in virtual time")
+    parser = argparse.ArgumentParser(description="Measure the cost of a knowledge transfer; prints JSON.")
+    parser.add_argument("--simulated", action="store_true", help="run in virtual time")
     parser.add_argument("--env", nargs="+", default=list(ENVIRONMENTS))
-    parser.add_argument("--seconds", type=float, default=75.0, help="of every run")
+    parser.add_argument("--seconds", type=float, default=75.0, help="length of each run")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     about = heading("transfer") | {"seconds": args.seconds, "options": list(OPTIONS), "simulated": args.simulated}

@@ -1,6 +1,6 @@
-"""What a message costs: bytes per sent entry, and milliseconds to encode and decode it.
+"""Measure the cost of a message: bytes per sent entry, and milliseconds to encode and decode it.
 
-Prints one JSON object. Positions are random, values normal; each time is the median over repeats.
+Prints one JSON object. Positions are random and values normally distributed. Each time is the median of the repeats.
 
     python benchmarks/wire.py
 """
@@ -26,7 +26,7 @@ HEADER = wire.Header(kind=wire.Kind.GRADIENT, sender=0, epoch=0, step=0, sequenc
 
 
 def median_ms(call: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of ``repeats`` calls, after one call to warm up."""
+    """Return the median milliseconds of ``repeats`` calls, after one call to warm up."""
     call()
     times = []
     for _ in range(repeats):
@@ -37,7 +37,7 @@ def median_ms(call: Callable[[], object], repeats: int) -> float:
 
 
 def measured(entries: Entries, value_type: wire.ValueType, out: wire.Bytes, repeats: int) -> dict[str, Any]:
-    """Size and times of one message."""
+    """Measure the size and times of one message."""
     message = out[: wire.encode(HEADER, entries, out, value_type)]
     return {
         "parameters": entries.size,
@@ -53,7 +53,7 @@ def measured(entries: Entries, value_type: wire.ValueType, out: wire.Bytes, repe
 
 
 def selections(size: int) -> list[tuple[float, Entries]]:
-    """Nested random selections of each density from one vector."""
+    """Return nested random selections of each density from one vector."""
     random = np.random.default_rng(1)
     values: Vector = random.standard_normal(size, dtype=np.float32)
     chances = random.random(size, dtype=np.float32)
@@ -63,8 +63,8 @@ def selections(size: int) -> list[tuple[float, Entries]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a message costs, as one JSON object.")
-    parser.add_argument("--repeats", type=int, default=51, help="per figure; a tenth above 10 M parameters")
+    parser = argparse.ArgumentParser(description="Measure the cost of a message; prints JSON.")
+    parser.add_argument("--repeats", type=int, default=51, help="per measurement; a tenth above 10 M parameters")
     repeats = parser.parse_args().repeats
     about, results = heading("wire"), []
     for size in SIZES:

@@ -304,7 +304,7 @@ def test_settings_stand_below_each_other_with_their_seeds_and_failures() -> None
         "| --- | --- | --- |",
         "| `dlion` | 70.0; 101; 76.0 (1.0) |  |",
         "| `dlion --sync sync` | 60.0; -; 75.0 (1.0) [1] |  |",
-        "| `dlion --unsent drop` | -; -; 75.0 (1.0), 2 failed | none ended well [1] |",
+        "| `dlion --unsent drop` | -; -; 75.0 (1.0), 2 failed | all failed [1] |",
     ]
 
 
