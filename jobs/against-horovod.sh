@@ -1,29 +1,28 @@
 #!/usr/bin/env bash
-# Train with Horovod and with DLion on the same nodes, and compare: a job array with a run for every environment,
-# strategy and seed, and a job after it that makes the report.
+# Compare Horovod and DLion on the same nodes: a job array with one run per environment, strategy and seed, and a
+# second job that writes the report.
 #
-#   bash jobs/against-horovod.sh [OPTIONS OF dlion train]      submits both jobs; without Slurm all of it runs here
+#   bash jobs/against-horovod.sh [OPTIONS OF dlion train]      submits both jobs; without Slurm everything runs here
 #   bash jobs/against-horovod.sh --target-accuracy 0.8 --seconds 600
 #
-# DLION_STRATEGIES="horovod dlion"   which are compared
-# DLION_ENVIRONMENTS="none"          none: the nodes as they are. hetero-sys-a or another: the rank of each number is
-#                                    slowed down to the worker of that number in that micro-cloud, of which there must
-#                                    be as many; links stay what they are
+# DLION_STRATEGIES="horovod dlion"   strategies to compare
+# DLION_ENVIRONMENTS="none"          none: the nodes as they are. A micro-cloud, for example hetero-sys-a: rank k is slowed
+#                                    down to worker k of it. It must have as many workers as ranks. Links are unchanged
 # DLION_SEEDS="0 1 2"
-# DLION_AT_ONCE=1                    runs at a time: runs that share links measure each other
-# DLION_SBATCH="--nodes=8"           more options of sbatch
-# DLION_FOLDER=runs/mine             where to; new
-# Horovod itself: bash env/horovod/build.sh, once. The strategy allreduce, in its place, needs nothing.
+# DLION_AT_ONCE=1                    runs at a time; runs that share links disturb each other's measurements
+# DLION_SBATCH="--nodes=8"           additional options of sbatch
+# DLION_FOLDER=runs/mine             a new folder for the results
+# Build Horovod once with env/horovod/build.sh. The strategy allreduce is an alternative that needs no build.
 #
 #SBATCH --job-name=dlion-against-horovod
 #SBATCH --output=%x-%A-%a.log
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
-# Nobody else on the nodes, or the times mean nothing.
+# No other jobs on the nodes, because they would distort the times.
 #SBATCH --exclusive
 #SBATCH --time=00:30:00
 
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit # Slurm runs a copy of this script from elsewhere
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit # Slurm runs a copy of this script
 source jobs/prologue.sh
 export DLION_FOLDER=${DLION_FOLDER:-runs/against-horovod-$run_id}
 

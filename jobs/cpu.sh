@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Train on the processors of several nodes: one rank per node, each as fast as its node and its links are.
+# Train on the processors of several nodes, with one rank per node.
 #
-#   sbatch jobs/cpu.sh [OPTIONS OF dlion train]                 from the checkout; first: source jobs/site.sh
+#   sbatch jobs/cpu.sh [OPTIONS OF dlion train]                 in the checkout, after: source jobs/site.sh
 #   sbatch --nodes=8 --time=04:00:00 jobs/cpu.sh --seconds 12000
-#   bash jobs/cpu.sh --steps 200                                without Slurm, by mpirun
+#   bash jobs/cpu.sh --steps 200                                without Slurm, with mpirun
 #
 #SBATCH --job-name=dlion-cpu
 #SBATCH --output=%x-%j.log
-# One rank per node, which takes all of the node's processors: TensorFlow spreads over them by itself.
+# One rank per node. TensorFlow uses all processors of the node.
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=01:00:00
 
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit # Slurm runs a copy of this script from elsewhere
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit # Slurm runs a copy of this script
 source jobs/prologue.sh
 
-# Options given later count, so yours replace these.
+# Later options override earlier ones, so yours override these.
 "${launch[@]}" dlion train --data fashion-mnist --seconds 600 --out "runs/cpu-$run_id" "$@"

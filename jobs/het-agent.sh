@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How Open MPI's mpirun reaches the nodes of a heterogeneous job, of which by itself it sees the first component only.
-# It calls this like ssh, with a host and a command; jobs/prologue.sh tells it to.
+# Launch agent that lets Open MPI's mpirun reach all nodes of a heterogeneous job; by itself it sees only the first
+# component. jobs/prologue.sh configures mpirun to call it like ssh, with a host and a command.
 
 set -euo pipefail
 while [ "${1#-}" != "$1" ]; do shift; done # options of ssh
@@ -15,5 +15,5 @@ if [ "$group" = "$SLURM_HET_SIZE" ]; then
     echo "jobs: $host is not in this job" >&2
     exit 1
 fi
-# --overlap: it starts ranks where the job's processors are counted as taken.
+# --overlap: Slurm counts the job's processors as in use already.
 exec srun --het-group="$group" --nodes=1 --ntasks=1 --nodelist="$host" --mpi=none --overlap bash -c "$*"

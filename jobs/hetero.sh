@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Train one model on two kinds of nodes at once: a heterogeneous job of two components, one MPI world.
+# Train one model on two kinds of nodes at once: a heterogeneous job of two components with one MPI world.
 #
-#   bash jobs/hetero.sh [OPTIONS OF dlion train]      submits itself; what the components are: jobs/site.sh
+#   bash jobs/hetero.sh [OPTIONS OF dlion train]      submits itself; jobs/site.sh defines the components
 #
-# Nothing tells DLion which ranks are the fast ones: it times them. Without Slurm this is jobs/cpu.sh over a hostfile
-# of unlike nodes.
+# DLion measures the speed of each rank, so no option says which ranks are fast. Without Slurm, use jobs/cpu.sh with a
+# hostfile of different nodes.
 
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit
 if [ -z "${SLURM_JOB_ID:-}" ] && command -v sbatch >/dev/null; then
     source jobs/site.sh
-    # Each component says all of its options: #SBATCH lines here would go to one of them only.
+    # Each component gets all options explicitly, because #SBATCH lines would apply to one of them only.
     unset SBATCH_PARTITION
     common=(--job-name=dlion-hetero --time="${DLION_HET_TIME:-01:00:00}")
     # shellcheck disable=SC2086

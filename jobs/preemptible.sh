@@ -1,61 +1,62 @@
 #!/usr/bin/env bash
-# Train in a partition whose jobs may be preempted, or for longer than the time limit: the run saves itself when it is
-# told to go, is queued again, and goes on where it was. As often as it takes.
+# Train in a partition whose jobs may be preempted, or for longer than the time limit. The run saves a checkpoint
+# before it is stopped, is queued again and resumes, as often as necessary.
 #
-#   sbatch --partition=spot jobs/preemptible.sh [OPTIONS OF dlion train]      from the checkout
+#   sbatch --partition=spot jobs/preemptible.sh [OPTIONS OF dlion train]      in the checkout
 #
-# How: Slurm sends SIGUSR1 to this script; it passes it on to the ranks, which write a checkpoint together and end with
-# exit code 75; this script then has the job queued again, under the same number, and so with the same --out.
+# Slurm sends SIGUSR1 to this script, which forwards it to the ranks. They write a checkpoint together and end with
+# exit code 75. This script then requeues the job, which keeps its number and so its --out.
 #
 #SBATCH --job-name=dlion-preemptible
 #SBATCH --output=%x-%j.log
-# The next turn's output goes below this one's.
+# Append to the output of earlier turns.
 #SBATCH --open-mode=append
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=01:00:00
-# Slurm may queue it again; and 60 s before the time is up, this script (B: the batch shell) hears of it. Preempted, it
-# hears of it at once where the cluster has PreemptParameters=send_user_signal, and as long before the end as the
-# partition's GraceTime says. Give a model that takes longer to write more than 60 s.
+# Slurm may requeue the job, and signals this script (B: the batch shell) 60 s before the time limit. On preemption it
+# signals immediately if the cluster has PreemptParameters=send_user_signal, and the partition's GraceTime remains. Use
+# more than 60 s for a model that takes longer to write.
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@60
 
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit # Slurm runs a copy of this script from elsewhere
-told='' # to go, by SIGUSR1, which may come while this script is still preparing
-trap 'told=yes' USR1
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit # Slurm runs a copy of this script
+leaving='' # SIGUSR1 may arrive while this script is still preparing
+trap 'leaving=yes' USR1
 source jobs/prologue.sh
 
-# --requeue: start in --out, or go on from the checkpoint there. Every minute, since a node may also fail unannounced.
+# --requeue: start in --out, or resume from the checkpoint there. Every minute, because a node may fail without a
+# signal.
 options=(--checkpoint-every 60s --keep-checkpoints 2 --out "runs/preemptible-$run_id" --requeue)
 
 queue_again() {
-    say "turn $((${SLURM_RESTART_COUNT:-0} + 1)) is over, queued again as job $SLURM_JOB_ID"
+    say "turn $((${SLURM_RESTART_COUNT:-0} + 1)) has ended, requeued as job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"
     exit 75
 }
-[ -z "$told" ] || queue_again
+[ -z "$leaving" ] || queue_again
 
-# In the background, for bash hears signals between commands only. It is srun or mpirun itself that runs there, and
-# both pass SIGUSR1 on to every rank. On stdout there is but the result.
+# In the background, because bash handles signals only between commands. The background process is srun or mpirun
+# itself, and both forward SIGUSR1 to every rank. Only the result is written to stdout.
 result=${TMPDIR:-/tmp}/dlion-result-${SLURM_JOB_ID:-$$}
 "${launch[@]}" dlion train --data fashion-mnist --seconds 3000 "${options[@]}" "$@" >"$result" &
 ranks=$!
-heard='' cancelled=''
-trap 'heard=yes told=yes; say "told to go: the ranks save themselves"; kill -USR1 "$ranks" || true' USR1
-# SIGTERM is no announcement but the end, by scancel or when a grace is over: then it is not for us to queue again.
-trap 'heard=yes cancelled=yes' TERM
+signalled='' cancelled=''
+trap 'signalled=yes leaving=yes; say "preempted: saving a checkpoint"; kill -USR1 "$ranks" || true' USR1
+# SIGTERM is final: scancel, or the end of a grace period. The job is not requeued.
+trap 'signalled=yes cancelled=yes' TERM
 while :; do
     code=0
     wait "$ranks" || code=$?
-    [ -n "$heard" ] || break # it was the ranks that ended, and no signal that ended the waiting
-    heard=''
+    [ -n "$signalled" ] || break # the ranks have ended; a signal also interrupts the wait
+    signalled=''
 done
 
 cat "$result"
-if [ ! -s "$result" ] && { [ "$code" = 0 ] || [ -n "$told" ]; }; then
-    # They were still starting; or Slurm has ended mpirun's daemons, of which Open MPI's says 0. The last checkpoint, if
-    # there is one, is still there.
-    say "the ranks were ended before they could save themselves"
+if [ ! -s "$result" ] && { [ "$code" = 0 ] || [ -n "$leaving" ]; }; then
+    # The ranks were still starting, or Slurm has ended mpirun's daemons, after which Open MPI's mpirun returns 0. The
+    # last checkpoint, if any, still exists.
+    say "the ranks were stopped before they could save a checkpoint"
     code=75
 fi
 rm -f "$result"

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# What every script in jobs/ begins with: the site's settings, an environment that has dlion, and `launch`, the words
-# that start one process per task, to be put before a command:
+# Common beginning of the scripts in jobs/: reads the site's settings, activates an environment that has dlion, and
+# sets `launch`, the command that starts one process per task:
 #
 #   "${launch[@]}" dlion train ...
 #
-# Inside a Slurm job they are srun or mpirun (DLION_LAUNCH=srun|mpirun|auto), outside of one mpirun. To be sourced from
+# It is srun or mpirun inside a Slurm job (DLION_LAUNCH=srun|mpirun|auto), and mpirun otherwise. Source this file in
 # the root of the checkout.
 
 set -euo pipefail
@@ -16,10 +16,10 @@ say() {
 source jobs/site.sh
 
 if [ ! -f "env/machines/$DLION_MACHINE.sh" ]; then
-    say "DLION_MACHINE=$DLION_MACHINE is unknown: choose a file of env/machines, without its .sh, in jobs/site.sh"
+    say "DLION_MACHINE=$DLION_MACHINE is unknown: choose a file of env/machines, without .sh, in jobs/site.sh"
     exit 2
 fi
-# Sets in_image, the words that run a command in a container: none, where there is none.
+# Sets in_image, the command that runs another in a container; empty without a container.
 # shellcheck source=env/machines/checkout.sh
 source "env/machines/$DLION_MACHINE.sh"
 
@@ -27,7 +27,7 @@ in_job() {
     [ -n "${SLURM_JOB_ID:-}" ]
 }
 
-# The kind of MPI that ranks will load, by its launcher: Open MPI, or MPICH and its kin.
+# The MPI that the ranks will load, identified by its launcher: Open MPI, or MPICH and its relatives.
 mpi_kind() {
     case "$(mpirun --version 2>&1 </dev/null || true)" in
         *HYDRA* | *Intel*) echo hydra ;;
@@ -35,21 +35,21 @@ mpi_kind() {
     esac
 }
 
-# What srun's --mpi calls that which our MPI understands: PMIx for Open MPI, PMI-2 for the others. False if srun cannot.
+# Print the value of srun's --mpi for our MPI: PMIx for Open MPI, PMI-2 for others. False if srun does not support it.
 srun_mpi() {
     local wanted=pmix
     [ "$(mpi_kind)" != hydra ] || wanted=pmi2
-    # All of the answer is read: grep -q would leave at the first match, and srun would fail to write the rest.
+    # grep -c reads all of the output; grep -q would stop at the first match, and srun would fail on a closed pipe.
     [ "$(srun --mpi=list 2>&1 </dev/null | grep -cw "$wanted")" -gt 0 ] && echo "$wanted"
 }
 
-# If a rank dies, the others wait for it in MPI, so 10 s after it the step has to end. Not at once (kill-on-bad-exit):
-# ranks that end together, with an exit code that says why, would be killed on the last metre, and the code be lost. And
-# since Slurm 22.05 a step no longer takes over the job's processors per task by itself.
+# If a rank dies, the remaining ranks wait for it in MPI, so the step must end 10 s later. kill-on-bad-exit would end
+# it immediately and kill ranks that are about to end with a meaningful exit code, which would be lost. Since Slurm
+# 22.05 a step no longer inherits the processors per task from the job.
 by_srun() {
     local mpi=${DLION_SRUN_MPI:-}
     [ -n "$mpi" ] || mpi=$(srun_mpi) || {
-        say "this srun does not speak PMIx (srun --mpi=list): set DLION_LAUNCH=mpirun in jobs/site.sh"
+        say "this srun does not support PMIx (srun --mpi=list): set DLION_LAUNCH=mpirun in jobs/site.sh"
         exit 2
     }
     launch=(srun --mpi="$mpi" --kill-on-bad-exit=0 --wait=10)
@@ -57,15 +57,15 @@ by_srun() {
     [ "${SLURM_HET_SIZE:-1}" = 1 ] || launch+=(--het-group="0-$((SLURM_HET_SIZE - 1))")
 }
 
-# Inside a job mpirun learns the nodes from Slurm, elsewhere from DLION_HOSTFILE. A rank is several threads, so it must
-# not be bound to one core.
+# mpirun gets the nodes from Slurm inside a job, and from DLION_HOSTFILE otherwise. A rank has several threads and
+# must not be bound to one core.
 by_mpirun() {
     if [ "$(mpi_kind)" = hydra ]; then
         launch=(mpirun -bind-to none -n "${SLURM_NTASKS:-$DLION_RANKS}")
         in_job || [ -z "$DLION_HOSTFILE" ] || launch+=(-f "$DLION_HOSTFILE")
         return
     fi
-    # By its full path, Open MPI also finds itself on the other nodes. Root has to say that it means it.
+    # With the full path, Open MPI also finds itself on the other nodes. It runs as root only with an option.
     launch=("$(command -v mpirun)" --bind-to none)
     [ "$(id -u)" != 0 ] || launch+=(--allow-run-as-root)
     if in_job; then
@@ -80,7 +80,7 @@ by_mpirun() {
     fi
 }
 
-# Open MPI takes the first component for the whole job, so it is told all nodes, and reaches them by an agent.
+# Open MPI sees only the first component, so it gets a list of all nodes and reaches them through an agent.
 by_mpirun_over_components() {
     local group nodes slots hosts=${TMPDIR:-/tmp}/dlion-hosts-$SLURM_JOB_ID
     for ((group = 0; group < SLURM_HET_SIZE; group++)); do
@@ -101,16 +101,16 @@ case "$DLION_LAUNCH" in
         exit 2
         ;;
 esac
-# More words for srun or mpirun, such as DLION_LAUNCH_OPTIONS="--cpu-bind=cores".
+# Additional options of srun or mpirun, such as DLION_LAUNCH_OPTIONS="--cpu-bind=cores".
 read -ra more_words <<<"${DLION_LAUNCH_OPTIONS:-}"
 launch+=("${more_words[@]}" "${in_image[@]}")
 
-# Part of the name of what a script writes: new for every job, and the same again when it is queued again.
+# Part of output names: different for every job, and unchanged when a job is requeued.
 # shellcheck disable=SC2034
 run_id=${SLURM_JOB_ID:-$(date -u +%Y%m%dT%H%M%SZ)}
 
-# submit_runs SCRIPT RUN... -- [OPTIONS OF dlion train]: an array job with a task per run, its number in
-# SLURM_ARRAY_TASK_ID, and a job after it that makes the report, also if runs fail. Prints both jobs' numbers.
+# submit_runs SCRIPT RUN... -- [OPTIONS OF dlion train]: submit an array job with a task per run (its number is in
+# SLURM_ARRAY_TASK_ID), and a second job that writes the report even if runs fail. Prints both job numbers.
 submit_runs() {
     local script=$1 runs=() array report more
     shift
@@ -126,8 +126,8 @@ submit_runs() {
     echo "$array $report"
 }
 
-# one_run NAME COMMAND...: a run of several; the command gets an --out, and its result stands beside that once it has
-# ended well.
+# one_run NAME COMMAND...: do one of several runs. Adds --out to the command, and keeps the result next to that folder
+# if the run succeeds.
 one_run() {
     local name=$1
     shift

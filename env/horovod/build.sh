@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Build Horovod against this checkout's TensorFlow and MPI, and install it beside them: for --strategy horovod. Takes
-# about two minutes on two cores; a second run finds nothing to do and returns at once.
+# Build Horovod for this checkout's TensorFlow and MPI, and install it for --strategy horovod. Takes about two minutes
+# on two cores. A second run has nothing to do and returns immediately.
 #
 #   bash env/horovod/build.sh
 #
-# Horovod's last release does not build against a current TensorFlow: the patch beside this script, two folders of
-# headers and a choice of parts (build, below) are what it takes. For DLION_MPI, DLION_TF and DLION_PYTHON see
-# env/setup.sh.
+# Horovod's last release does not build with a current TensorFlow. It needs the patch in this folder, two folders of
+# headers, and a selection of components (build, below). For DLION_MPI, DLION_TF and DLION_PYTHON see env/setup.sh.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -37,7 +36,7 @@ quiet_pip() {
     pip "$1" --disable-pip-version-check --no-input "${@:2}" >"$log" 2>&1 </dev/null
 }
 
-# Print what a build depends on: the MPI that mpi4py loads, Python, TensorFlow, and how it is done.
+# Print the inputs of a build: the MPI that mpi4py loads, Python, TensorFlow, and this folder.
 build_key() {
     python - <<'PYTHON'
 import sys
@@ -61,9 +60,9 @@ need_tools() {
         command -v "$tool" >/dev/null || missing+=("$tool")
     done
     [ ${#missing[@]} -eq 0 ] || dlion_apt_install "${missing[@]}" ||
-        fail "there is no ${missing[*]}: run 'apt-get install ${missing[*]}' as root, or load your cluster's modules"
+        fail "missing ${missing[*]}: run 'apt-get install ${missing[*]}' as root, or load your cluster's modules"
     command -v mpicxx >/dev/null ||
-        fail "there is no mpicxx on PATH: install your MPI's development files, or unset DLION_MPI"
+        fail "no mpicxx on PATH: install your MPI's development files, or unset DLION_MPI"
     python -c 'import packaging, setuptools, wheel' 2>/dev/null || quiet_pip install packaging setuptools wheel ||
         fail "pip could not install packaging, setuptools and wheel: see above; check the network and the proxy"
 }
@@ -79,8 +78,8 @@ fetch() {
     } >"$log" 2>&1 || fail "the source of horovod $VERSION could not be unpacked and patched: see above"
 }
 
-# MPI is the one whose mpicxx comes first on PATH, the environment's own: linked against another, Horovod would not load.
-# TensorFlow's headers include two that its wheel has, but in folders where no compiler looks.
+# The first mpicxx on PATH belongs to the environment's MPI; Horovod would not load with another one. TensorFlow's
+# headers include two files of its wheel that are in folders which the compiler does not search.
 build() {
     local headers
     headers=$(python -c 'from importlib import util
@@ -92,10 +91,10 @@ print(util.find_spec("tensorflow").submodule_search_locations[0])')/include/exte
         quiet_pip install --verbose --no-build-isolation "$work/horovod-$VERSION" && return
     cp "$log" "$full_log"
     grep -E 'error:|CMake Error|No space left' "$full_log" | head -n 5 >"$log" || true
-    fail "it did not build: see above, and the whole log in $full_log"
+    fail "the build failed: see above, and the full log in $full_log"
 }
 
-# Two ranks add up 1 and 2, MPI started by mpi4py as in a run.
+# Two ranks add 1 and 2, with MPI started by mpi4py as in a run.
 check() {
     DLION_MPIRUN_TIMEOUT_S=120 TF_CPP_MIN_LOG_LEVEL=3 dlion_mpirun 2 python -c '
 from mpi4py import MPI
@@ -104,22 +103,22 @@ import tensorflow as tf
 hvd.init(comm=MPI.COMM_WORLD)
 total = float(hvd.allreduce(tf.constant(hvd.rank() + 1.0), op=hvd.Sum))
 assert (hvd.size(), total) == (2, 3.0), (hvd.size(), total)' >"$log" 2>&1 </dev/null ||
-        fail "it was built, but two ranks of it do not work together: see above"
+        fail "Horovod was built, but a sum over two ranks fails: see above"
 }
 
 key=$(build_key | sha256sum)
 if installed && [[ -f $stamp && "$(<"$stamp")" = "$key" ]]; then
-    say "Horovod $VERSION is in ${DLION_VENV##*/} already"
+    say "Horovod $VERSION is already installed in ${DLION_VENV##*/}"
     exit 0
 fi
 start=$SECONDS
 rm -f "$stamp"
 need_tools
-say "getting Horovod $VERSION"
+say "downloading Horovod $VERSION"
 fetch
-say "building it against $(python -c 'from importlib import metadata
-print(*(f"{d.name} {d.version}" for d in metadata.distributions() if d.name.startswith("tensorflow")))'): two minutes or so"
+say "building it for $(python -c 'from importlib import metadata
+print(*(f"{d.name} {d.version}" for d in metadata.distributions() if d.name.startswith("tensorflow")))'): about two minutes"
 build
 check
 echo "$key" >"$stamp"
-say "Horovod $VERSION is in ${DLION_VENV##*/}, after $((SECONDS - start)) s: mpirun -n 2 dlion train --strategy horovod"
+say "installed Horovod $VERSION in ${DLION_VENV##*/} in $((SECONDS - start)) s; try: mpirun -n 2 dlion train --strategy horovod"

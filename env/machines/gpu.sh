@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# A GPU cluster: as modules, with TensorFlow for GPUs. Its wheels bring CUDA's libraries, so no CUDA module is needed,
-# but the driver is. Make it on a node with a GPU, or as below, which does not look for one:
+# A GPU cluster: like modules, with TensorFlow for GPUs. Its wheels contain the CUDA libraries, so only the driver is
+# needed and no CUDA module. Create it on any node with:
 #   module load python/3.11 openmpi/5.0 && DLION_MPI=system DLION_TF=gpu bash env/setup.sh
 
 export DLION_TF=gpu

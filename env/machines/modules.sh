@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# A cluster's own Python and MPI, from its modules (Lmod or Environment Modules), the rest in .venv-system. MPI is then
-# the one that knows the cluster's network. Make it before the first job, on the login node, where there is a network:
+# Python and MPI from the cluster's modules (Lmod or Environment Modules), other packages in .venv-system. The
+# cluster's MPI supports its network. Create it before the first job, on the login node, which has Internet access:
 #   module load python/3.11 openmpi/5.0 && DLION_MPI=system bash env/setup.sh
 
-# shellcheck disable=SC2034 # for the prologue
+# shellcheck disable=SC2034 # used by the prologue
 in_image=()
 if ! type module >/dev/null 2>&1; then
-    # A batch job's shell is no login shell, and may not have heard of modules.
+    # The shell of a batch job is not a login shell and may lack the module command.
     for init in /etc/profile.d/lmod.sh /etc/profile.d/modules.sh /usr/share/modules/init/bash /usr/share/lmod/lmod/init/bash; do
         if [ -f "$init" ]; then
-            set +u # these are not made for it
+            set +u # these files use unset variables
             # shellcheck disable=SC1090
             source "$init"
             set -u
@@ -19,7 +19,7 @@ if ! type module >/dev/null 2>&1; then
 fi
 if [ -n "${DLION_MODULES:-}" ]; then
     set +u
-    # Word for word: several modules in one variable. What the login shell had loaded does not count.
+    # Unquoted, because the variable can name several modules. Modules of the login shell are unloaded first.
     # shellcheck disable=SC2086
     module purge && module load $DLION_MODULES
     set -u

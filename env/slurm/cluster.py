@@ -1,7 +1,7 @@
 """A real Slurm on one machine: a controller in the hub of an emulation, and a slurmd in each of its workers.
 
-Everything that runs, runs in the emulation's namespaces; everything written, in its folder. So taking the emulation
-down, which kills what lives in its namespaces and deletes its folder, takes all of it down, however it was left.
+All processes run in the emulation's namespaces, and all files are in its folder. Removing the emulation kills those
+processes and deletes that folder, so it removes the cluster in any state.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from dlion_mpi.microcloud import environments
 from dlion_mpi.microcloud.environments import Environment
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "libpmix-dev")
-"""Slurm's plugin for PMIx opens libpmix.so, a name that only the development package has."""
+"""Debian packages. Slurm's PMIx plugin opens libpmix.so, which only the development package contains."""
 TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
 READY_TIMEOUT_S = 60.0
 POLL_S = 0.2
 CONF = "slurm.conf"
 POLICY = Path("/usr/sbin/policy-rc.d")
-"""What Debian's packages ask whether they may start their daemons."""
+"""Debian packages call this script to ask whether they may start their daemons."""
 
 
 def kinds(environment: Environment) -> tuple[list[str], list[str]]:
-    """The names of the fast nodes, with more cores than the mean, and of the slow ones; alike ones are halved."""
+    """Return the names of the fast nodes (more cores than the mean) and of the slow ones; equal nodes are halved."""
     cores = environment.phases[0].cores
     names = [netns.hostname(worker) for worker in range(len(cores))]
     fast = [name for name, count in zip(names, cores, strict=True) if count > sum(cores) / len(cores)]
@@ -47,10 +47,10 @@ def kinds(environment: Environment) -> tuple[list[str], list[str]]:
 
 
 def slurm_conf(environment: Environment, folder: Path) -> str:
-    """The configuration of a cluster of the environment's workers.
+    """Return the configuration of a cluster of the environment's workers.
 
-    Fast nodes have 4 processors and 2 GPUs in name only, slow ones 2 processors. Whatever comes takes the nodes from
-    the partition `spot`, whose jobs are told, given 30 s and queued again.
+    Fast nodes have 4 processors and 2 nominal GPUs, slow ones 2 processors. Any other job preempts jobs of the partition
+    `spot`, which get a signal and 30 s, and are requeued.
     """
     fast, slow = kinds(environment)
     lines = []
@@ -74,22 +74,22 @@ SlurmctldHost=hub({netns.HUB_ADDRESS})
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits as long as a credential is good for, by default two minutes.
+# A requeued job waits until its credential expires, by default two minutes.
 AuthInfo=socket={folder}/munge.socket,cred_expire=15
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
-# Nodes share one file system, and each needs a place of its own: %n is its name.
+# Nodes share one file system and need separate folders: %n is the node's name.
 SlurmdSpoolDir={folder}/%n/spool
 SlurmdPidFile={folder}/%n/slurmd.pid
 SlurmdLogFile={folder}/%n/slurmd.log
 TmpFS={folder}/%n/tmp
 TaskProlog={folder}/task-prolog
-# No control groups, which a container may not make; so processors are counted, and bound by nobody.
+# No control groups, because a container cannot create them. Processors are counted, but not bound.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-# Nodes are what is said below, whatever the machine that plays them.
+# Use the resources configured below instead of those of this machine.
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -111,7 +111,7 @@ InactiveLimit=0
 
 
 def other_files(environment: Environment, folder: Path) -> dict[str, str]:
-    """What stands beside slurm.conf, by name."""
+    """Return the other configuration files by name."""
     gpus = f"NodeName={','.join(kinds(environment)[0])} Name=gpu"
     cgroup = "CgroupPlugin=cgroup/v1" if Path("/sys/fs/cgroup/memory").is_dir() else "IgnoreSystemd=yes"
     hosts = {"localhost": "127.0.0.1", "hub": netns.HUB_ADDRESS}
@@ -119,24 +119,24 @@ def other_files(environment: Environment, folder: Path) -> dict[str, str]:
     return {
         "hosts": "".join(f"{address} {name}\n" for name, address in hosts.items()),
         "cgroup.conf": cgroup + "\n",
-        # GPUs in name only: they are counted and handed out, and each has some device file that is everywhere.
+        # Nominal GPUs: they are counted and allocated, and each has a device file that exists on every machine.
         "gres.conf": "AutoDetect=off\n" + "".join(f"{gpus} File=/dev/{device}\n" for device in ("null", "zero")),
-        # With one TMPDIR for all nodes, the daemons of MPI would take each other's files for theirs.
+        # With a shared TMPDIR, MPI's daemons of different nodes would use each other's files.
         "task-prolog": f'#!/bin/sh\necho "export TMPDIR={folder}/$SLURMD_NODENAME/tmp"\n',
     }
 
 
 def main() -> int:
-    """Parse and do. Returns the exit code: that of the command for `login`."""
+    """Parse the command line and run the action. Returns the exit code; for `login`, that of the command."""
     parser = argparse.ArgumentParser(prog="env/slurm", description=__doc__.split("\n")[0] if __doc__ else None)
     actions = parser.add_subparsers(dest="action", required=True)
     for name in ("up", "down", "login"):
         action = actions.add_parser(name, prog=f"env/slurm/{name}.sh")
-        action.add_argument("--name", default="slurm", help="of the cluster (default: slurm)")
+        action.add_argument("--name", default="slurm", help="name of the cluster (default: slurm)")
         if name == "up":
             action.add_argument("--env", default="hetero-sys-a", help="micro-cloud: a name or a TOML file")
         if name == "login":
-            action.add_argument("command", nargs=argparse.REMAINDER, help="(default: a shell)")
+            action.add_argument("command", nargs=argparse.REMAINDER, help="command to run (default: a shell)")
     args = parser.parse_args()
     try:
         return {"up": up, "down": down, "login": login}[args.action](args)
@@ -149,7 +149,7 @@ def main() -> int:
 
 
 def up(args: argparse.Namespace) -> int:
-    """Build the emulation and start the cluster in it; whatever goes wrong, nothing stays."""
+    """Build the emulation and start the cluster in it. Removes everything on failure."""
     if os.geteuid() != 0:
         raise UserError("env/slurm/up.sh needs root, to make network namespaces and run Slurm's daemons: use sudo")
     environment = environments.load(args.env)
@@ -178,7 +178,7 @@ def up(args: argparse.Namespace) -> int:
 
 
 def down(args: argparse.Namespace) -> int:
-    """Take the cluster down, or its remains. Having nothing to do is no error."""
+    """Remove the cluster, or the rest of one. A missing cluster is not an error."""
     if os.geteuid() != 0:
         raise UserError("env/slurm/down.sh needs root, as up.sh does: use sudo")
     netns.require()
@@ -193,19 +193,19 @@ def down(args: argparse.Namespace) -> int:
 
 
 def login(args: argparse.Namespace) -> int:
-    """Become a shell, or a command, on the login node."""
+    """Replace this process by a shell or a command on the login node."""
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     if os.geteuid() != 0:
         raise UserError("env/slurm/login.sh needs root, as up.sh does: use sudo")
     emulation = next((e for e in records.find_all() if e.name == args.name), None)
     if emulation is None or not (Path(emulation.folder) / CONF).exists():
-        raise UserError(f"there is no cluster {args.name}: bash env/slurm/up.sh first")
+        raise UserError(f"there is no cluster {args.name}: start one with bash env/slurm/up.sh")
     line = on_hub(emulation, *(words or [os.environ.get("SHELL") or "bash"]))
     os.execvpe(line[0], line, environ(emulation))
 
 
 def install() -> None:
-    """Slurm and munge from Debian, their daemons not started. Raises UserError where they cannot be had."""
+    """Install Slurm and munge from Debian without starting their daemons. Raises UserError on failure."""
     apt = shutil.which("apt-get")
     has_slurm = all(netns.which(tool) for tool in TOOLS)
     if has_slurm and (apt is None or any(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so"))):
@@ -234,15 +234,15 @@ def install() -> None:
 
 @contextlib.contextmanager
 def daemons_not_started() -> Iterator[None]:
-    """A package that is installed meanwhile starts no daemon; the host's own answer to that question stays."""
-    own = not POLICY.exists()
-    if own:
+    """Prevent packages from starting daemons during installation. An existing policy of the host is kept."""
+    is_missing = not POLICY.exists()
+    if is_missing:
         POLICY.write_text("#!/bin/sh\nexit 101\n", encoding="utf-8")
         POLICY.chmod(0o755)
     try:
         yield
     finally:
-        if own:
+        if is_missing:
             POLICY.unlink(missing_ok=True)
 
 
@@ -259,11 +259,11 @@ def start(emulation: Emulation, environment: Environment) -> None:
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o600)
-    # By force: it would rather not be root's, nor in a folder that is closed to others.
+    # --force: munged objects to running as root and to a private folder.
     places = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
     daemon(emulation, "hub", "munged", "--force", f"--socket={folder}/munge.socket", *places)
     daemon(emulation, "hub", "slurmctld", "-f", str(folder / CONF))
-    # A slurmd that finds no controller tries again later and later.
+    # A slurmd that finds no controller retries at growing intervals.
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     while on_login_node(emulation, "scontrol", "ping").returncode != 0 and time.monotonic() < deadline_s:
         time.sleep(POLL_S)
@@ -272,26 +272,26 @@ def start(emulation: Emulation, environment: Environment) -> None:
 
 
 def daemon(emulation: Emulation, host: str, program: str, *options: str) -> None:
-    """Start a daemon on a host. Raises RunError with its complaint if it does not want to."""
+    """Start a daemon on a host. Raises RunError with its output on failure."""
     line = on_host(emulation, host, netns.which(program) or program, *options)
-    with tempfile.TemporaryFile("w+") as said:  # not a pipe, which the daemon would keep open
+    with tempfile.TemporaryFile("w+") as output:  # not a pipe, which the daemon would keep open
         done = subprocess.run(
             line,
             env=environ(emulation),
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             timeout=READY_TIMEOUT_S,
             check=False,
             start_new_session=True,
         )
-        said.seek(0)
+        output.seek(0)
         if done.returncode != 0:
-            raise RunError(f"{program} on {host} did not start: {' '.join(said.read().split()) or 'it says nothing'}")
+            raise RunError(f"{program} on {host} did not start: {' '.join(output.read().split()) or 'no output'}")
 
 
 def ready(emulation: Emulation) -> bool:
-    """Wait a little and see whether every node has reported. Raises RunError after READY_TIMEOUT_S."""
+    """Whether every node is idle; waits POLL_S if not. Raises RunError after READY_TIMEOUT_S."""
     folder = Path(emulation.folder)
     begun_s = (folder / CONF).stat().st_mtime
     answer = on_login_node(emulation, "sinfo", "--noheader", "--Node", "--partition=all", "--format=%T")
@@ -306,7 +306,7 @@ def ready(emulation: Emulation) -> bool:
 
 
 def _last_errors(folder: Path) -> str:
-    """The last error of each log, since the logs go with the folder."""
+    """Return the last error of each log, because the logs are deleted with the folder."""
     found = ""
     for log in sorted([*folder.glob("*.log"), *folder.glob("*/slurmd.log")]):
         errors = [line for line in log.read_text(errors="replace").splitlines() if "error" in line or "fatal" in line]
@@ -315,7 +315,7 @@ def _last_errors(folder: Path) -> str:
 
 
 def on_login_node(emulation: Emulation, *words: str) -> subprocess.CompletedProcess[str]:
-    """What a command says on the login node."""
+    """Run a command on the login node and return its output."""
     return subprocess.run(
         on_hub(emulation, *words),
         env=environ(emulation),
@@ -328,21 +328,21 @@ def on_login_node(emulation: Emulation, *words: str) -> subprocess.CompletedProc
 
 
 def on_hub(emulation: Emulation, *words: str) -> list[str]:
-    """The command line that runs a command on the login node."""
+    """Return the command line that runs a command on the login node."""
     return on_host(emulation, "hub", *words)
 
 
 def on_host(emulation: Emulation, host: str, *words: str) -> list[str]:
-    """The command line that runs a command on a host: through the emulation's agent, which is called like ssh.
+    """Return the command line that runs a command on a host through the emulation's agent, which is called like ssh.
 
-    The agent's mounts are seen by the command alone, and so are the names of the nodes.
+    Only the command sees the agent's mounts, and so the names of the nodes.
     """
     named = shlex.join(["mount", "--bind", str(Path(emulation.folder) / "hosts"), "/etc/hosts"])
     return ["sh", str(Path(emulation.folder) / "agent"), host, f"{named} && {shlex.join(['exec', *words])}"]
 
 
 def environ(emulation: Emulation) -> dict[str, str]:
-    """This process's environment with the cluster's configuration, and without another's."""
+    """Return this process's environment with the cluster's configuration instead of any other Slurm settings."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
     return {**own, "SLURM_CONF": str(Path(emulation.folder) / CONF)}
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Take down what env/slurm/up.sh has made, or what one that was killed has left: daemons, jobs, namespaces, files.
+# Remove the cluster of env/slurm/up.sh, or the rest of a killed one: daemons, jobs, namespaces and files.
 #
 #   bash env/slurm/down.sh [--name NAME]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The login node of the cluster that env/slurm/up.sh has made: a shell there, or one command.
+# Log in to the login node of the cluster of env/slurm/up.sh: a shell, or one command.
 #
 #   bash env/slurm/login.sh                          a shell; sbatch, srun, squeue, scancel, sinfo as on a cluster
 #   bash env/slurm/login.sh sbatch jobs/cpu.sh       one command, with its exit code

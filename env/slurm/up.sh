@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A real Slurm cluster on this machine, to test job scripts and to try them out: one slurmd per node of an emulated
-# micro-cloud, with its shaped links between them. Needs root, and Debian or Ubuntu for the packages.
+# Start a real Slurm cluster on this machine to try job scripts: one slurmd per worker of an emulated micro-cloud,
+# joined by its shaped links. Needs root, and Debian or Ubuntu for the packages.
 #
 #   bash env/slurm/up.sh [--env NAME|FILE.toml] [--name NAME]      defaults: hetero-sys-a, slurm
 #   bash env/slurm/login.sh [--name NAME] [COMMAND...]             a shell, or one command, on the login node
-#   bash env/slurm/down.sh [--name NAME]                           all of it away again, also after a crash
+#   bash env/slurm/down.sh [--name NAME]                           removes everything, also after a crash
 #
-# All of it lives in network namespaces and in one temporary folder: the host's network, its /etc/slurm and a munge or
-# Slurm of its own are not touched. The Debian packages stay installed.
+# The cluster uses network namespaces and one temporary folder. It does not touch the host's network, its /etc/slurm,
+# or its munge and Slurm daemons. The Debian packages stay installed.
 
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)

@@ -12,7 +12,7 @@ BUDGETS = {
     "CHANGELOG.md": 7,
     "README.md": 5,
     "analysis": 1,
-    "benchmarks": 65,
+    "benchmarks": 19,
     "dlion_mpi": 48,
     "dlion_mpi/algorithms": 84,
     "dlion_mpi/checkpoint": 16,
@@ -30,8 +30,6 @@ BUDGETS = {
     "dlion_mpi/view": 46,
     "dlion_mpi/wire": 7,
     "docs": 198,
-    "env": 20,
-    "jobs": 13,
 }
 
 
