@@ -49,8 +49,8 @@ def kinds(environment: Environment) -> tuple[list[str], list[str]]:
 def slurm_conf(environment: Environment, folder: Path) -> str:
     """Return the configuration of a cluster of the environment's workers.
 
-    Fast nodes have 4 processors and 2 nominal GPUs, slow ones 2 processors. Any other job preempts jobs of the partition
-    `spot`, which get a signal and 30 s, and are requeued.
+    Fast nodes have 4 processors and 2 nominal GPUs, slow ones 2 processors. Any other job preempts jobs of the
+    partition `spot`, which get a signal and 30 s, and are requeued.
     """
     fast, slow = kinds(environment)
     lines = []
