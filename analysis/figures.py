@@ -18,10 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 
+from dlion_mpi.commands.report import target_of
 from dlion_mpi.errors import UserError
 from dlion_mpi.log import complain, say
 from dlion_mpi.metrics.reader import Run, labels, load_all
-from dlion_mpi.report import comparison, target_of, workers
+from dlion_mpi.report import comparison, workers
 from dlion_mpi.report.colours import LIGHT
 from dlion_mpi.report.figure import Figure
 

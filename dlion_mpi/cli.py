@@ -164,7 +164,7 @@ def _add_simulate(commands: Any) -> None:
 
 
 def _add_report(commands: Any) -> None:
-    from dlion_mpi import report
+    from dlion_mpi.commands import report
 
     parser = commands.add_parser(
         "report",
@@ -177,7 +177,7 @@ def _add_report(commands: Any) -> None:
 
 
 def _add_trace(commands: Any) -> None:
-    from dlion_mpi import trace
+    from dlion_mpi.commands import trace
 
     parser = commands.add_parser(
         "trace",

@@ -36,7 +36,8 @@ checkpoint simulation emulation
 run.py
 api.py
 report
-trace commands
+trace
+commands
 cli.py
 __init__.py __main__.py
 """

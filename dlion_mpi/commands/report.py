@@ -1,0 +1,56 @@
+"""`dlion report`: one HTML page about one run, or a comparison of several."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dlion_mpi.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `dlion report`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that --out of a run has made")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="report.html",
+        metavar="FILE.html",
+        help="the page; an existing file is replaced (default: report.html)",
+    )
+    parser.add_argument(
+        "--target-accuracy",
+        metavar="ACCURACY",
+        help="compare the time to this test accuracy, 0 to 1 (default: the target of the runs, or one that most "
+        "runs reached)",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the page. Print its path on stdout and what is missing on stderr. Return the exit code."""
+    target = target_of(args.target_accuracy)
+    output = Path(args.output)
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"-o {output}: must end in .html")
+    from dlion_mpi.log import say
+    from dlion_mpi.metrics.reader import labels, load_all
+    from dlion_mpi.report.output import replaced
+    from dlion_mpi.report.page import render
+
+    runs = load_all(args.runs)
+    for label, run in zip(labels(runs), runs, strict=True):
+        for note in run.notes:
+            say(f"dlion report: {label}: {note}")
+    with replaced(output) as file:
+        file.write(render(runs, target=target).encode())
+    print(output)
+    return 0
+
+
+def target_of(text: str | None) -> float | None:
+    """Parse ``--target-accuracy`` (0 to 1). Raises UserError."""
+    if text is None:
+        return None
+    from dlion_mpi.config.options import Config, convert
+
+    return Config(target_accuracy=convert("target_accuracy", text)).target_accuracy
