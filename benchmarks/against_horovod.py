@@ -101,9 +101,9 @@ def inside(turns: int, names: Sequence[str]) -> None:
     """Run these cases in turn on one rank. Rank 0 prints the median step of all ranks by turn and case, in ms."""
     from mpi4py import MPI
 
-    from dlion_mpi.learner.replica import tensorflow
+    from dlion_mpi.learner import backend
 
-    tensorflow(1)
+    backend.start(1)
     world = MPI.COMM_WORLD
     medians: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as own:

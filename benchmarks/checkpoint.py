@@ -87,9 +87,9 @@ def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
             "keep_checkpoints": 1,
         }
     )
-    from dlion_mpi.learner.replica import tensorflow
+    from dlion_mpi.learner import backend
 
-    tensorflow(1)
+    backend.start(1)
     runner.run(config, model=dense(weights)((28, 28, 1), 10))
     live.Progress = original  # type: ignore[misc]
     return {

@@ -34,11 +34,12 @@ import os, sys, time, json
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import numpy as np
 from dlion_mpi.learner.models import cipher
-from dlion_mpi.learner.replica import tensorflow
+from dlion_mpi.learner import backend
 from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.shards import load
-tf = tensorflow(1)
+backend.start(1)
 import keras
+import tensorflow as tf
 steps = int(sys.argv[1])
 shard = load("fashion-mnist", rank=0, ranks=2)
 batches = Batches(shard, seed=0, rank=0)

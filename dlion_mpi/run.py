@@ -24,10 +24,10 @@ from dlion_mpi.checkpoint.start import NEW, Start
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
+from dlion_mpi.learner import backend, models
 from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.evaluate import BackgroundEvaluator, rows_to_test
-from dlion_mpi.learner.models import build, optimizer
-from dlion_mpi.learner.replica import Replica, tensorflow
+from dlion_mpi.learner.replica import Replica
 from dlion_mpi.learner.shards import Shard, load, merge_facts
 from dlion_mpi.log import say
 from dlion_mpi.loop.membership import Membership
@@ -94,7 +94,7 @@ def _run(
     _say_what(config, ranks, replica, shard, report)
     clock = startup.CommonClock(ranks)
     exchange = _Exchange(ranks, config, strategy, replica, clock, recorder)
-    evaluator = BackgroundEvaluator(replica.correct, *rows_to_test(shard.x_test, shard.y_test, config.test_samples))
+    evaluator = BackgroundEvaluator(replica.evaluate, rows_to_test(shard.x_test, shard.y_test, config.test_samples))
     worker = Worker(
         config=config,
         rank=ranks.rank,
@@ -250,16 +250,9 @@ def _merge(ranks: Ranks, shard: Shard) -> Shard:
 
 
 def _replica(config: Config, ranks: Ranks, shard: Shard, model: Any, threads: int) -> Replica:
-    tensorflow(threads, ranks.local_rank)
-    if model is None:
-        model = build(config.model, shard.input_shape, shard.classes, config.seed)
-    own = getattr(model, "optimizer", None)
-    return Replica(
-        model,
-        own if own is not None else optimizer(config.optimizer, config.learning_rate, config.momentum),
-        shard.x_train.dtype,
-        ranks.rank,
-    )
+    backend.start(threads, local_rank=ranks.local_rank)
+    own, optimizer = models.trainable(config, shard.input_shape, shard.classes, model)
+    return Replica(own, optimizer, shard.x_train.dtype, ranks.rank)
 
 
 def _recorder(
@@ -293,6 +286,7 @@ def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, replica: Repl
     if worker.exit_code == EXIT_CODE and worker.evaluations:
         evaluator.close(abandon=True)
         return
+    replica.finish()
     evaluator.submit(worker.step, seconds, replica.knowledge())
     for evaluation in evaluator.poll(wait=True):
         worker.evaluations.append(evaluation)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,9 @@ from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.strategies.allreduce import AllReduce
 from dlion_mpi.strategies.contract import LinkView, Outgoing
 from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
+from dlion_mpi.vector.named_arrays import Array, Arrays, vector
 
 STUCK = 20_000
 """Ticks without any worker moving after which it is a deadlock."""
@@ -262,10 +265,15 @@ class Quadratic:
         self.learning_rate = np.float32(learning_rate)
         self.w = np.zeros(layout.size, np.float32)
 
-    def gradient(self, x: npt.NDArray[Any]) -> tuple[float, Vector]:
-        """Mean loss and mean gradient over the rows of ``x`` (b, P)."""
-        away = self.w - x.mean(axis=0, dtype=np.float32)
-        return float(0.5 * (self.curvature * away * away).sum()), self.curvature * away
+    def gradient(self, batch: npt.NDArray[Any]) -> Gradient:
+        """Mean loss and mean gradient over the rows of ``batch`` (b, P)."""
+        away = self.w - batch.mean(axis=0, dtype=np.float32)
+        return Gradient(float(0.5 * (self.curvature * away * away).sum()), self.curvature * away)
+
+    def step_alone(self, batch: npt.NDArray[Any]) -> tuple[float, bool]:
+        gradient = self.gradient(batch)
+        self.apply(gradient.vector)
+        return gradient.loss, gradient.finite
 
     def apply(self, gradient: Vector) -> None:
         self.w -= self.learning_rate * gradient
@@ -278,6 +286,23 @@ class Quadratic:
 
     knowledge, set_knowledge = weights, set_weights
 
+    def evaluate(self, knowledge: Vector, batch: npt.NDArray[Any]) -> int:
+        return 0
+
+    def finish(self) -> None: ...
+
+    def describe(self) -> str:
+        return f"a quadratic of {self.layout.size}"
+
+    def to_arrays(self) -> Arrays:
+        return {"w": self.w.copy()}
+
+    def from_arrays(self, arrays: Mapping[str, Array], *, generators: bool = True) -> None:
+        self.w = vector(arrays, "w", self.layout.size)
+
+    def save(self, path: Path) -> None:
+        np.save(path, self.w)
+
 
 class Rows:
     """See `loop.ports.Batches`: the rows of ``x`` (m, P) over and over."""
@@ -285,10 +310,19 @@ class Rows:
     def __init__(self, x: npt.NDArray[np.float32]) -> None:
         self._x, self._at = x, 0
 
-    def take(self, size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+    def take(self, size: int) -> npt.NDArray[np.float32]:
         rows = np.arange(self._at, self._at + size) % len(self._x)
         self._at += size
-        return self._x[rows], np.zeros(size, np.int32)
+        return self._x[rows]
+
+    def start_epoch(self, epoch: int) -> None:
+        self._at = epoch * len(self._x)
+
+    def state(self) -> dict[str, int]:
+        return {"at": self._at}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        self._at = state["at"]
 
 
 class Nothing:
@@ -297,8 +331,8 @@ class Nothing:
     def __init__(self) -> None:
         self.transfers: list[Transfer] = []
 
-    def busy(self) -> bool:
-        return False
+    def pending(self) -> int:
+        return 0
 
     def submit(self, step: int, time_s: float, knowledge: Vector) -> None: ...
 
@@ -431,8 +465,8 @@ def _drive(workers: Sequence[Worker], network: Network, seconds: Callable[[int, 
 
 
 def _compute(request: Compute, replica: Any, rank: int, seconds: Callable[[int, int], float]) -> Computed:
-    loss, gradient = replica.gradient(request.x)
+    gradient = replica.gradient(request.batch)
     if request.alone:
-        replica.apply(gradient)
-    finite = bool(np.isfinite(loss) and np.isfinite(gradient).all())
-    return Computed(loss, None if request.alone else gradient, finite, seconds(rank, len(request.y)), 0.0)
+        replica.apply(gradient.vector)
+    vector = None if request.alone else gradient.vector
+    return Computed(gradient.loss, vector, gradient.finite, seconds(rank, request.samples), 0.0)

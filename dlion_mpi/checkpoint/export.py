@@ -10,8 +10,8 @@ import numpy as np
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.learner.replica import Replica
 from dlion_mpi.log import say
+from dlion_mpi.loop.ports import Replica
 from dlion_mpi.mpi import startup
 from dlion_mpi.mpi.startup import Ranks
 
@@ -59,7 +59,7 @@ def save(config: Config, ranks: Ranks, replica: Replica, accuracy: float, *, rep
 def _write(replica: Replica, path: Path) -> None:
     partial = _partial(path)
     try:
-        replica.model.save(partial)
+        replica.save(partial)
         os.replace(partial, path)
     except (OSError, ValueError, RuntimeError) as error:  # h5py and zipfile raise either for a full disk
         with contextlib.suppress(OSError):

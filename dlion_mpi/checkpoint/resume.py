@@ -11,9 +11,8 @@ from dlion_mpi.checkpoint.folder import Checkpoint
 from dlion_mpi.checkpoint.start import Start
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.batches import Batches
-from dlion_mpi.learner.replica import Replica
 from dlion_mpi.log import say
+from dlion_mpi.loop.ports import Batches, Replica
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.recorder import next_part
 from dlion_mpi.mpi import startup
@@ -43,10 +42,10 @@ class Loaded:
     def restore(self, w: Worker, replica: Replica, batches: Batches, links: Links) -> None:
         """Put a worker that has just been made back. Raises UserError for a checkpoint of another model."""
         path = self.checkpoint.path(self.checkpoint.best if self.moved else self.rank)
-        if self.texts.get("variables") != replica.variables():
+        if self.texts.get("variables") != replica.describe():
             raise UserError(
                 f"{path} is of another model, with variables {_short(self.texts.get('variables'))}; this run has "
-                f"{_short(replica.variables())}: resume with the same --model and data"
+                f"{_short(replica.describe())}: resume with the same --model and data"
             )
         try:
             if self.moved:

@@ -14,9 +14,8 @@ from dlion_mpi.checkpoint.resume import Loaded
 from dlion_mpi.checkpoint.rounds import CheckpointRounds
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.replica import Replica
 from dlion_mpi.log import say
-from dlion_mpi.loop.ports import Collectives
+from dlion_mpi.loop.ports import Collectives, Replica
 from dlion_mpi.loop.worker import Recorder, Worker
 from dlion_mpi.metrics.recorder import Recorder as FileRecorder
 from dlion_mpi.provenance import versions
@@ -72,7 +71,7 @@ class Session:
                 "format": resume.FORMAT,
                 "config": config.to_toml(),
                 "model": config.model,
-                "variables": replica.variables(),
+                "variables": replica.describe(),
                 "versions": json.dumps(versions()),
             },
             last_step=loaded.checkpoint.step if loaded is not None else -1,

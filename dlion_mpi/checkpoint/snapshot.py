@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from dlion_mpi.loop.ports import LinkTotals, ResumableBatches, ResumableReplica
+from dlion_mpi.loop.ports import LinkTotals
 from dlion_mpi.loop.worker import Spent, Worker
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.strategies.contract import Resumable
@@ -37,8 +37,6 @@ def take(w: Worker, spare: Arrays) -> Arrays:
 
     ``spare``: arrays of an earlier snapshot, reused where they fit, because new memory costs more than copying.
     """
-    assert isinstance(w.replica, ResumableReplica)
-    assert isinstance(w.batches, ResumableBatches)
     assert isinstance(w.strategy, Resumable)
     strategy = under("strategy", w.strategy.to_arrays(w.state))
     return {
@@ -146,8 +144,6 @@ def restore(w: Worker, arrays: Mapping[str, Array], steps: Mapping[int, int]) ->
 
     ``steps``: by rank, the step at which it resumes. Raises StateError, or UserError for different data.
     """
-    assert isinstance(w.replica, ResumableReplica)
-    assert isinstance(w.batches, ResumableBatches)
     assert isinstance(w.strategy, Resumable)
     size, ranks = w.replica.layout.size, len(w.members)
     data = part(arrays, "data")
@@ -177,11 +173,9 @@ def restore_elsewhere(w: Worker, arrays: Mapping[str, Array]) -> None:
 
     Timings, residuals and received messages belong to the old ranks and are dropped.
     """
-    assert isinstance(w.replica, ResumableReplica)
-    model = part(arrays, "model")
-    own = w.replica.to_arrays()
-    generators = {name: np.array(value) for name, value in own.items() if name.startswith("others/")}
-    w.replica.from_arrays({**model, **generators})  # with equal generators all workers would drop the same units
+    w.replica.from_arrays(
+        part(arrays, "model"), generators=False
+    )  # with equal generators all workers would drop the same units
     w.step = integer(arrays, "worker/step")
     w.exchanged_step = w.reductions = w.step
     w.evaluated_s = number(arrays, "worker/evaluated_s")

@@ -18,6 +18,10 @@ class Batch(NamedTuple):
     x: Pixels
     y: Labels
 
+    def part(self, start: int, stop: int) -> Batch:
+        """The rows from ``start`` up to ``stop``."""
+        return Batch(self.x[start:stop], self.y[start:stop])
+
 
 class Batches:
     """An endless source of batches of changing size from a shard.

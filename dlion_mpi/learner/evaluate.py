@@ -1,4 +1,4 @@
-"""Test accuracy off the critical path, and what the workers' evaluations say together."""
+"""Test accuracy in the background, and when the workers together reached a target."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dlion_mpi.learner.batches import Batch
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.vector.layout import Vector
 
 CHUNK = 100
-"""Test rows per call. A call's operations share TensorFlow's threads with the training step, which waits for them."""
+"""Test rows per call. A call shares the backend's threads with the training step, which waits for them."""
 SHARE = 0.2
-"""Of the time an evaluation may compute; in the rest it sleeps, so that it takes no more of the processor than this."""
+"""Largest share of the time in which an evaluation computes; it sleeps for the rest, to leave the processor free."""
 
 
-def rows_to_test(x: npt.NDArray[Any], y: Any, most: int | None) -> tuple[npt.NDArray[Any], Any]:
-    """``most`` of the test rows, evenly taken; all if it is None or there are not so many."""
+def rows_to_test(x: npt.NDArray[Any], y: npt.NDArray[Any], most: int | None) -> Batch:
+    """At most ``most`` of the test rows, at even distances; all if it is None."""
     if most is None or most >= len(y):
-        return x, y
+        return Batch(x, y)
     rows = np.arange(most) * len(y) // most
-    return x[rows], y[rows]
+    return Batch(x[rows], y[rows])
 
 
 class BackgroundEvaluator:
-    """Evaluates snapshots in a thread of its own, one at a time and in order.
+    """Evaluates snapshots in a thread, one at a time and in order.
 
-    ``correct``: (knowledge, x, y) -> number of correct rows.
+    ``evaluate``: (knowledge, batch) -> number of correct rows. ``rows``: the test rows.
     """
 
-    def __init__(self, correct: Callable[[Vector, Any, Any], int], x_test: npt.NDArray[Any], y_test: Any) -> None:
-        self._correct, self._x, self._y = correct, x_test, y_test
+    def __init__(self, evaluate: Callable[[Vector, Batch], int], rows: Batch) -> None:
+        self._evaluate, self._rows = evaluate, rows
         self._snapshots: queue.SimpleQueue[tuple[int, float, Vector, float] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Evaluation | BaseException] = queue.SimpleQueue()
         self._pending = 0
@@ -44,9 +45,9 @@ class BackgroundEvaluator:
         self._thread = threading.Thread(target=self._run, name="evaluation", daemon=True)
         self._thread.start()
 
-    def busy(self) -> bool:
-        """Whether an evaluation is under way."""
-        return self._pending > 0
+    def pending(self) -> int:
+        """Number of snapshots that were submitted and not returned by `poll` yet: one is tested, the others wait."""
+        return self._pending
 
     def submit(self, step: int, time_s: float, knowledge: Vector) -> None:
         """Evaluate this snapshot; it must not be changed any more."""
@@ -54,7 +55,7 @@ class BackgroundEvaluator:
         self._snapshots.put((step, time_s, knowledge, time.monotonic()))
 
     def poll(self, *, wait: bool = False) -> list[Evaluation]:
-        """What has been evaluated since the last call; with ``wait``, all that was submitted."""
+        """Evaluations that were finished since the last call; with ``wait``, all that were submitted."""
         results = []
         self._awaited = wait
         while self._pending and (wait or not self._done.empty()):
@@ -71,6 +72,18 @@ class BackgroundEvaluator:
         self._snapshots.put(None)
         self._thread.join()
 
+    def accuracy(self, knowledge: Vector) -> float:
+        """Share of the test rows that a model with this knowledge classifies correctly."""
+        hits = 0
+        for start in range(0, len(self._rows.y), CHUNK):
+            if self._abandoned:
+                break
+            started_s = time.monotonic()
+            hits += self._evaluate(knowledge, self._rows.part(start, start + CHUNK))
+            if not self._awaited:
+                time.sleep((time.monotonic() - started_s) * (1 / SHARE - 1))
+        return hits / len(self._rows.y)
+
     def _run(self) -> None:
         while (snapshot := self._snapshots.get()) is not None:
             step, time_s, knowledge, submitted_s = snapshot
@@ -80,22 +93,9 @@ class BackgroundEvaluator:
             except BaseException as failure:  # raised by `poll`, in the loop
                 self._done.put(failure)
 
-    def accuracy(self, knowledge: Vector) -> float:
-        """Share of the test rows that a model with this knowledge classifies correctly."""
-        hits = 0
-        for start in range(0, len(self._y), CHUNK):
-            if self._abandoned:
-                break
-            rows = slice(start, start + CHUNK)
-            started_s = time.monotonic()
-            hits += self._correct(knowledge, self._x[rows], self._y[rows])
-            if not self._awaited:
-                time.sleep((time.monotonic() - started_s) * (1 / SHARE - 1))
-        return hits / len(self._y)
-
 
 def target_reached_s(evaluations: Sequence[Sequence[Evaluation]], target: float | None) -> float | None:
-    """When the mean over the workers of everyone's latest accuracy first reached ``target``, or None.
+    """The first time at which the mean over the workers of their latest accuracy is ``target``; None if never.
 
     ``evaluations``: per worker, in time order.
     """
@@ -105,6 +105,6 @@ def target_reached_s(evaluations: Sequence[Sequence[Evaluation]], target: float 
     latest = np.full(len(evaluations), np.nan)
     for time_s, k, accuracy in events:
         latest[k] = accuracy
-        if latest.mean() >= target:  # NaN until everyone has been evaluated once
+        if latest.mean() >= target:  # NaN until each worker has been evaluated once
             return time_s
     return None

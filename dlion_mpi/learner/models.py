@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dlion_mpi import plugins
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 
 
 def cipher(input_shape: Sequence[int], classes: int) -> Any:
-    """The CNN of the DLion experiments, about 1 M parameters on 28x28x1: three 5x5 convolutions with 10, 20 and
-    100 kernels, two 2x2 poolings, dense 200, dense ``classes`` (logits). Input: images (H, W, C), H, W >= 4."""
+    """The CNN of the DLion experiments, about 1 M parameters on 28x28x1.
+
+    Three 5x5 convolutions with 10, 20 and 100 kernels, two 2x2 poolings, dense 200, dense ``classes`` (logits).
+    Input: images (H, W, C). Raises UserError for other data, or images below 4x4.
+    """
     import keras
 
     if len(input_shape) != 3 or min(input_shape[:2]) < 4:
@@ -36,20 +40,16 @@ def cipher(input_shape: Sequence[int], classes: int) -> Any:
     )
 
 
-def builder(spec: str) -> Callable[[Sequence[int], int], Any]:
-    """The function ``(input_shape, classes) -> Keras model`` that ``--model`` names. Raises UserError."""
-    if spec == "cipher":
-        return cipher
-    found: Callable[[Sequence[int], int], Any] = plugins.load("--model", spec, built_in="cipher", kind="function")
-    return found
-
-
 def build(spec: str, input_shape: Sequence[int], classes: int, seed: int) -> Any:
-    """The Keras model that ``--model`` names, with initial weights from ``seed``. Raises UserError."""
+    """The Keras model that ``--model`` names, with initial weights from ``seed``. Raises UserError.
+
+    ``spec``: ``cipher``, or the PACKAGE.MODULE:FUNCTION of a function (input_shape, classes) -> Keras model.
+    """
     import keras
 
+    builder = cipher if spec == "cipher" else plugins.load("--model", spec, built_in="cipher", kind="function")
     keras.utils.set_random_seed(seed)
-    model = builder(spec)(tuple(input_shape), classes)
+    model = builder(tuple(input_shape), classes)
     if not isinstance(model, keras.Model):
         raise UserError(f"--model {spec}: returned {type(model).__name__}, but must return a keras.Model")
     if not model.built:
@@ -66,9 +66,17 @@ def build(spec: str, input_shape: Sequence[int], classes: int, seed: int) -> Any
 
 
 def optimizer(name: str, learning_rate: float, momentum: float) -> Any:
-    """The Keras optimizer that applies effective gradients."""
+    """The Keras optimizer of ``--optimizer``."""
     import keras
 
     if name == "sgd":
         return keras.optimizers.SGD(learning_rate, momentum=momentum)
     return keras.optimizers.Adam(learning_rate)
+
+
+def trainable(config: Config, input_shape: Sequence[int], classes: int, model: Any = None) -> tuple[Any, Any]:
+    """The model to train, and its optimizer: ``model`` and its own if it was compiled, else those of the Config."""
+    if model is None:
+        model = build(config.model, input_shape, classes, config.seed)
+    own = getattr(model, "optimizer", None)
+    return model, own if own is not None else optimizer(config.optimizer, config.learning_rate, config.momentum)

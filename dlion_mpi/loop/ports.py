@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dlion_mpi.algorithms.bandwidth import LinkRate, rooms_bytes
 from dlion_mpi.strategies.contract import LinkView, Outgoing
+from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays
 from dlion_mpi.wire import Kind, Message
@@ -19,13 +21,13 @@ from dlion_mpi.wire import Kind, Message
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Compute a gradient over a batch: ``x`` (b, ...), ``y`` (b,). The answer is a `Computed`.
+    """Compute a gradient over a ``batch`` of so many ``samples``. The answer is a `Computed`.
 
-    ``alone``: apply it at once, there is nobody to exchange with.
+    ``alone``: apply it at once, there is no peer to exchange with.
     """
 
-    x: npt.NDArray[Any]
-    y: npt.NDArray[np.int32]
+    batch: Any
+    samples: int
     alone: bool = False
 
 
@@ -151,12 +153,21 @@ class Links(Protocol):
 
 
 class Replica(Protocol):
-    """What the loop needs of the model; see `learner.replica.Replica`."""
+    """One worker's copy of the model; see `learner.replica.Replica`.
+
+    Weights: (P,) float32. Knowledge: weights and statistics, (K,) float32. A batch is what `Batches.take` gave.
+    """
 
     layout: Layout
 
+    def gradient(self, batch: Any) -> Gradient:
+        """Compute loss and mean gradient over a batch; the weights stay as they are."""
+
+    def step_alone(self, batch: Any) -> tuple[float, bool]:
+        """Compute a gradient and apply it, if it is finite. Returns the loss and whether it is."""
+
     def apply(self, gradient: Vector) -> None:
-        """Give the optimizer an effective gradient."""
+        """Give the optimizer an effective gradient, (P,)."""
 
     def weights(self) -> Vector:
         """A copy of the weights."""
@@ -170,34 +181,39 @@ class Replica(Protocol):
     def set_knowledge(self, knowledge: Vector) -> None:
         """Replace weights and statistics."""
 
+    def evaluate(self, knowledge: Vector, batch: Any) -> int:
+        """Count the rows that a model with this knowledge classifies correctly. Any thread may call this."""
 
-@runtime_checkable
-class ResumableReplica(Replica, Protocol):
-    """A replica that can be kept in a checkpoint."""
+    def finish(self) -> None:
+        """After the last step: put in the weights what the optimizer keeps for the end, such as their averages."""
+
+    def describe(self) -> str:
+        """A text that tells one model from another."""
 
     def to_arrays(self) -> Arrays:
-        """All that it learns and draws from, by name, in arrays that do not change any more."""
+        """Everything that training changes, by name, in arrays that do not change any more."""
 
-    def from_arrays(self, arrays: Mapping[str, Array]) -> None:
-        """Take back what `to_arrays` gave. Raises StateError."""
+    def from_arrays(self, arrays: Mapping[str, Array], *, generators: bool = True) -> None:
+        """Restore what `to_arrays` gave; ``generators``: its random generators too. Raises StateError."""
+
+    def save(self, path: Path) -> None:
+        """Write the model in Keras's format."""
 
 
 class Batches(Protocol):
-    """The worker's training data; see `learner.data.Batches`."""
+    """The worker's training data; see `learner.batches.Batches`."""
 
-    def take(self, size: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+    def take(self, size: int) -> Any:
         """The next ``size`` rows."""
 
-
-@runtime_checkable
-class ResumableBatches(Batches, Protocol):
-    """Training data whose position can be kept in a checkpoint."""
+    def start_epoch(self, epoch: int) -> None:
+        """Continue with the first row of this epoch."""
 
     def state(self) -> dict[str, int]:
-        """Where it is."""
+        """The position in the data."""
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on where ``state`` was taken. Raises UserError for data that it does not fit."""
+        """Continue where ``state`` was taken. Raises UserError for data that it does not fit."""
 
 
 def link_views(rates: Mapping[int, LinkRate], window: int, step_s: float, now_s: float) -> dict[int, LinkView]:

@@ -71,7 +71,7 @@ def profile(w: Worker) -> Loop:
     start_s = w.now_s()
     for size in (max(1, w.config.lbs // 8), max(1, w.config.lbs // 2)):
         for attempt in range(2):
-            computed = yield Compute(*w.batches.take(size))
+            computed = yield Compute(w.batches.take(size), size)
             assert computed is not None
             if attempt:  # the first of a size pays for allocation
                 w.status.fit.add(size, computed.seconds)
@@ -81,7 +81,7 @@ def profile(w: Worker) -> Loop:
 
 def compute(w: Worker, timings: Timings) -> Generator[Compute, Computed | None, Computed]:
     """The local gradient of this step, known to be finite or replaced by zero (``--non-finite skip``)."""
-    computed = yield Compute(*w.batches.take(w.status.lbs), w.alone)
+    computed = yield Compute(w.batches.take(w.status.lbs), w.status.lbs, w.alone)
     assert computed is not None
     timings.compute_s, timings.paced_s = computed.seconds, computed.paced_s
     now_s = w.now_s()
@@ -229,9 +229,9 @@ def _agree(w: Worker, waits: Iterable[Until]) -> Generator[Until, None, None]:
 def _evaluation_due(w: Worker, step: int) -> bool:
     every = w.config.evaluate_every
     if every.steps is not None:
-        return step % every.steps <= w.skipped
-    # By the clock, a slow evaluation delays the next one instead of piling up.
-    return not w.evaluator.busy() and w.now_s() - w.evaluated_s >= (every.seconds or math.inf)
+        return step % every.steps <= w.skipped and w.evaluator.pending() <= 1  # at most one snapshot waits
+    # By the clock, a slow evaluation delays the next one.
+    return not w.evaluator.pending() and w.now_s() - w.evaluated_s >= (every.seconds or math.inf)
 
 
 def finish_step(

@@ -22,8 +22,8 @@ from dlion_mpi.wire import Header, Kind, Message
 class Evaluator(Protocol):
     """Evaluates snapshots off the critical path; see `learner.evaluate.BackgroundEvaluator`."""
 
-    def busy(self) -> bool:
-        """Whether one is under way."""
+    def pending(self) -> int:
+        """Number of snapshots that are being evaluated or wait."""
 
     def submit(self, step: int, time_s: float, knowledge: Vector) -> None:
         """Evaluate a snapshot."""

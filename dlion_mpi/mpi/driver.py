@@ -7,8 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from dlion_mpi.learner.replica import Replica
-from dlion_mpi.loop.ports import Compute, Computed, EncodedBatch, Loop
+from dlion_mpi.loop.ports import Compute, Computed, EncodedBatch, Loop, Replica
 from dlion_mpi.mpi.progress import ProgressThread
 
 
@@ -98,10 +97,10 @@ def _compute(
 ) -> Computed:
     started_s = now_s()
     if request.alone:
-        loss, finite = replica.step_alone(request.x, request.y)
+        loss, finite = replica.step_alone(request.batch)
         vector = None
     else:
-        gradient = replica.gradient(request.x, request.y)
+        gradient = replica.gradient(request.batch)
         loss, finite, vector = gradient.loss, gradient.finite, gradient.vector
-    paced_s = pace(pace_model, len(request.y), started_s, now_s)
+    paced_s = pace(pace_model, request.samples, started_s, now_s)
     return Computed(loss, vector, finite, now_s() - started_s, paced_s)

@@ -14,7 +14,7 @@ import numpy as np
 
 from dlion_mpi.algorithms.ring import ring_bytes
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.replica import tensorflow
+from dlion_mpi.learner import tensorflow
 from dlion_mpi.mpi.collectives import Ticket
 from dlion_mpi.mpi.startup import Ranks, thread_multiple
 from dlion_mpi.vector.layout import Vector
@@ -48,7 +48,7 @@ class HorovodReducer:
     """
 
     def __init__(self, hvd: Any, ranks: Ranks, size: int, carried: Callable[[int, int, int], None]) -> None:
-        tf = tensorflow()
+        tf = tensorflow.load()
         hvd.init(comm=ranks.communicator)
         self._hvd, self._tf, self._carried = hvd, tf, carried
         self._rank, self._size = ranks.rank, ranks.size

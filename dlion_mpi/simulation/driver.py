@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from functools import partial
 
 from dlion_mpi.errors import RunError
-from dlion_mpi.learner.replica import Gradient
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.ports import Compute, Computed, Loop
 from dlion_mpi.loop.train import leave, train
@@ -22,6 +21,7 @@ from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.simulation.run import Finish, VirtualRun
 from dlion_mpi.strategies.contract import WINDOW
 from dlion_mpi.strategies.registry import find
+from dlion_mpi.vector.gradient import Gradient
 
 
 class Process:
@@ -77,8 +77,8 @@ class Process:
         That time includes the processor time that messages have cost the loop since the last gradient.
         """
         run, rank, now_s = self._run, self.worker.rank, self._events.now_s
-        seconds = run.environment.pace(rank, now_s, run.config.seconds).seconds(len(request.y))
-        future = run.pool.submit(run.seats[rank].gradient, request.x, request.y)
+        seconds = run.environment.pace(rank, now_s, run.config.seconds).seconds(request.samples)
+        future = run.pool.submit(run.replicas[rank].gradient, request.batch)
         exchange_s, self._exchange_s = self._links.loop_s() - self._exchange_s, self._links.loop_s()
         self._events.at(now_s + exchange_s + seconds, partial(self._computed, future, seconds, request.alone))
 
@@ -86,7 +86,7 @@ class Process:
         gradient = future.result()
         vector = gradient.vector
         if alone and gradient.finite:
-            self._run.seats[self.worker.rank].apply(vector)
+            self._run.replicas[self.worker.rank].apply(vector)
         self.resume(Computed(gradient.loss, None if alone else vector, gradient.finite, seconds, seconds))
 
 
@@ -118,7 +118,7 @@ def drive(run: VirtualRun) -> list[Finish]:
             rank=rank,
             members=Membership(tuple(range(run.workers))),
             strategy=find(run.config.strategy)(),
-            replica=run.seats[rank],
+            replica=run.replicas[rank],
             batches=run.batches[rank],
             links=own_links,
             collectives=VirtualCollectives(rank, operations),
@@ -139,6 +139,7 @@ def drive(run: VirtualRun) -> list[Finish]:
         raise RuntimeError(f"deadlock: workers {sorted(running)} wait, and no event is left")
     for process in processes:
         worker = process.worker
+        worker.replica.finish()
         worker.evaluator.submit(worker.step, process.ended_s, worker.replica.knowledge())
     return [_finish(process) for process in processes]
 

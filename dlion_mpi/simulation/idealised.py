@@ -153,8 +153,9 @@ def train_together(run: VirtualRun) -> list[Finish]:
             due = group.now_s - group.evaluated_s >= (every.seconds or math.inf)
             if due or (every.steps is not None and group.step % every.steps == 0):
                 group.evaluated_s = group.now_s
-                evaluator.submit(group.step, group.now_s, run.seats[0].knowledge())
-    evaluator.submit(group.step, group.now_s, run.seats[0].knowledge())
+                evaluator.submit(group.step, group.now_s, run.replicas[0].knowledge())
+    run.replicas[0].finish()
+    evaluator.submit(group.step, group.now_s, run.replicas[0].knowledge())
     _take(group, evaluator.poll(wait=True))
     return [_finish(group, rank) for rank in range(workers)]
 
@@ -165,8 +166,8 @@ def _step(group: Group, gbs: int) -> None:
     paces = [environment.pace(rank, group.now_s, config.seconds) for rank in range(run.workers)]
     shares = group.ideal.share(gbs, paces, config.lbs_max or NO_LIMIT)
     futures = [
-        run.pool.submit(seat.gradient, *batches.take(lbs))
-        for seat, batches, lbs in zip(run.seats, run.batches, shares, strict=True)
+        run.pool.submit(replica.gradient, batches.take(lbs))
+        for replica, batches, lbs in zip(run.replicas, run.batches, shares, strict=True)
     ]
     mean: Vector = np.zeros(run.shared.layout.size, np.float32)
     losses = []
@@ -177,9 +178,9 @@ def _step(group: Group, gbs: int) -> None:
         finite = finite and gradient.finite
         mean += np.float32(lbs / sum(shares)) * gradient.vector
     if finite:
-        run.seats[0].apply(mean)
-        for seat in run.seats[1:]:
-            seat.set_weights(run.seats[0].weights())
+        run.replicas[0].apply(mean)
+        for replica in run.replicas[1:]:
+            replica.set_weights(run.replicas[0].weights())
     elif config.non_finite == "stop":
         group.stop_reason, group.exit_code = (
             f"step {group.step}: the loss or its gradient is not finite; lower --learning-rate, or leave such "

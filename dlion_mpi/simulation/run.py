@@ -23,14 +23,14 @@ import numpy as np
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
-from dlion_mpi.learner.batches import Batches
+from dlion_mpi.learner import backend, models
+from dlion_mpi.learner.batches import Batch, Batches
 from dlion_mpi.learner.evaluate import rows_to_test
-from dlion_mpi.learner.models import build, optimizer
 from dlion_mpi.learner.shards import Shard, load_shards
 from dlion_mpi.log import say
 from dlion_mpi.metrics.records import Evaluation, StepRecord
 from dlion_mpi.microcloud.environments import Environment
-from dlion_mpi.simulation.shared_replica import SharedReplica, VirtualReplica, prepare_tensorflow
+from dlion_mpi.simulation.shared_replica import SharedReplica, VirtualReplica
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.view.live import Teller, goal_of, shown, terminal_for, title_of
 from dlion_mpi.view.snapshot import RankSnapshot, Snapshot
@@ -55,7 +55,7 @@ MOST_KNOWN = 256
 
 @dataclass(kw_only=True)
 class VirtualRun:
-    """A run in virtual time before its first step. By rank: ``shards``, ``seats``, ``batches``, ``recorders``.
+    """A run in virtual time before its first step. By rank: ``shards``, ``replicas``, ``batches``, ``recorders``.
 
     ``pool``: the threads that compute gradients while the events go on; ``test_pool``: those that test accuracy.
     """
@@ -64,7 +64,7 @@ class VirtualRun:
     environment: Environment
     shards: Sequence[Shard]
     shared: SharedReplica
-    seats: Sequence[VirtualReplica]
+    replicas: Sequence[VirtualReplica]
     batches: Sequence[Batches]
     recorders: Sequence[AnyRecorder]
     pool: ThreadPoolExecutor
@@ -76,8 +76,8 @@ class VirtualRun:
     _collector: tuple[int, int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        x, y = rows_to_test(self.shards[0].x_test, self.shards[0].y_test, self.config.test_samples)
-        self.accuracies = Accuracies(self.shared, x, y, self.test_pool)
+        rows = rows_to_test(self.shards[0].x_test, self.shards[0].y_test, self.config.test_samples)
+        self.accuracies = Accuracies(self.shared, rows, self.test_pool)
 
     def __enter__(self) -> VirtualRun:
         # Looking for garbage took an eighth of the time: a million objects of TensorFlow's stay anyway, and what a
@@ -124,15 +124,9 @@ def prepare(
             seed=config.seed,
         )
     _check_alike(shards)
-    prepare_tensorflow(threads)
-    if model is None:
-        model = build(config.model, shards[0].input_shape, shards[0].classes, config.seed)
-    own = getattr(model, "optimizer", None)
-    shared = SharedReplica(
-        model,
-        own if own is not None else optimizer(config.optimizer, config.learning_rate, config.momentum),
-        shards[0].x_train.dtype,
-    )
+    backend.start(1, concurrent=threads)  # one thread for each operation: its sums then have one order only
+    own, optimizer = models.trainable(config, shards[0].input_shape, shards[0].classes, model)
+    shared = SharedReplica(own, optimizer, shards[0].x_train.dtype)
     folder = new_folder(config)
     if report:
         say(
@@ -147,7 +141,7 @@ def prepare(
         environment=environment,
         shards=shards,
         shared=shared,
-        seats=[VirtualReplica(shared, rank) for rank in range(workers)],
+        replicas=[VirtualReplica(shared, rank) for rank in range(workers)],
         batches=[Batches(shard, seed=config.seed, rank=rank) for rank, shard in enumerate(shards)],
         recorders=_recorders(config, environment, folder, shards),
         pool=ThreadPoolExecutor(threads, thread_name_prefix="compute"),
@@ -184,8 +178,8 @@ def _cores() -> int:
 class Accuracies:
     """Tests snapshots of all workers in threads of their own; the same snapshot only once."""
 
-    def __init__(self, shared: SharedReplica, x: Any, y: Any, pool: ThreadPoolExecutor) -> None:
-        self._shared, self._x, self._y, self._pool = shared, x, y, pool
+    def __init__(self, shared: SharedReplica, rows: Batch, pool: ThreadPoolExecutor) -> None:
+        self._shared, self._rows, self._pool = shared, rows, pool
         self._known: dict[bytes, Future[float]] = {}
 
     def of(self, knowledge: Vector) -> Future[float]:
@@ -194,7 +188,7 @@ class Accuracies:
         if digest not in self._known:
             if len(self._known) == MOST_KNOWN:
                 del self._known[next(iter(self._known))]
-            self._known[digest] = self._pool.submit(self._shared.accuracy, knowledge, self._x, self._y)
+            self._known[digest] = self._pool.submit(self._shared.accuracy, knowledge, self._rows)
         return self._known[digest]
 
 
@@ -209,9 +203,9 @@ class VirtualEvaluator:
         self._accuracies, self._at_once = accuracies, at_once
         self._submitted: deque[tuple[int, float, Future[float]]] = deque()
 
-    def busy(self) -> bool:
-        """Never, in virtual time."""
-        return False
+    def pending(self) -> int:
+        """Zero: in virtual time no snapshot waits."""
+        return 0
 
     def submit(self, step: int, time_s: float, knowledge: Vector) -> None:
         """Test this snapshot; it must not be changed any more."""

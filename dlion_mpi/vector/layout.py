@@ -40,6 +40,11 @@ class Layout:
         """Entries of the flat vector (P)."""
         return self.starts[-1]
 
+    def split(self, vector: Vector) -> list[Vector]:
+        """The variables that lie in a flat vector, as views of their shapes."""
+        pairs = zip(self.starts, self.starts[1:], strict=False)
+        return [vector[a:b].reshape(shape) for (a, b), shape in zip(pairs, self.shapes, strict=True)]
+
     def segments(self) -> Iterator[slice]:
         """The slice of every variable that has entries, in order."""
         for start, stop in zip(self.starts, self.starts[1:], strict=False):

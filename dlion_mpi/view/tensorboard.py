@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.replica import tensorflow
+from dlion_mpi.learner import tensorflow
 from dlion_mpi.log import say
 from dlion_mpi.metrics.recorder import NoRecorder, Recorder
 from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
@@ -84,7 +84,7 @@ class TensorBoard:
             own.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--tensorboard {folder}: rank {rank} cannot write there ({error.strerror})") from None
-        tf = tensorflow()
+        tf = tensorflow.load()
 
         self._recorder, self._tally = recorder, Tally(rank, workers)
         self._event, self._summary = tf.compat.v1.Event, tf.compat.v1.Summary

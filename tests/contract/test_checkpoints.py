@@ -20,6 +20,7 @@ from dlion_mpi.config.options import Config
 from dlion_mpi.config.parsing import config_of
 from dlion_mpi.errors import RunError
 from dlion_mpi.loop.worker import Worker
+from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, part, vector
 from tests.inmemory import Network, Quadratic, Rows, Run, Weather, run
@@ -30,18 +31,8 @@ LAYOUT = Layout.of([(10,), (3, 10)])
 PEERS = range(WORKERS)
 
 
-class KeptRows(Rows):
-    """See `loop.ports.ResumableBatches`."""
-
-    def state(self) -> dict[str, int]:
-        return {"at": self._at}
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        self._at = state["at"]
-
-
 class KeptQuadratic(Quadratic):
-    """See `loop.ports.ResumableReplica`: with momentum, which is state of the optimizer."""
+    """A quadratic with momentum, which is state of the optimizer."""
 
     def __init__(self, rank: int, momentum: float = 0.5) -> None:
         random = np.random.default_rng(rank)
@@ -55,7 +46,7 @@ class KeptQuadratic(Quadratic):
     def to_arrays(self) -> Arrays:
         return {"w": self.w.copy(), "v": self.v.copy()}
 
-    def from_arrays(self, arrays: Mapping[str, Array]) -> None:
+    def from_arrays(self, arrays: Mapping[str, Array], *, generators: bool = True) -> None:
         self.w, self.v = vector(arrays, "w", SIZE), vector(arrays, "v", SIZE)
 
 
@@ -66,8 +57,8 @@ class Sum(KeptQuadratic):
         super().__init__(rank, momentum=0.0)
         self.learning_rate = np.float32(1)
 
-    def gradient(self, x: Array) -> tuple[float, Vector]:
-        return float(x.sum()), x.mean(axis=0, dtype=np.float32)
+    def gradient(self, batch: Array) -> Gradient:
+        return Gradient(float(batch.sum()), batch.mean(axis=0, dtype=np.float32))
 
 
 class Soon(Executor):
@@ -140,7 +131,6 @@ def train(
 
     def prepare(worker: Worker) -> None:
         rank = worker.rank
-        worker.batches = KeptRows(worker.batches._x)  # type: ignore[attr-defined]
         started.workers.append(worker)
         started.preemptions.append(Preemption(environ={}))
         own_step = -1
@@ -267,7 +257,7 @@ def computed(checkpoint: Checkpoint) -> np.ndarray:
     for x, taken in zip(rows(), checkpoint.parts, strict=True):
         batches = Rows(x)
         for _ in range(taken.step):
-            total += batches.take(4)[0].mean(axis=0)
+            total += batches.take(4).mean(axis=0)
     return total
 
 
@@ -343,9 +333,9 @@ def test_the_first_to_be_done_goes_on_serving_the_others(tmp_path: Path) -> None
 @pytest.mark.parametrize("options", [LOOSE[0], LOOSE[5], SYNC[0], SYNC[3]], ids=["bounded", "async", "sync", "sum"])
 def test_a_failing_rank_hangs_nobody_and_spoils_no_checkpoint(options: dict[str, Any], tmp_path: Path) -> None:
     class Failing(KeptQuadratic):
-        def gradient(self, x: Array) -> tuple[float, Vector]:
+        def gradient(self, batch: Array) -> Gradient:
             self.calls = getattr(self, "calls", 0) + 1
-            return (float("nan") if self.calls > 50 else 0.0), super().gradient(x)[1]
+            return Gradient(float("nan") if self.calls > 50 else 0.0, super().gradient(batch).vector)
 
     settings = config(tmp_path, **{"sync": "sync", **options, "steps": 200})
     with pytest.raises(RunError, match="rank 2"):
@@ -401,7 +391,6 @@ def _restored(arrays: Arrays, path: Path) -> None:
     settings = config(path, strategy="ako", steps=1)
 
     def prepare(worker: Worker) -> None:
-        worker.batches = KeptRows(worker.batches._x)  # type: ignore[attr-defined]
         snapshot.restore(worker, arrays, dict.fromkeys(PEERS, 20))
 
     run(settings, [Sum(rank) for rank in PEERS], rows(), prepare=prepare)

@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dlion_mpi.learner import backend
+from dlion_mpi.learner.batches import Batch
 from dlion_mpi.learner.models import build, optimizer
-from dlion_mpi.learner.replica import Replica, tensorflow
+from dlion_mpi.learner.replica import Replica
 from dlion_mpi.vector.named_arrays import StateError
 
-X = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
-Y = np.arange(40, dtype=np.int32) % 10
+ROWS = Batch(
+    np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8), np.arange(40, dtype=np.int32) % 10
+)
 
 
 def replica(name: str = "sgd", momentum: float = 0.0, model: str = "tests.nets:normalised") -> Replica:
-    tensorflow(1)
-    return Replica(build(model, (8, 8, 1), 10, 0), optimizer(name, 0.01, momentum), X.dtype)
+    backend.start(1)
+    return Replica(build(model, (8, 8, 1), 10, 0), optimizer(name, 0.01, momentum), np.uint8)
 
 
 def steps(own: Replica, count: int, alone: bool) -> list[float]:
@@ -25,9 +28,9 @@ def steps(own: Replica, count: int, alone: bool) -> list[float]:
     losses = []
     for _ in range(count):
         if alone:
-            losses.append(own.step_alone(X, Y)[0])
+            losses.append(own.step_alone(ROWS)[0])
         else:
-            gradient = own.gradient(X, Y)
+            gradient = own.gradient(ROWS)
             own.apply(gradient.vector)
             losses.append(gradient.loss)
     return losses
@@ -55,4 +58,4 @@ def test_another_models_state_is_refused_and_changes_nothing() -> None:
     with pytest.raises(StateError):
         own.from_arrays(other.to_arrays())
     np.testing.assert_array_equal(own.knowledge(), before)
-    assert own.variables() != other.variables()
+    assert own.describe() != other.describe()

@@ -13,7 +13,7 @@ import pytest
 
 from dlion_mpi.config.options import Config, Every
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.batches import Batches
+from dlion_mpi.learner.batches import Batch, Batches
 from dlion_mpi.learner.models import build, optimizer
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.learner.shards import Shard, load_shards
@@ -179,7 +179,7 @@ def test_all_workers_together_are_one_process_with_the_joint_batch(strategy: str
     run = prepare(_resolved(wanted), cloud((24.0, 12.0, 4.0)), model=None, shards=None, report=False)
     with run:
         _train(run)
-        got = [seat.weights() for seat in run.seats]
+        got = [replica.weights() for replica in run.replicas]
     shards = load_shards("digits", ranks=3)
     batches = [Batches(shard, seed=0, rank=rank) for rank, shard in enumerate(shards)]
     sizes = BALANCED if strategy == "free-network" else [32] * 3
@@ -190,8 +190,8 @@ def test_all_workers_together_are_one_process_with_the_joint_batch(strategy: str
     )
     start = replica.weights()
     for _ in range(12):
-        x, y = (np.concatenate(part) for part in zip(*map(Batches.take, batches, sizes), strict=True))
-        replica.apply(np.array(replica.gradient(x, y).vector))
+        joint = Batch(*map(np.concatenate, zip(*map(Batches.take, batches, sizes), strict=True)))
+        replica.apply(np.array(replica.gradient(joint).vector))
     assert np.abs(replica.weights() - start).max() > 0.01
     for weights in got:
         np.testing.assert_allclose(weights, replica.weights(), rtol=1e-3, atol=2e-5)
@@ -304,9 +304,9 @@ def test_what_workers_have_in_common_is_tested_once(
     tested = []
     accuracy = SharedReplica.accuracy
 
-    def counted(shared: SharedReplica, knowledge: Vector, *rows: Any) -> float:
+    def counted(shared: SharedReplica, knowledge: Vector, rows: Batch) -> float:
         tested.append(knowledge)
-        return accuracy(shared, knowledge, *rows)
+        return accuracy(shared, knowledge, rows)
 
     monkeypatch.setattr(SharedReplica, "accuracy", counted)
     _, ranks = recorded(tmp_path, cloud(mbit=3.0), steps=20, n_min=1e-3, own_gradient=own_gradient)
@@ -399,7 +399,7 @@ def test_knowledge_is_transferred_and_brings_the_workers_together(tmp_path: Path
         )
         with run:
             _train(run)
-            weights = np.stack([seat.weights() for seat in run.seats])
+            weights = np.stack([replica.weights() for replica in run.replicas])
         return float(weights.std(axis=0).mean()), list(metrics(tmp_path / name).values())
 
     apart, without = spread("without", transfer="none")

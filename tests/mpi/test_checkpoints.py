@@ -13,8 +13,8 @@ from dlion_mpi import UserError, fit
 from dlion_mpi.checkpoint import folder
 from dlion_mpi.checkpoint.start import NEW, Start, plan
 from dlion_mpi.config.parsing import config_of
+from dlion_mpi.learner import backend
 from dlion_mpi.learner.models import build
-from dlion_mpi.learner.replica import tensorflow
 from dlion_mpi.metrics import reader as runs
 from dlion_mpi.run import Result, run
 
@@ -25,7 +25,7 @@ DLION = {"strategy": "dlion", "sync": "sync", "batching": "fixed", "max_n": 20, 
 
 def train(out: Path, start: Start = NEW, **options: Any) -> tuple[Result, np.ndarray]:
     """A run, and the weights and statistics it leaves in its model."""
-    tensorflow(1)
+    backend.start(1)
     model = build(MODEL, (8, 8, 1), 10, 0)
     options = {"data": "digits", "model": MODEL, "learning_rate": 0.02, "out": str(out), **options}
     outcome = run(config_of(options), model=model, report=False, start=start)
@@ -66,7 +66,7 @@ def test_fit_goes_on_with_a_run_as_the_command_does(world: MPI.Intracomm, shared
     generator = np.random.default_rng(world.Get_rank())
     x, y = generator.random((60, 8, 8, 1), dtype=np.float32), np.arange(60) % 10
     shared: dict[str, Any] = {"progress_every": 0}
-    tensorflow(1)
+    backend.start(1)
     models = [build(MODEL, (8, 8, 1), 10, seed) for seed in (0, 1)]
     models[1].name = "another"
     first = fit(models[0], (x, y), (x, y), steps=20, out=str(shared_folder), checkpoint_every="20", **shared)

@@ -14,8 +14,8 @@ from mpi4py import MPI
 from dlion_mpi.algorithms.ring import ring_bytes
 from dlion_mpi.config.parsing import config_of
 from dlion_mpi.errors import RunError
+from dlion_mpi.learner import backend
 from dlion_mpi.learner.models import build
-from dlion_mpi.learner.replica import tensorflow
 from dlion_mpi.run import Result, run
 from dlion_mpi.strategies.allreduce import AllReduce
 from tests.mpi.test_training import PLAIN
@@ -40,7 +40,7 @@ def train(model: Any = None, **options: Any) -> Result:
 @needs_horovod
 def test_with_equal_batches_all_give_the_same_weights_after_50_steps(world: MPI.Intracomm) -> None:
     runs: list[tuple[str, dict[str, Any]]] = [("dlion", PLAIN), ("baseline", {}), ("allreduce", {})]
-    tensorflow(1)
+    backend.start(1)
     weights = []
     for strategy, options in [*runs, ("horovod", {}), ("horovod", {})]:
         model = build(MODEL, (8, 8, 1), 10, 0)

@@ -12,9 +12,9 @@ import pytest
 from mpi4py import MPI
 
 from dlion_mpi.config.parsing import config_of
+from dlion_mpi.learner import backend
 from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.models import build
-from dlion_mpi.learner.replica import tensorflow
 from dlion_mpi.learner.shards import load, shard_of_arrays
 from dlion_mpi.run import Result, run
 
@@ -37,7 +37,7 @@ def train(keras_model: Any = None, **options: Any) -> Result:
 
 
 def fresh_model(seed: int = 0) -> Any:
-    tensorflow(1)
+    backend.start(1)
     return build(MODEL, (8, 8, 1), 10, seed)
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlion_mpi.learner.batches import Batch
 from dlion_mpi.learner.evaluate import CHUNK, BackgroundEvaluator, rows_to_test, target_reached_s
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.vector.layout import Vector
 
 ROWS = 2 * CHUNK + 7
 X = np.arange(ROWS, dtype=np.float32)
-Y = np.arange(ROWS) % 10
+Y = np.arange(ROWS, dtype=np.int32) % 10
 WAIT_S = 30.0
 
 
@@ -36,7 +36,8 @@ class Model:
         self.calls: list[int] = []
         self.threads: set[int] = set()
 
-    def correct(self, vector: Vector, x: Any, y: Any) -> int:
+    def evaluate(self, vector: Vector, rows: Batch) -> int:
+        x, y = rows
         self.entered.set()
         assert self.gate.wait(WAIT_S)
         if vector[0] < 0:
@@ -54,7 +55,7 @@ def model() -> Model:
 
 @pytest.fixture
 def evaluator(model: Model) -> Iterator[BackgroundEvaluator]:
-    own = BackgroundEvaluator(model.correct, X, Y)
+    own = BackgroundEvaluator(model.evaluate, Batch(X, Y))
     yield own
     model.gate.set()
     own.close()
@@ -69,14 +70,15 @@ def test_accuracy_counts_every_row_once(model: Model, evaluator: BackgroundEvalu
 
 def test_submitting_and_asking_never_wait(model: Model, evaluator: BackgroundEvaluator) -> None:
     model.gate.clear()
-    assert not evaluator.busy()
+    assert evaluator.pending() == 0
     evaluator.submit(1, 0.1, knowledge(0))
     assert model.entered.wait(WAIT_S)
-    assert evaluator.busy()
+    evaluator.submit(2, 0.2, knowledge(0))
+    assert evaluator.pending() == 2
     assert evaluator.poll() == []
     model.gate.set()
-    assert [e.step for e in evaluator.poll(wait=True)] == [1]
-    assert not evaluator.busy()
+    assert [e.step for e in evaluator.poll(wait=True)] == [1, 2]
+    assert evaluator.pending() == 0
     assert evaluator.poll() == []
     assert evaluator.poll(wait=True) == []
 
@@ -102,7 +104,7 @@ def test_what_fails_in_the_background_is_raised_in_the_loop(evaluator: Backgroun
 
 
 def test_closing_finishes_what_was_submitted(model: Model) -> None:
-    evaluator = BackgroundEvaluator(model.correct, X, Y)
+    evaluator = BackgroundEvaluator(model.evaluate, Batch(X, Y))
     evaluator.submit(1, 0.1, knowledge(3))
     evaluator.close()
     assert [e.step for e in evaluator.poll()] == [1]
