@@ -74,6 +74,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"dlion-mpi {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     _add_train(commands)
+    _add_launch(commands)
     _add_data(commands)
     _add_simulate(commands)
     _add_report(commands)
@@ -142,6 +143,19 @@ def _train(args: argparse.Namespace) -> int:
             complain(str(outcome.result["stopped"]))
         print(json.dumps(outcome.result), flush=True)
     return outcome.exit_code
+
+
+def _add_launch(commands: Any) -> None:
+    from dlion_mpi.commands import launch
+
+    parser = commands.add_parser(
+        "launch",
+        help="start the ranks of a run, with whichever MPI is here",
+        description="Start the ranks of a run with the launcher that belongs to this Python's MPI: mpirun, or srun "
+        "inside a Slurm job. Prints the command that it runs; passes signals and the exit code on.",
+    )
+    launch.add_arguments(parser)
+    parser.set_defaults(action=launch.main)
 
 
 def _add_data(commands: Any) -> None:

@@ -23,7 +23,7 @@ from typing import Literal
 from dlion_mpi import __version__
 from dlion_mpi.emulation import netns
 from dlion_mpi.errors import UserError
-from dlion_mpi.mpi import jobenv
+from dlion_mpi.mpi import jobenv, launcher
 
 PROBE_TIMEOUT_S = 3.0
 RANK_BYTES = 1_000_000_000
@@ -179,27 +179,17 @@ def _launcher(library: str | None) -> Check:
     here = shutil.which("mpirun", path=os.path.dirname(sys.executable))
     if path is None and here is not None:
         mend = f"source {Path(here).parent / 'activate'}"
-        return Check("mpirun", "warn", f"{here} is not on PATH", mend)
+        return Check("mpirun", "warn", f"{here} is not on PATH; dlion launch finds it", mend)
     if path is None:
         found = "not on PATH; only one rank can run" + (", or srun" if shutil.which("srun") else "")
         return Check("mpirun", "missing", found, GET_MPI)
-    kind = launcher_kind(ask(path, "--version").out)
+    known = launcher.identify(ask(path, "--version").out)
+    kind = known[1] if known is not None else None
     if library is not None and kind is not None and not _belong_together(library, kind):
         found = f"{path} belongs to {kind}, but the library is {library}"
         mend = "put the mpirun that belongs to the library first on PATH"
         return Check("mpirun", "warn", found, mend)
-    return Check("mpirun", "ok", f"{path}{kind and ', '}{kind or ''}")
-
-
-def launcher_kind(version_text: str) -> str | None:
-    """Return name and version of the MPI in the output of ``mpirun --version``, for example "Open MPI 5.0.11"."""
-    if open_mpi := re.search(r"\((?:Open MPI|OpenRTE)\) (\S+)", version_text):
-        return f"Open MPI {open_mpi[1]}"
-    if "Intel" in version_text:
-        return "Intel MPI"
-    if hydra := re.search(r"HYDRA.*?Version:\s*(\S+)", version_text, re.DOTALL):
-        return f"MPICH {hydra[1]}"
-    return None
+    return Check("mpirun", "ok", f"{path}{kind and ', '}{kind or ''}; dlion launch -n 4 train starts 4 ranks with it")
 
 
 def _belong_together(library: str, launcher: str) -> bool:

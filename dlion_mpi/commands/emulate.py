@@ -145,7 +145,7 @@ def run_emulated(
             if seconds is not None:
                 variables[environments.SECONDS_VARIABLE] = repr(seconds)
             argv = mpilaunch.launch_command(launcher, emulation, program, forward=list(variables), options=mpi_options)
-            mpirun = _start(argv, {**launcher.environ, **variables}, emulation, stdout)
+            mpirun = _start(argv, {**mpilaunch.environ_of(launcher), **variables}, emulation, stdout)
             shaper = Shaper(emulation=emulation, environment=environment, run_seconds=seconds)
             return _watch(mpirun, shaper, stop, timeout_s)
 

