@@ -1,7 +1,7 @@
-"""How the site of these pages is built: `bash env/docs.sh`.
+"""Sphinx configuration of the site: `bash env/docs.sh`.
 
-The folder that is read is the project's root, so that README, CHANGELOG and benchmarks/ are pages of the site too,
-and a relative link works there as it does on a code host. Nothing is loaded from elsewhere: formulas become MathML.
+The source folder is the project's root, so that README, CHANGELOG and benchmarks/ are pages of the site, and relative
+links work as on a code host. The site loads nothing from other hosts: formulas become MathML.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ release = version = __version__
 copyright = "Apache-2.0"
 
 root_doc = "docs/index"
-include_patterns = ["README.md", "CHANGELOG.md", "benchmarks/README.md", "docs/*.md"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "docs/*.md"]
 exclude_patterns = [".*", "build", "dist", "runs", "dlion_mpi", "tests"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "mathml", "reference"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
-smartquotes = False  # they would make a dash of --steps
-default_role = "py:obj"  # what docstrings have in single backticks
+smartquotes = False  # they would turn --steps into a dash
+default_role = "py:obj"  # single backticks in docstrings
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw themselves: no script and no font is fetched."""
+"""Formulas as MathML, which browsers render without a script or a font."""
 
 from __future__ import annotations
 

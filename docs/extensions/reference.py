@@ -1,4 +1,4 @@
-"""Directives that write the reference of options, commands and micro-clouds from the program itself.
+"""Directives that generate the reference of options, commands and micro-clouds from the program.
 
 {options} TABLE      the options of `dlion train` that belong to a TOML table, such as `batching`
 {command} WORDS      a command's description, usage and arguments, such as `emulate run`
@@ -25,7 +25,7 @@ from dlion_mpi.strategies.registry import STRATEGIES
 
 
 def options(table: str) -> str:
-    """A Markdown table of the Config's fields of a TOML table. Raises ValueError if there are none."""
+    """Return a Markdown table of the options of a TOML table. Raises ValueError if there are none."""
     fields = [f for f in dataclasses.fields(Config) if f.metadata["table"] == table]
     if not fields:
         raise ValueError(f"no option belongs to the table '{table}'")
@@ -49,7 +49,7 @@ def _option(f: dataclasses.Field[Any]) -> tuple[str, str, str]:
 
 
 def _default(values: dict[str, Any]) -> str:
-    """One value for all, or each with its strategies."""
+    """Format one default for all strategies, or each with its strategies."""
     owners: dict[str, list[str]] = {}
     for strategy, value in values.items():
         owners.setdefault("none" if value is None else f"`{value}`", []).append(strategy)
@@ -59,7 +59,7 @@ def _default(values: dict[str, Any]) -> str:
 
 
 def command(words: str) -> str:
-    """A command as Markdown; options that are those of `dlion train` are left to their own page."""
+    """Describe a command in Markdown. Options of `dlion train` are left to the page of the configuration."""
     parser: argparse.ArgumentParser = _parser()
     for word in words.split():
         parser = _subcommands(parser)[word]
@@ -98,7 +98,7 @@ def _argument(action: argparse.Action) -> Iterable[tuple[str, str]]:
 
 
 def _sentence(text: str) -> str:
-    """A help text as a sentence, with the options that it names as code."""
+    """Turn a help text into a sentence, with the options that it names as code."""
     text = re.sub(r"(?<![\w-])--[a-z][\w-]*", r"`\g<0>`", text)
     return text[:1].upper() + text[1:].removesuffix(".") + "." if text else ""
 
@@ -113,7 +113,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def micro_clouds() -> str:
-    """A Markdown table of the environments that come with the package: the first line of their files, their values."""
+    """Return a Markdown table of the built-in environments: the first line of each file, cores and links."""
     rows = []
     for name in environments.names():
         path = environments.locate(name)
@@ -132,7 +132,7 @@ def _links(phase: Phase) -> str:
     if phase.uplink_mbit is not None:
         return _list(phase.uplink_mbit)
     rates = [rate for row in phase.link_mbit or () for rate in row if rate]
-    return f"each link its own, {min(rates):g} to {max(rates):g}"
+    return f"each link differs, {min(rates):g} to {max(rates):g}"
 
 
 def _list(values: tuple[float, ...]) -> str:
