@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,6 +31,7 @@ from dlion_mpi.learner.evaluate import BackgroundEvaluator, rows_to_test
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.learner.shards import Shard, load, merge_facts
 from dlion_mpi.log import say
+from dlion_mpi.loop.links import ByteLinks
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.ports import Loop, Reduce
 from dlion_mpi.loop.train import CHANNELS, SUM, leave, train
@@ -40,9 +42,9 @@ from dlion_mpi.microcloud.environments import PaceClock, start_clock
 from dlion_mpi.mpi import startup
 from dlion_mpi.mpi.collectives import Collectives
 from dlion_mpi.mpi.driver import EncoderThread, drive
-from dlion_mpi.mpi.links import Links
 from dlion_mpi.mpi.progress import ProgressThread
 from dlion_mpi.mpi.startup import Ranks, together
+from dlion_mpi.mpi.transport import MpiTransport
 from dlion_mpi.provenance import versions
 from dlion_mpi.result import Result, exit_code, result_of, summary_row
 from dlion_mpi.signals import STOPPING, stopped_by_signals
@@ -169,12 +171,15 @@ class _Exchange:
     ) -> None:
         self.progress = ProgressThread()
         self._communicator = ranks.communicator.Dup()
-        self.links = Links(
-            self._communicator,
+        self._transport = MpiTransport(self._communicator, self.progress.wake)
+        self.links = ByteLinks(
+            ranks.rank,
+            ranks.size,
+            self._transport,
             size=replica.layout.size,
             window=config.window or WINDOW,
             now_s=clock.now_s,
-            wake=self.progress.wake,
+            lock=threading.Lock(),
             log=log,
         )
         channels = CHANNELS if config.checkpoint_every is None else (*CHANNELS, *CHECKPOINT_CHANNELS)
@@ -197,13 +202,13 @@ class _Exchange:
     @contextmanager
     def open(self) -> Iterator[None]:
         """In here MPI belongs to the thread. At the end, after `leave`, nothing is under way any more."""
-        self.progress.start(self.links, self.collectives)
+        self.progress.start(self._transport, self.collectives)
         yield
         self.thread.close()
         self.progress.stop()
         if self._horovod is not None:
             self._horovod.close()
-        self.links.cancel()
+        self._transport.close()
         self.collectives.free()
         self._communicator.Free()
 

@@ -19,8 +19,9 @@ import numpy.typing as npt
 from dlion_mpi import wire
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError
+from dlion_mpi.loop.links import ByteLinks, Channel, Done
 from dlion_mpi.loop.membership import Membership
-from dlion_mpi.loop.ports import Compute, Computed, EncodedBatch, LinkTotals, Loop, Stamp, Until
+from dlion_mpi.loop.ports import Compute, Computed, EncodedBatch, Loop, Stamp, Until
 from dlion_mpi.loop.train import leave, train
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
@@ -31,6 +32,7 @@ from dlion_mpi.strategies.registry import resolve
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, vector
+from dlion_mpi.wire import Bytes
 
 STUCK = 20_000
 """Ticks without any worker moving after which it is a deadlock."""
@@ -132,37 +134,62 @@ class Weather:
 
 
 class Network:
-    """The messages between n workers: encoded, in order on every link, each after its delay."""
+    """The bytes between n workers: messages in order on every link, each after its delay; the rest at once."""
 
     def __init__(self, ranks: int, weather: Weather) -> None:
         self.ranks, self.weather = ranks, weather
         self.random = random.Random(weather.seed)
         self.tick = 0
-        self.on_the_way: dict[tuple[int, int], deque[tuple[int, npt.NDArray[np.uint8]]]] = {}
+        self.on_the_way: dict[tuple[int, int], deque[tuple[int, Bytes]]] = {}
+        self.deliver: dict[int, Callable[[int, Channel, Bytes, Done], None]] = {}
+        """By rank."""
         self.posted = [-1] * ranks
         """Per rank the newest step it has told anyone about."""
 
-    def send(self, sender: int, receiver: int, message: npt.NDArray[np.uint8]) -> None:
+    def send(self, sender: int, receiver: int, channel: Channel, parcel: Bytes) -> None:
+        if channel is not Channel.MESSAGE:
+            self.deliver[receiver](sender, channel, parcel, lambda: None)
+            return
         link = self.on_the_way.setdefault((sender, receiver), deque())
         due = self.tick + self.random.randint(0, self.weather.delay)
-        link.append((max(due, link[-1][0] if link else 0), message))
+        link.append((max(due, link[-1][0] if link else 0), parcel))
 
-    def receive(self, receiver: int) -> Iterable[npt.NDArray[np.uint8]]:
+    def receive(self, receiver: int) -> None:
+        """Deliver the messages that are due."""
         for sender in range(self.ranks):
             link = self.on_the_way.get((sender, receiver), deque())
             while link and link[0][0] <= self.tick:
-                yield link.popleft()[1]
+                self.deliver[receiver](sender, Channel.MESSAGE, link.popleft()[1], lambda: None)
 
 
-class MemoryLinks:
-    """See `loop.ports.Links`."""
+class MemoryTransport:
+    """See `loop.links.Transport`."""
+
+    def __init__(self, network: Network, rank: int) -> None:
+        self._network, self._rank = network, rank
+
+    def open(self, deliver: Callable[[int, Channel, Bytes, Done], None]) -> None:
+        self._network.deliver[self._rank] = deliver
+
+    def expect(self, channel: Channel, size_bytes: int, buffers: int) -> None: ...
+
+    def send(self, peer: int, channel: Channel, parcel: Bytes, done: Done) -> None:
+        self._network.send(self._rank, peer, channel, parcel.copy())
+        done()
+
+    def cpu_s(self) -> float:
+        return 0.0
+
+
+class MemoryLinks(ByteLinks):
+    """Links whose weather says which are open, and for how much."""
 
     def __init__(self, network: Network, rank: int, size: int, message_cpu_s: float) -> None:
-        self._network, self._rank, self._size = network, rank, size
+        transport = MemoryTransport(network, rank)
+        super().__init__(rank, network.ranks, transport, size=size, window=2, now_s=lambda: network.tick * 1e-3)
+        self._network = network
         self._message_cpu_s, self._cpu_s = message_cpu_s, 0.0
         self._views = random.Random(f"{network.weather.seed} {rank}")
-        self._sent, self._received = [0] * network.ranks, [0] * network.ranks
-        self._bytes = [0] * network.ranks
         self.history: list[dict[int, tuple[LinkView, int | None]]] = []
         """Per step and peer: the link as it was offered, and the entries it got (None: a header or nothing)."""
 
@@ -177,55 +204,21 @@ class MemoryLinks:
         return views
 
     def post(self, messages: dict[int, Outgoing], stamp: Stamp) -> dict[int, int]:
-        sizes = {}
         for peer, message in messages.items():
             if message.kind in (wire.Kind.GRADIENT, wire.Kind.WEIGHTS):
-                self._network.posted[self._rank] = stamp.step
-            bare = message.entries is None and message.kind is wire.Kind.GRADIENT
-            self._sent[peer] += 1
-            header = wire.Header(
-                kind=wire.Kind.PROGRESS if bare else message.kind,
-                sender=self._rank,
-                epoch=stamp.epoch,
-                step=stamp.step,
-                sequence=self._sent[peer],
-                acknowledged=0,
-                lbs=stamp.lbs,
-                gbs=stamp.gbs,
-                quality=message.quality,
-                computed_at=stamp.computed_at,
-            )
-            buffer = np.empty(wire.capacity_bytes(self._size), np.uint8)
-            sizes[peer] = wire.encode(header, message.entries, buffer, message.value_type)
-            self._bytes[peer] += sizes[peer]
-            self._network.send(self._rank, peer, buffer[: sizes[peer]])
+                self._network.posted[self.rank] = stamp.step
             if message.entries is not None:
                 self._cpu_s += self._message_cpu_s
-            if message.entries is not None and peer in self.history[-1]:  # else it has left meanwhile
-                self.history[-1][peer] = (self.history[-1][peer][0], len(message.entries))
-        return sizes
-
-    def announce(self, kind: wire.Kind, stamp: Stamp) -> None:
-        peers = [rank for rank in range(self._network.ranks) if rank != self._rank]
-        self.post({peer: Outgoing(kind=kind) for peer in peers}, stamp)
+                if peer in self.history[-1]:  # else it has left meanwhile
+                    self.history[-1][peer] = (self.history[-1][peer][0], len(message.entries))
+        return super().post(messages, stamp)
 
     def poll(self) -> list[wire.Message]:
-        messages = [wire.decode(buffer, size=self._size) for buffer in self._network.receive(self._rank)]
-        for message in messages:
-            self._received[message.header.sender] += 1
-        return messages
-
-    def totals(self) -> dict[int, LinkTotals]:
-        return {peer: LinkTotals(sent, 0, 0.0) for peer, sent in enumerate(self._bytes) if peer != self._rank}
-
-    def fall_silent(self) -> list[int]:
-        return list(self._sent)
+        self._network.receive(self.rank)
+        return super().poll()
 
     def cpu_s(self) -> float:
         return self._cpu_s
-
-    def received_counts(self) -> list[int]:
-        return list(self._received)
 
 
 class MemoryBeside:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dlion_mpi.checkpoint import file, folder, snapshot
 from dlion_mpi.checkpoint.folder import Checkpoint
@@ -12,11 +13,11 @@ from dlion_mpi.checkpoint.start import Start
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.log import say
+from dlion_mpi.loop.links import Links
 from dlion_mpi.loop.ports import Batches, Replica
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.recorder import next_part
 from dlion_mpi.mpi import startup
-from dlion_mpi.mpi.links import Links
 from dlion_mpi.mpi.startup import Ranks, together
 from dlion_mpi.vector.named_arrays import Arrays, StateError, integer
 
@@ -39,7 +40,7 @@ class Loaded:
         """Where this rank's snapshot was taken; -1 if it had none."""
         return -1 if self.moved else self.checkpoint.parts[self.rank].step
 
-    def restore(self, w: Worker, replica: Replica, batches: Batches, links: Links) -> None:
+    def restore(self, w: Worker, replica: Replica, batches: Batches, links: Links[Any]) -> None:
         """Put a worker that has just been made back. Raises UserError for a checkpoint of another model."""
         path = self.checkpoint.path(self.checkpoint.best if self.moved else self.rank)
         if self.texts.get("variables") != replica.describe():

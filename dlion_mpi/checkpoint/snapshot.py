@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from dlion_mpi.loop.ports import LinkTotals
+from dlion_mpi.loop.links import LinkTotals
 from dlion_mpi.loop.worker import Spent, Worker
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.strategies.contract import Resumable

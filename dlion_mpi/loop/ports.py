@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,12 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.algorithms.bandwidth import LinkRate, rooms_bytes
-from dlion_mpi.strategies.contract import LinkView, Outgoing
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays
-from dlion_mpi.wire import Kind, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +51,6 @@ class Stamp:
     lbs: int
     gbs: int
     computed_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class LinkTotals:
-    """What a link has carried: bytes both ways (headers and acknowledgements too), and its measured rate."""
-
-    bytes_sent: int
-    bytes_received: int
-    bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,34 +110,6 @@ class Collectives(Protocol):
 
     def broadcast(self, channel: str, root: int, vector: Vector) -> Ticket:
         """One rank's vector to everyone."""
-
-
-class Links(Protocol):
-    """What the loop needs of the links, or of their simulation; see `mpi.links.Links`."""
-
-    def view(self, peers: Iterable[int], step_s: float) -> dict[int, LinkView]:
-        """Which links have room, and for how much."""
-
-    def post(self, messages: dict[int, Outgoing], stamp: Stamp) -> dict[int, int]:
-        """Queue messages; returns the bytes of each."""
-
-    def announce(self, kind: Kind, stamp: Stamp) -> None:
-        """Tell every peer something that has no entries."""
-
-    def poll(self) -> list[Message]:
-        """What has arrived."""
-
-    def totals(self) -> dict[int, LinkTotals]:
-        """What every link has carried."""
-
-    def fall_silent(self) -> list[int]:
-        """Send nothing more; returns how many messages went to every rank."""
-
-    def received_counts(self) -> list[int]:
-        """How many messages came from every rank."""
-
-    def cpu_s(self) -> float:
-        """Processor seconds that moving messages has taken so far, beside the loop."""
 
 
 class Replica(Protocol):
@@ -214,17 +174,3 @@ class Batches(Protocol):
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Continue where ``state`` was taken. Raises UserError for data that it does not fit."""
-
-
-def link_views(rates: Mapping[int, LinkRate], window: int, step_s: float, now_s: float) -> dict[int, LinkView]:
-    """A strategy's view of links with these ``rates``, which take up to ``window`` unacknowledged messages."""
-    rooms = rooms_bytes(rates, step_s, now_s)
-    return {
-        peer: LinkView(
-            ready=rate.unacknowledged() < window,
-            budget_bytes=rate.budget_bytes(step_s, now_s),
-            idle=not rate.unacknowledged(),
-            room_bytes=rooms[peer],
-        )
-        for peer, rate in rates.items()
-    }

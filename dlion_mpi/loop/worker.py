@@ -10,8 +10,9 @@ from typing import Any, Protocol
 from dlion_mpi.config.options import Config
 from dlion_mpi.loop.batch_sizes import StatusRounds
 from dlion_mpi.loop.knowledge import KnowledgeRounds
+from dlion_mpi.loop.links import Links
 from dlion_mpi.loop.membership import Membership
-from dlion_mpi.loop.ports import BackgroundEncoder, Batches, Collectives, Links, Reduce, Replica, Stamp, Until
+from dlion_mpi.loop.ports import BackgroundEncoder, Batches, Collectives, Reduce, Replica, Stamp, Until
 from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.strategies.contract import Inbox, LinkView, Outgoing, Plan, Strategy
@@ -115,7 +116,7 @@ class Worker:
     strategy: Strategy
     replica: Replica
     batches: Batches
-    links: Links
+    links: Links[Any]
     collectives: Collectives
     evaluator: Evaluator
     recorder: Recorder

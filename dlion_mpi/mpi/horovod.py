@@ -43,8 +43,8 @@ def load() -> Any:
 class HorovodReducer:
     """Sums everyone's shares of a gradient of ``size`` entries, as `mpi.collectives.Collectives.reduce` does.
 
-    ``hvd``: what `load` gave. ``carried``: told what every sum has cost, as `mpi.links.Links.carried`; Horovod does not
-    count, so these are a ring's bytes.
+    ``hvd``: what `load` gave. ``carried``: counts the bytes of each sum, see `loop.links.Links.carried`;
+    Horovod does not say them, so they are a ring's.
     """
 
     def __init__(self, hvd: Any, ranks: Ranks, size: int, carried: Callable[[int, int, int], None]) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from dlion_mpi.mpi.collectives import Collectives
-from dlion_mpi.mpi.links import Links
+from dlion_mpi.mpi.transport import MpiTransport
 
 PAUSE_MIN_S, PAUSE_MAX_S = 50e-6, (1e-3, 5e-3)
 """Between two looks when nothing moves: doubled from the first until it is LOOKS a step's computing, within the second
@@ -20,7 +20,7 @@ nothing has moved, so that a short wait is hardly lengthened and a long one cost
 
 
 class ProgressThread:
-    """Drives `Links` and `Collectives`; the loop waits here for what they bring."""
+    """Drives `MpiTransport` and `Collectives`; the loop waits here for what they bring."""
 
     def __init__(self) -> None:
         self._wake = threading.Event()
@@ -43,9 +43,11 @@ class ProgressThread:
         """A step's gradient took so long to compute: look as often as matters then."""
         self._pause_max_s = min(max(LOOKS * seconds, PAUSE_MAX_S[0]), PAUSE_MAX_S[1])
 
-    def start(self, links: Links, collectives: Collectives) -> None:
+    def start(self, transport: MpiTransport, collectives: Collectives) -> None:
         """From here to `stop`, MPI belongs to this thread."""
-        self._thread = threading.Thread(target=self._run, args=(links, collectives), name="mpi-progress", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(transport, collectives), name="mpi-progress", daemon=True
+        )
         self._thread.start()
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float = math.inf, ask_s: float = math.inf) -> bool:
@@ -83,12 +85,12 @@ class ProgressThread:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, links: Links, collectives: Collectives) -> None:
+    def _run(self, transport: MpiTransport, collectives: Collectives) -> None:
         pause_s = PAUSE_MIN_S
         try:
-            links.start()
+            transport.start()
             while not self._finish:
-                moved = links.progress()
+                moved = transport.progress()
                 moved = collectives.progress() or moved
                 if moved:
                     self._moved.set()

@@ -16,7 +16,7 @@ from dlion_mpi.metrics.records import StepRecord
 from dlion_mpi.result import summary_row
 from dlion_mpi.signals import stopped_by_signals
 from dlion_mpi.simulation.collectives import Operations, VirtualCollectives
-from dlion_mpi.simulation.links import VirtualEncoder, VirtualLinks
+from dlion_mpi.simulation.links import Processor, VirtualEncoder, VirtualLinks
 from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.simulation.run import Finish, VirtualRun
 from dlion_mpi.strategies.contract import WINDOW
@@ -28,10 +28,10 @@ class Process:
     """One worker's loop, and the condition that it waits for."""
 
     def __init__(
-        self, worker: Worker, links: VirtualLinks, run: VirtualRun, events: Events, on_end: Callable[[], None]
+        self, worker: Worker, processor: Processor, run: VirtualRun, events: Events, on_end: Callable[[], None]
     ) -> None:
         self.worker = worker
-        self._links = links
+        self._processor = processor
         self.ended_s = 0.0
         self._run = run
         self._events = events
@@ -79,7 +79,7 @@ class Process:
         run, rank, now_s = self._run, self.worker.rank, self._events.now_s
         seconds = run.environment.pace(rank, now_s, run.config.seconds).seconds(request.samples)
         future = run.pool.submit(run.replicas[rank].gradient, request.batch)
-        exchange_s, self._exchange_s = self._links.loop_s() - self._exchange_s, self._links.loop_s()
+        exchange_s, self._exchange_s = self._processor.loop_s - self._exchange_s, self._processor.loop_s
         self._events.at(now_s + exchange_s + seconds, partial(self._computed, future, seconds, request.alone))
 
     def _computed(self, future: Future[Gradient], seconds: float, alone: bool) -> None:
@@ -128,9 +128,9 @@ def drive(run: VirtualRun) -> list[Finish]:
             training_samples=run.shards[0].train_samples_global,
         )
         worker.on_step = partial(_metered, run, worker)
-        processes.append(Process(worker, own_links, run, events, partial(running.discard, rank)))
+        processes.append(Process(worker, own_links.processor, run, events, partial(running.discard, rank)))
         own_links.wake = processes[rank].wake
-        worker.beside = VirtualEncoder(own_links, events, processes[rank].wake)
+        worker.beside = VirtualEncoder(own_links.processor, events, processes[rank].wake)
     with stopped_by_signals([process.worker for process in processes]):
         for process in processes:
             events.at(0.0, partial(process.resume, None))

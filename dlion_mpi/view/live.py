@@ -57,7 +57,7 @@ def goal_of(config: Config) -> Goal:
 
 
 class Reports(Protocol):
-    """What brings the others' measures to rank 0; see `mpi.links.Links`."""
+    """What brings the others' measures to rank 0; see `loop.links.ByteLinks`."""
 
     reports: dict[int, Numbers]
 

@@ -229,7 +229,7 @@ class Polls:
 
         def spy(links: Any) -> Any:
             messages = poll(links)
-            rank = links._rank
+            rank = links.rank
             step = next((w.step for w in self.workers if w.rank == rank), 0)
             for message in messages:
                 key = (message.header.sender, rank)

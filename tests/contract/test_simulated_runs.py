@@ -17,6 +17,7 @@ from dlion_mpi.learner.batches import Batch, Batches
 from dlion_mpi.learner.models import build, optimizer
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.learner.shards import Shard, load_shards
+from dlion_mpi.loop import links as loop_links
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.microcloud import environments
@@ -334,7 +335,7 @@ def test_what_is_made_beside_the_loop_does_not_keep_it(
 def test_the_next_messages_wait_for_those_that_are_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of two messages takes 0.15 s to make; computing takes 0.2 s, and taking two in 0.3 s."""
     monkeypatch.setattr(simulation_testbed, "DENSE_S", 0.15 / PARAMETERS)
-    monkeypatch.setattr(simulation_testbed, "RECEIVE_BUFFERS", 100)
+    monkeypatch.setattr(loop_links, "UNREAD_MESSAGES", 100)
     _, ranks = recorded(tmp_path, cloud(), sync="async", window=64, steps=8, **ALL_ENTRIES)
     for own in ranks:
         making = spans(own, Phase.EXCHANGE)

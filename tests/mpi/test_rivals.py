@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi.mpi.links import Links
+from dlion_mpi.loop.links import Links
 from dlion_mpi.wire import HEADER_BYTES
 from tests.conservation import Exact
 from tests.gaps import leads

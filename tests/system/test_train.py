@@ -211,20 +211,17 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path: Path) ->
 
 
 OVERSIZED = """
+import itertools, sys
 import numpy as np
-from dlion_mpi import wire
-from dlion_mpi.mpi import links
 from dlion_mpi.cli import main
-import sys
-original = links.Links.post
-def post(self, messages, stamp):
-    sizes = original(self, messages, stamp)
-    if self.rank == 0 and stamp.step == 5:
-        huge = np.zeros(self._capacity_bytes + 64, np.uint8)
-        self._outbox.append((self._links[1], huge, len(huge)))
-        self._wake()
-    return sizes
-links.Links.post = post
+from dlion_mpi.loop.links import Channel
+from dlion_mpi.mpi.transport import MpiTransport
+messages, original = itertools.count(), MpiTransport.send
+def send(self, peer, channel, parcel, done):
+    if channel is Channel.MESSAGE and next(messages) == 5:
+        parcel = np.zeros(1 << 15, np.uint8)
+    original(self, peer, channel, parcel, done)
+MpiTransport.send = send
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -238,7 +235,7 @@ def test_a_message_larger_than_any_can_be_ends_the_run(tmp_path: Path) -> None:
 
 
 CORRUPTED = """
-from dlion_mpi.mpi import links
+from dlion_mpi.loop import links
 from dlion_mpi.cli import main
 import sys
 original = links.wire.encode

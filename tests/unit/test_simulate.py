@@ -17,7 +17,7 @@ from dlion_mpi.errors import UserError
 from dlion_mpi.loop.ports import Stamp
 from dlion_mpi.microcloud.environments import Environment, Pace, Phase
 from dlion_mpi.simulation.idealised import AllReduce, FreeNetwork, resolve
-from dlion_mpi.simulation.links import RECEIVE_BUFFERS, VirtualLinks
+from dlion_mpi.simulation.links import VirtualLinks
 from dlion_mpi.simulation.network import PAYLOAD_SHARE, Events, Medium, Network, Stream, payload_bytes_per_s
 from dlion_mpi.simulation.simulate import micro_cloud
 from dlion_mpi.strategies.contract import Outgoing
@@ -207,17 +207,6 @@ def test_a_message_is_as_long_and_says_the_same_as_on_the_wire(
     np.testing.assert_array_equal(sums[0], sums[1])
 
 
-def test_what_was_posted_does_not_change_with_the_strategys_arrays() -> None:
-    ends = Ends(cloud(2, {"uplink_mbit": (8.0, 8.0)}))
-    message = dense()
-    assert message.entries is not None
-    ends.links[0].post({1: message}, STAMP)
-    message.entries.values[:] = -1
-    run_out(ends.events)
-    (got,) = ends.links[1].poll()
-    np.testing.assert_array_equal(got.entries.values, np.arange(1000, dtype=np.float32))
-
-
 def test_a_link_is_ready_again_when_the_acknowledgement_is_back() -> None:
     ends = Ends(cloud(2, {"uplink_mbit": (8.0, 8.0)}, latency_s=0.5))
     ends.links[0].post({1: dense()}, STAMP)
@@ -242,38 +231,14 @@ def test_the_measured_rate_is_the_links() -> None:
         assert link.bytes_per_s == pytest.approx(BYTES_8_MBIT / 2, rel=0.02)
 
 
-def test_a_reader_that_does_not_poll_is_not_acknowledged_for_ever() -> None:
-    ends = Ends(cloud(2, {"uplink_mbit": (8.0, 8.0)}), window=8)
-    for _ in range(RECEIVE_BUFFERS + 2):
-        ends.links[0].post({1: dense()}, STAMP)
-    run_out(ends.events)
-    assert ends.links[1].received_counts() == [RECEIVE_BUFFERS, 0]
-    assert ends.links[0].received_counts() == [0, RECEIVE_BUFFERS]  # their acknowledgements
-    assert len(ends.links[1].poll()) == RECEIVE_BUFFERS + 2
-    run_out(ends.events)
-    assert ends.links[1].received_counts() == [RECEIVE_BUFFERS + 2, 0]
-    assert ends.links[0].received_counts() == [0, RECEIVE_BUFFERS + 2]
+def test_in_silence_an_acknowledgement_still_wakes_the_loop() -> None:
+    """It may be the last parcel that the loop waits for."""
+    ends = Ends(cloud(2, {"uplink_mbit": (8.0, 8.0)}, latency_s=0.5))
     ends.links[0].post({1: dense()}, STAMP)
+    ends.until(0.6)
+    assert (ends.woken, ends.links[0].fall_silent()) == ([0, 1], [0, 1])
     run_out(ends.events)
-    assert ends.links[0].received_counts() == [0, RECEIVE_BUFFERS + 3]  # the buffers are free again
-
-
-def test_bytes_and_messages_are_the_same_at_both_ends_and_none_are_sent_in_silence() -> None:
-    ends = Ends(cloud(3, {"uplink_mbit": (8.0, 4.0, 2.0)}))
-    for links in ends.links:
-        links.post({peer: dense() for peer in range(3) if peer != links.rank}, STAMP)
-        links.announce(wire.Kind.CLOSE, STAMP)
-    ends.until(0.02)
-    sent = [links.fall_silent() for links in ends.links]
-    woken = list(ends.woken)
-    run_out(ends.events)
-    assert ends.woken[0] > woken[0]  # in silence an acknowledgement may be the message that is waited for
-    assert [[row[k] for row in sent] for k in range(3)] == [links.received_counts() for links in ends.links]
-    for a in range(3):
-        for b in range(3):
-            if a != b:
-                assert ends.links[a].totals()[b].bytes_sent == ends.links[b].totals()[a].bytes_received
-                assert ends.links[a].totals()[b].bytes_sent >= 4088 + 88
+    assert ends.woken == [1, 1]
 
 
 # ---- ideals

@@ -18,17 +18,19 @@ from tests.unit.test_simulate import BYTES_8_MBIT, cloud, run_out
 Ends = tuple[Events, Network, list[VirtualCollectives], list[int]]
 
 
-def collectives(environment: Environment, log: MessageLog | None = None) -> Ends:
-    """The collectives of all workers. ``log``: gets what worker 0 sends. The last item: the workers woken, in order."""
+def collectives(environment: Environment) -> Ends:
+    """The collectives of all workers. The last item: the workers woken, in order."""
     events = Events()
     woken: list[int] = []
     network = Network(environment, events, None)
     workers = environment.workers
-    links = [
-        VirtualLinks(k, workers, network, events, size=9, window=2, log=None if k else log) for k in range(workers)
-    ]
-    operations = Operations(network, links, woken.append)
+    operations = Operations(network, linked(network, events, workers), woken.append)
     return events, network, [VirtualCollectives(k, operations) for k in range(workers)], woken
+
+
+def linked(network: Network, events: Events, workers: int, log: MessageLog | None = None) -> list[VirtualLinks]:
+    """The links of all workers. ``log``: of worker 0."""
+    return [VirtualLinks(k, workers, network, events, size=9, window=2, log=None if k else log) for k in range(workers)]
 
 
 def test_a_gather_is_done_when_the_last_record_has_come() -> None:
@@ -221,10 +223,14 @@ def test_every_chunk_of_a_sum_is_logged_as_it_is_over_mpi() -> None:
             self.pieces.append((peer, sent_bytes, received_bytes, began_s, ended_s))
 
     log = Log()
-    events, _, everyone, _ = collectives(cloud(3, {"uplink_mbit": (8.0,) * 3}), log)
-    for c in everyone:
-        c.reduce("sum", np.ones(3000, np.float32))
+    events = Events()
+    network = Network(cloud(3, {"uplink_mbit": (8.0,) * 3}), events, None)
+    links = linked(network, events, 3, log)
+    operations = Operations(network, links, lambda rank: None)
+    for rank in range(3):
+        VirtualCollectives(rank, operations).reduce("sum", np.ones(3000, np.float32))
     run_out(events)
+    links[0].poll()
     assert [piece[:3] for piece in log.pieces] == [(1, 4000, 0), (2, 0, 4000)] * 4
     for _, _, _, began_s, ended_s in log.pieces:
         assert ended_s - began_s == pytest.approx(4000 / BYTES_8_MBIT, rel=0.02)
