@@ -37,11 +37,11 @@ def exit_code(codes: Sequence[float]) -> int:
 
 def summary_row(worker: Worker, seconds: float) -> list[float]:
     """A worker's numbers of SUMMARY_COLUMNS after ``seconds`` of training. It has been evaluated once at least."""
-    spent = worker.spent
+    spent, losses = worker.history.spent, worker.history.recent_losses
     return [
         worker.step,
-        worker.evaluations[-1].accuracy,
-        float(np.mean(worker.recent_losses)) if worker.recent_losses else math.nan,
+        worker.history.evaluations[-1].accuracy,
+        float(np.mean(losses)) if losses else math.nan,
         spent.samples,
         spent.compute_s,
         spent.select_encode_s,

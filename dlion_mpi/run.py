@@ -31,10 +31,13 @@ from dlion_mpi.learner.evaluate import BackgroundEvaluator, rows_to_test
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.learner.shards import Shard, load, merge_facts
 from dlion_mpi.log import say
+from dlion_mpi.loop.clock import Clock
+from dlion_mpi.loop.leave import leave
 from dlion_mpi.loop.links import ByteLinks
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.ports import Loop, Reduce
-from dlion_mpi.loop.train import CHANNELS, SUM, leave, train
+from dlion_mpi.loop.sums import SUM
+from dlion_mpi.loop.train import CHANNELS, train
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.metrics.timeline import MessageLog
@@ -108,11 +111,10 @@ def _run(
         collectives=exchange.collectives,
         evaluator=evaluator,
         recorder=recorder,
-        now_s=clock.now_s,
+        clock=Clock(clock.now_s, time.thread_time),
         training_samples=shard.train_samples_global,
-        cpu_s=time.thread_time,
         processors=threads,
-        beside=exchange.thread,
+        encoder=exchange.thread,
         reduce=exchange.reduce if ranks.size > 1 else None,
     )
     session = None
@@ -288,13 +290,13 @@ def _say_what(config: Config, ranks: Ranks, replica: Replica, shard: Shard, repo
 
 def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, replica: Replica, seconds: float) -> None:
     """Test the final weights, and take in what was still being tested; not where the time is over, but for a first."""
-    if worker.exit_code == EXIT_CODE and worker.evaluations:
+    if worker.exit_code == EXIT_CODE and worker.history.evaluations:
         evaluator.close(abandon=True)
         return
     replica.finish()
     evaluator.submit(worker.step, seconds, replica.knowledge())
     for evaluation in evaluator.poll(wait=True):
-        worker.evaluations.append(evaluation)
+        worker.history.evaluations.append(evaluation)
         worker.recorder.evaluation(evaluation)
     evaluator.close()
 
@@ -304,7 +306,7 @@ def _save_model(worker: Worker, ranks: Ranks, replica: Replica, report: bool) ->
     if worker.config.save_model is None or startup.gather_numbers(ranks.communicator, worker.exit_code).any():
         return
     try:
-        export.save(worker.config, ranks, replica, worker.evaluations[-1].accuracy, report=report)
+        export.save(worker.config, ranks, replica, worker.history.evaluations[-1].accuracy, report=report)
     except RunError as error:
         worker.stop_reason, worker.exit_code = str(error), 1
 
@@ -321,7 +323,7 @@ def _sum_up(worker: Worker, ranks: Ranks, seconds: float, report: bool) -> Resul
 
 
 def _everyones_evaluations(worker: Worker, ranks: Ranks) -> list[list[Evaluation]]:
-    own = worker.evaluations
+    own = worker.history.evaluations
     counts = startup.gather_numbers(ranks.communicator, len(own))[:, 0].astype(int)
     padded = [*own, *[own[-1]] * (int(counts.max()) - len(own))]
     numbers = [value for e in padded for value in (e.step, e.time_s, e.accuracy)]

@@ -19,10 +19,12 @@ import numpy.typing as npt
 from dlion_mpi import wire
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError
+from dlion_mpi.loop.clock import Clock
+from dlion_mpi.loop.leave import leave
 from dlion_mpi.loop.links import ByteLinks, Channel, Done
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.ports import Compute, Computed, EncodedBatch, Loop, Stamp, Until
-from dlion_mpi.loop.train import leave, train
+from dlion_mpi.loop.train import train
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
@@ -221,7 +223,7 @@ class MemoryLinks(ByteLinks):
         return self._cpu_s
 
 
-class MemoryBeside:
+class MemoryEncoder:
     """A `loop.ports.BackgroundEncoder` whose weather says when work is done: in time, or late."""
 
     def __init__(self, network: Network, rank: int) -> None:
@@ -375,6 +377,7 @@ def run(
 
     ``seconds``: (rank, samples) -> what computing a gradient takes, as it is told to the loop. ``message_cpu_s``:
     processor seconds to send a message with entries, as the links say. ``prepare``: has every worker before it begins.
+    ``on_step``: has a worker that has completed a step, with that step counted.
     """
     weather = weather or Weather()
     network = Network(len(replicas), weather)
@@ -395,32 +398,27 @@ def run(
             collectives=own,
             evaluator=Nothing(),
             recorder=Nothing(),
-            now_s=lambda: network.tick * 1e-3,
+            clock=Clock(lambda: network.tick * 1e-3),
             training_samples=sum(len(x) for x in rows),
-            beside=MemoryBeside(network, rank),
+            encoder=MemoryEncoder(network, rank),
             reduce=own.reduce if isinstance(strategy, AllReduce) and len(replicas) > 1 else None,
         )
         run.workers.append(worker)
         run.sent.append(links.history)
-        worker.on_step = _watched(worker, network, run.records[rank], on_step)
+        worker.on_step = run.records[rank].append
     for worker in run.workers:
         prepare(worker)
-    _drive(run.workers, network, seconds)
+    _drive(run.workers, network, seconds, on_step)
     assert not any(network.on_the_way.values()), "a worker has left before all that was sent to it was there"
     return run
 
 
-def _watched(
-    worker: Worker, network: Network, records: list[StepRecord], on_step: Callable[[Worker, Network], None]
-) -> Callable[[StepRecord], None]:
-    def watch(record: StepRecord) -> None:
-        records.append(record)
-        on_step(worker, network)
-
-    return watch
-
-
-def _drive(workers: Sequence[Worker], network: Network, seconds: Callable[[int, int], float]) -> None:
+def _drive(
+    workers: Sequence[Worker],
+    network: Network,
+    seconds: Callable[[int, int], float],
+    on_step: Callable[[Worker, Network], None],
+) -> None:
     """Let one worker move at a time, as the weather has it, until all have ended.
 
     A worker that fails leaves in good order, as in a real run; the first failure is raised in the end.
@@ -434,18 +432,21 @@ def _drive(workers: Sequence[Worker], network: Network, seconds: Callable[[int, 
         network.tick += 1
         assert network.tick - moved_at < STUCK, f"deadlock: ranks {sorted(loops)} wait for ever"
         rank = network.random.choice(sorted(loops))
-        beside = workers[rank].beside
-        assert isinstance(beside, MemoryBeside)
-        beside.move()  # a slow machine's too: its thread has all the time that its loop computes
+        encoder = workers[rank].encoder
+        assert isinstance(encoder, MemoryEncoder)
+        encoder.move()  # a slow machine's too: its thread has all the time that its loop computes
         if rank == slow and len(loops) > 1 and network.random.randrange(slowness):
             continue
         request = waiting[rank]
-        if isinstance(request, Until) and not request.ready():
+        if isinstance(request, Until) and not request.ask():
             continue
         moved_at = network.tick
         answer = _compute(request, workers[rank].replica, rank, seconds) if isinstance(request, Compute) else None
+        steps = workers[rank].step
         try:
             waiting[rank] = loops[rank].send(answer)
+            if workers[rank].step > steps:
+                on_step(workers[rank], network)
         except StopIteration:
             del loops[rank]
         except RunError as failure:

@@ -32,7 +32,7 @@ from dlion_mpi.checkpoint.file import Written
 from dlion_mpi.checkpoint.folder import Part
 from dlion_mpi.checkpoint.preemption import Preemption
 from dlion_mpi.config.options import Config
-from dlion_mpi.loop.exchange import quiet
+from dlion_mpi.loop.exchange import finish_encoding
 from dlion_mpi.loop.ports import Collectives, Ticket, Until
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.strategies.contract import Resumable
@@ -140,7 +140,7 @@ class CheckpointRounds:
             if self._awaited:
                 yield Until(self._is_decided)
             if self._votes.done:
-                yield from quiet(w)  # every entry of a snapshot is either sent or in the residual
+                yield from finish_encoding(w)  # every entry of a snapshot is either sent or in the residual
                 self._decide(w, ended=False)
         if self._votes is None and w.step < w.end_step and self._time_to_vote(w):
             self._vote(w, ended=False)
@@ -191,7 +191,7 @@ class CheckpointRounds:
         if w.timed_out():
             self.end("")
         leave = self._preemption.look(self.slowest_s, self._step_s)
-        broken = ended and (w.midway or w.stop_reason is not None)
+        broken = ended and (w.current is not None or w.stop_reason is not None)
         vote = {
             Vote.DUE: self._is_due(w),
             Vote.BUSY: self._busy,
@@ -244,7 +244,7 @@ class CheckpointRounds:
         if self._awaited:  # the same on all ranks, so that the next vote does not depend on when a gather completes
             self._name_step = w.step
         ranks = self._ranks
-        if w.midway:
+        if w.current is not None:
             self._cut = self._collectives.gather(STAGES, [LEFT] * (1 + ranks))
             return
         self._before()
@@ -299,7 +299,7 @@ class CheckpointRounds:
 
     def _report_file(self, w: Worker, writing: Future[Written]) -> None:
         self._writing = None
-        loss = float(np.mean(w.recent_losses)) if w.recent_losses else math.nan
+        loss = float(np.mean(w.history.recent_losses)) if w.history.recent_losses else math.nan
         try:
             done = writing.result()
             record = [1.0, done.size_bytes, done.digest // HALF, done.digest % HALF]

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from dlion_mpi.loop.links import LinkTotals
-from dlion_mpi.loop.worker import Spent, Worker
+from dlion_mpi.loop.step import Spent
+from dlion_mpi.loop.worker import History, Worker
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.strategies.contract import Resumable
 from dlion_mpi.vector.layout import Entries
@@ -44,7 +45,7 @@ def take(w: Worker, spare: Arrays) -> Arrays:
         **under("worker", _progress(w)),
         **under("model", w.replica.to_arrays()),
         **under("data", integers(**w.batches.state())),
-        **under("status", w.status.to_arrays()),
+        **under("status", w.batch_sizes.to_arrays()),
         **under("transfer", w.knowledge.to_arrays()),
     }
 
@@ -57,19 +58,19 @@ def _copy(value: Array, place: Array | None) -> Array:
 
 
 def _progress(w: Worker) -> Arrays:
-    spent = w.spent
+    history, spent = w.history, w.history.spent
+    evaluations = [[e.step, e.time_s, e.accuracy] for e in history.evaluations]
     return {
-        **integers(step=w.step, exchanged_step=w.exchanged_step, samples=spent.samples),
+        **integers(step=w.step, samples=spent.samples),
+        **w.budget.to_arrays(),
         **numbers(
             time_s=w.now_s(),
-            step_s=w.step_s,
-            exchange_credit_s=w.exchange_credit_s,
-            message_bytes=w.message_bytes,
-            evaluated_s=w.evaluated_s,
+            step_s=history.step_s,
+            evaluated_s=history.evaluated_s,
             **{name: getattr(spent, name) for name in SPENT},
         ),
-        "recent_losses": column(w.recent_losses),
-        "evaluations": np.array([[e.step, e.time_s, e.accuracy] for e in w.evaluations], np.float64).reshape(-1, 3),
+        "recent_losses": column(history.recent_losses),
+        "evaluations": np.array(evaluations, np.float64).reshape(-1, 3),
         **under("links", {str(peer): _totals(total) for peer, total in w.links.totals().items()}),
     }
 
@@ -154,18 +155,20 @@ def restore(w: Worker, arrays: Mapping[str, Array], steps: Mapping[int, int]) ->
     w.reductions = w.step  # a sum per step
     w.inbox.newest = {peer: steps[peer] - 1 for peer in w.peers}
     w.inbox.held = messages_of(arrays, size, ranks)
-    w.status.from_arrays(part(arrays, "status"), max(steps.values()))
+    w.batch_sizes.from_arrays(part(arrays, "status"), max(steps.values()))
     w.knowledge.from_arrays(part(arrays, "transfer"), w.replica.knowledge)
 
 
 def _restore_progress(w: Worker, saved: Mapping[str, Array]) -> None:
-    w.step, w.exchanged_step = integer(saved, "step"), integer(saved, "exchanged_step")
-    w.step_s, w.exchange_credit_s = number(saved, "step_s"), number(saved, "exchange_credit_s")
-    w.message_bytes = number(saved, "message_bytes")
-    w.evaluated_s = number(saved, "evaluated_s")
-    w.spent = Spent(integer(saved, "samples"), *(number(saved, name) for name in SPENT))
-    w.recent_losses.extend(array(saved, "recent_losses", np.float64, None).tolist())
-    w.evaluations.extend(evaluations_of(saved))
+    w.step = integer(saved, "step")
+    w.budget.from_arrays(saved)
+    w.history = History(
+        evaluations=list(evaluations_of(saved)),
+        evaluated_s=number(saved, "evaluated_s"),
+        spent=Spent(integer(saved, "samples"), *(number(saved, name) for name in SPENT)),
+        step_s=number(saved, "step_s"),
+    )
+    w.history.recent_losses.extend(array(saved, "recent_losses", np.float64, None).tolist())
 
 
 def restore_elsewhere(w: Worker, arrays: Mapping[str, Array]) -> None:
@@ -177,10 +180,10 @@ def restore_elsewhere(w: Worker, arrays: Mapping[str, Array]) -> None:
         part(arrays, "model"), generators=False
     )  # with equal generators all workers would drop the same units
     w.step = integer(arrays, "worker/step")
-    w.exchanged_step = w.reductions = w.step
-    w.evaluated_s = number(arrays, "worker/evaluated_s")
+    w.budget.exchanged_step = w.reductions = w.step
+    w.history.evaluated_s = number(arrays, "worker/evaluated_s")
     w.inbox.newest = dict.fromkeys(w.peers, w.step - 1)
-    w.evaluations.extend(evaluations_of(part(arrays, "worker")))
+    w.history.evaluations.extend(evaluations_of(part(arrays, "worker")))
 
 
 def evaluations_of(saved: Mapping[str, Array]) -> Iterable[Evaluation]:

@@ -1,9 +1,8 @@
-"""What workers tell each other now and then, by collectives that nobody waits for.
+"""Weighted dynamic batching in rounds: gather everyone's throughput, share out the global batch.
 
-Two kinds of rounds run beside the exchange of gradients: `StatusRounds` gathers everyone's measured throughput
-and shares out the global batch; `KnowledgeRounds` finds the best worker and brings its weights to the others.
-In `sync` a stage that was started at one step is awaited at the end of the next, so that it takes effect at the
-same step everywhere; otherwise it takes effect when it is done, but shares in `bounded` at the same step everywhere.
+Rounds run in the background of training. In lockstep a round that starts at one step is awaited at the end of the
+next, so that it takes effect at the same step everywhere. In `bounded` it also takes effect at the same step
+everywhere; in `async`, when it is done.
 """
 
 from __future__ import annotations
@@ -20,18 +19,17 @@ from dlion_mpi.vector.named_arrays import Array, Arrays, array, column, integer,
 
 NO_LIMIT = 1 << 30
 EFFECT_STEPS = 2
-"""Except in `sync`, shares are taken so many steps after they were asked for. Then most workers have them in time; who
-has not waits in `bounded` (`StatusRounds.awaits`), so that the shares of every step add up to the global batch, and
-takes them later in `async`."""
+"""Steps from the start of a round to its effect, except in lockstep. Most workers have the table by then. A worker that
+has not waits in `bounded` (`BatchSizeRounds.awaits`), and takes the new sizes later in `async`."""
 LEFT = math.nan
-"""What a worker that has left contributes to a round that others have started."""
+"""The contribution of a worker that has left to a round that others have started."""
 
 
-class StatusRounds:
-    """Gathers (alpha, beta, most samples, latest accuracy) and solves for everyone's batch size.
+class BatchSizeRounds:
+    """Gathers (alpha, beta, most samples, latest accuracy) from all workers and solves for their batch sizes.
 
-    Every worker solves the same problem from the same table, so the shares sum to GBS exactly; of a single step in
-    `sync`, and in `bounded` unless it goes on without the slowest (``--backup``).
+    Every worker solves the same problem from the same table, so the batch sizes of a step add up to GBS exactly. In
+    `bounded` with ``--backup``, and in `async`, workers may take new batch sizes at different steps.
     """
 
     channel = "status"
@@ -39,7 +37,8 @@ class StatusRounds:
     def __init__(
         self, config: Config, rank: int, workers: int, training_samples: int, collectives: Collectives
     ) -> None:
-        self._config, self._rank, self._workers = config, rank, workers
+        self.workers = workers
+        self._config, self._rank = config, rank
         self._collectives = collectives
         self._awaited = config.mode.lockstep
         self._period = config.rebalance_every or (10 if config.target_accuracy else None)
@@ -58,30 +57,34 @@ class StatusRounds:
     @property
     def adapts(self) -> bool:
         """Whether batch sizes follow measured throughput."""
-        return self._config.batching in ("auto", "proportional") and self._workers > 1
+        return self._config.batching in ("auto", "proportional") and self.workers > 1
+
+    def needs_profile(self) -> bool:
+        """Whether the first step needs timings. A resumed worker has them."""
+        return self.adapts and not self.fit.pairs
 
     def observe(self, samples: int, seconds: float) -> None:
-        """A step of ``samples`` took ``seconds`` to compute."""
+        """Add a timing: a step of ``samples`` took ``seconds`` to compute."""
         if self.adapts:
             self.fit.add(samples, seconds)
 
     def first(self, step: int) -> Iterator[Until]:
-        """Before a run's first step, ``step``: share out the batch by the timings that `fit` has already."""
+        """Share out the batch before a run's first step, ``step``, by the timings that `fit` already has."""
         self._ask(step)
         yield Until(self._is_done)
         self._take()
 
     def awaits(self, step: int) -> bool:
-        """Whether shares that everyone takes after step ``step`` are still under way."""
+        """Whether everyone takes new batch sizes after step ``step`` and they have not arrived."""
         if not self._in_step or self._ticket is None:
             return False
         return step >= self._asked_step + EFFECT_STEPS and not self._ticket.done
 
     def advance(self, step: int, skipped: int = 0) -> Iterator[Until]:
-        """After step ``step``, and ``skipped`` before it left out: take a finished round, start one that is due."""
+        """Take a finished round and start one that is due, after step ``step`` and ``skipped`` steps left out."""
         if not self.adapts:
             self.gbs = self._gbs(step)
-            self.lbs = equal_lbs(self.gbs, self._workers)[self._rank]
+            self.lbs = equal_lbs(self.gbs, self.workers)[self._rank]
         if self._ticket is not None:
             if self._awaited:
                 yield Until(self._is_done)
@@ -92,7 +95,7 @@ class StatusRounds:
             self._ask(step)
 
     def to_arrays(self) -> Arrays:
-        """The batch sizes, the timings, and in `sync` the round that everyone has begun."""
+        """The batch sizes, the timings, and in lockstep the round in progress."""
         samples, seconds = zip(*self.fit.pairs, strict=True) if self.fit.pairs else ((), ())
         begun = {"begun": column(self._record)} if self._awaited and self._ticket is not None else {}
         return {
@@ -104,7 +107,7 @@ class StatusRounds:
         }
 
     def from_arrays(self, arrays: Mapping[str, Array], farthest_step: int) -> None:
-        """Go on from what `to_arrays` gave; ``farthest_step``: where the worker goes on that is ahead of all others.
+        """Restore what `to_arrays` gave. ``farthest_step``: the step of the worker that is furthest ahead.
 
         Raises StateError.
         """
@@ -114,7 +117,7 @@ class StatusRounds:
         self.fit.off, self._asked_step = integer(arrays, "off"), integer(arrays, "asked_step")
         self.lbs, self.gbs = integer(arrays, "lbs"), integer(arrays, "gbs")
         self.accuracy = number(arrays, "accuracy")
-        if self._in_step:  # some may have taken shares that others were to take: new ones for all, at the same step
+        if self._in_step:  # some may have taken sizes that others have not: start a round for all, at the same step
             self._ask(farthest_step - 1)
         if "begun" in arrays:
             self._gather(array(arrays, "begun", np.float64, 4).tolist())
@@ -126,7 +129,7 @@ class StatusRounds:
             self._ticket = self._collectives.gather(self.channel, [LEFT] * 4)
 
     def settled(self) -> bool:
-        """After the last step: whether no round is left."""
+        """Whether no round is in progress."""
         return self._ticket is None or self._ticket.done
 
     def _is_done(self) -> bool:
@@ -149,7 +152,7 @@ class StatusRounds:
         accuracies = table[:, 3]
         if self._config.target_accuracy is not None and accuracies.mean() >= self._config.target_accuracy:
             self.target_reached = True
-        if not self.adapts or np.isnan(table[:, :3]).any():  # somebody has left: the shares stay
+        if not self.adapts or np.isnan(table[:, :3]).any():  # a worker has left: sizes stay
             return
         limits = [int(limit) for limit in table[:, 2]]
         gbs = min(self._gbs(self._asked_step), sum(limits))
@@ -158,8 +161,8 @@ class StatusRounds:
         self.gbs = gbs
 
     def _gbs(self, step: int) -> int:
-        gbs = self._schedule.at(step) if self._schedule else self._config.lbs * self._workers
-        return min(gbs, (self._config.lbs_max or NO_LIMIT) * self._workers)
+        gbs = self._schedule.at(step) if self._schedule else self._config.lbs * self.workers
+        return min(gbs, (self._config.lbs_max or NO_LIMIT) * self.workers)
 
 
 def _schedule(config: Config, workers: int, training_samples: int) -> GlobalBatchSchedule | None:

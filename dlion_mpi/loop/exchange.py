@@ -1,7 +1,7 @@
-"""The loop's side of the exchange: what goes to whom, made in the loop or in a thread beside it.
+"""What a worker sends in a step: select per link, encode, queue.
 
-In `sync` everyone waits for everyone's message, so it is made at once. Else encoding goes on beside the loop
-(``--exchange-thread``), and selecting too where the step at hand does not depend on it.
+Everyone waits for everyone's message in lockstep, so the loop encodes at once. Otherwise a thread encodes in the
+background while the next gradient is computed; it also selects, where the current step does not depend on that.
 """
 
 from __future__ import annotations
@@ -11,118 +11,92 @@ from dataclasses import replace
 from functools import partial
 
 from dlion_mpi.loop.ports import BackgroundEncoder, Computed, EncodedBatch, Stamp, Until
-from dlion_mpi.loop.worker import Timings, Worker, not_ready
+from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.timeline import Phase
-from dlion_mpi.strategies.contract import TELLING_BYTES, LinkView, LocalGradient, Outgoing, SelectsBeside, SendsFirst
+from dlion_mpi.strategies.contract import LocalGradient, Outgoing, SelectsBeside, SendsFirst
 from dlion_mpi.wire import Kind
-
-MOST_STEPS_APART = 8
-"""However little the exchange may cost, gradients are exchanged every so many steps."""
-LEAST_SHARE = 0.01
-"""Of a gradient's bytes: messages are not made smaller than that for the processor's sake. What is then left of their
-cost is mostly that of looking at every entry."""
-ADAPTED = (0.25, 1.25)
-"""How fast messages get smaller, and larger again, from one exchange to the next."""
 
 Messages = dict[int, Outgoing]
 
 
-def send_first(w: Worker, timings: Timings, *, waiting: bool = False) -> dict[int, float]:
-    """What a strategy that exchanges weights or updates sends before its gradient is there. Returns as `post`.
+def post_weights(w: Worker, *, waiting: bool = False) -> None:
+    """Post what a strategy sends before its gradient is computed: weights or updates.
 
-    ``waiting``: it has been asked in this step before; if it has nothing more, that was part of the waiting.
+    ``waiting``: the strategy was asked in this step before, and is asked again since a link may be free now.
     """
     if w.alone or not isinstance(w.strategy, SendsFirst):
-        return {}
-    start_s, start_cpu_s = w.now_s(), w.cpu_s()
-    links = w.link_views(w.step_s)
-    w.state, messages = w.strategy.opening(w.state, w.step, w.replica.weights, links)
-    if waiting and not messages:
-        return {}
-    _charge(w, EncodedBatch(start_s, w.now_s(), w.cpu_s() - start_cpu_s, {}), timings)
-    return _hand_over(w, lambda: messages, w.stamp(start_s), timings)
+        return
+    with w.timed(Phase.SELECT, charged=True) as scope:
+        w.state, messages = w.strategy.opening(w.state, w.step, w.replica.weights, w.link_views(w.history.step_s))
+        scope.discarded = waiting and not messages
+    if not scope.discarded:
+        _encode_and_queue(w, lambda: messages, w.stamp(scope.start_s))
 
 
-def post(w: Worker, computed: Computed, timings: Timings) -> Generator[Until, None, dict[int, float]]:
-    """Have a message made for every link that the strategy has one for, and queued.
-
-    Returns the N of each message with entries that has been queued by now: of this step, or, made beside the loop,
-    of the step before, which is waited for.
-    """
-    sent = yield from settle(w, timings)
-    assert computed.gradient is not None
-    local = local_gradient(w, computed)
-    _account(w, computed)
-    links = _affordable(w, w.link_views(w.step_s or computed.seconds))
+def post(w: Worker, local: LocalGradient, computed: Computed) -> Generator[Until, None, None]:
+    """Select what every link gets of this step's gradient, encode it and queue it."""
+    yield from finish_encoding(w)
+    w.budget.settle(w.step, computed.seconds)
+    links = w.budget.limit(w.step, w.link_views(w.history.step_s or computed.seconds))
     stamp = w.stamp(w.now_s())
-    make = partial(_outgoing, w, local, links)
-    if _thread(w) is not None and not (isinstance(w.strategy, SelectsBeside) and w.strategy.beside(w.config)):
-        start_s, start_cpu_s = w.now_s(), w.cpu_s()
-        messages = make()
-        _charge(w, EncodedBatch(start_s, w.now_s(), w.cpu_s() - start_cpu_s, {}), timings)
-        return sent | _hand_over(w, lambda: messages, stamp, timings)
-    return sent | _hand_over(w, make, stamp, timings)
+
+    def select() -> Messages:
+        w.state, messages = w.strategy.outgoing(w.state, local, links)
+        return messages
+
+    if _encoder(w) is None or (isinstance(w.strategy, SelectsBeside) and w.strategy.beside(w.config)):
+        _encode_and_queue(w, select, stamp)
+    else:
+        with w.timed(Phase.SELECT, charged=True):
+            messages = select()
+        _encode_and_queue(w, lambda: messages, stamp)
 
 
-def local_gradient(w: Worker, computed: Computed) -> LocalGradient:
-    """This step's own gradient, as strategies get it."""
-    assert computed.gradient is not None
-    return LocalGradient(vector=computed.gradient, step=w.step, lbs=w.status.lbs, gbs=w.status.gbs)
+def is_encoded(w: Worker) -> bool:
+    """Whether the background encoder has nothing left to do. Raises what failed there."""
+    encoder = _encoder(w)
+    return encoder is None or encoder.done()
 
 
-def is_quiet(w: Worker) -> bool:
-    """Whether nothing is being made beside the loop. Raises what failed there."""
-    beside = _thread(w)
-    return beside is None or beside.done()
+def finish_encoding(w: Worker) -> Generator[Until, None, None]:
+    """Wait for the background encoder. The previous step's record is then complete, and written."""
+    encoder = _encoder(w)
+    if encoder is not None:
+        with w.timed(Phase.SELECT):
+            if not is_encoded(w):
+                yield Until(partial(is_encoded, w))
+        for batch in encoder.take():
+            w.recorder.span(Phase.EXCHANGE, w.step, batch.start_s, batch.end_s)
+            w.budget.charge(batch.cpu_s)
+            _note_quality(w, batch)
+    w.write_record()
 
 
-def quiet(w: Worker) -> Generator[Until, None, None]:
-    """Wait until nothing is being made beside the loop."""
-    if not is_quiet(w):
-        yield Until(lambda: is_quiet(w))
+def encodes_in_background(w: Worker) -> bool:
+    """Whether a step may end before its messages are encoded."""
+    return _encoder(w) is not None
 
 
-def settle(w: Worker, timings: Timings) -> Generator[Until, None, dict[int, float]]:
-    """Wait for what is being made beside the loop. Returns the N of each message with entries."""
-    beside = _thread(w)
-    if beside is None:
-        return {}
-    start_s = w.now_s()
-    yield from quiet(w)
-    _charge(w, EncodedBatch(start_s, w.now_s(), 0.0, {}), timings)
-    quality: dict[int, float] = {}
-    for made in beside.take():
-        w.recorder.span(Phase.EXCHANGE, w.step, made.start_s, made.end_s)
-        w.exchange_cpu_s += made.cpu_s
-        quality |= made.quality
-    return quality
+def _encoder(w: Worker) -> BackgroundEncoder | None:
+    return w.encoder if w.config.exchange_thread == "on" and not w.alone else None
 
 
-def _thread(w: Worker) -> BackgroundEncoder | None:
-    """What makes messages beside the loop, if anything does."""
-    return w.beside if w.config.exchange_thread == "on" and not w.alone else None
+def _encode_and_queue(w: Worker, select: Callable[[], Messages], stamp: Stamp) -> None:
+    """Have messages selected, encoded and queued: in the background if possible, else at once."""
+    encoder = _encoder(w)
+    if encoder is not None:
+        encoder.begin(partial(_encode, w, select, stamp))
+        return
+    with w.timed(Phase.SELECT):
+        batch = _encode(w, select, stamp)
+    w.budget.charge(batch.cpu_s)
+    _note_quality(w, batch)
 
 
-def _outgoing(w: Worker, local: LocalGradient, links: dict[int, LinkView]) -> Messages:
-    w.state, messages = w.strategy.outgoing(w.state, local, links)
-    return messages
-
-
-def _hand_over(w: Worker, make: Callable[[], Messages], stamp: Stamp, timings: Timings) -> dict[int, float]:
-    """Make, encode and queue messages: beside the loop if that may be, else at once; then returns each one's N."""
-    beside = _thread(w)
-    if beside is not None:
-        beside.begin(partial(_make, w, make, stamp))
-        return {}
-    made = _make(w, make, stamp)
-    _charge(w, made, timings)
-    return made.quality
-
-
-def _make(w: Worker, make: Callable[[], Messages], stamp: Stamp) -> EncodedBatch:
-    """Messages, made and queued: what is announced after its announcement."""
-    start_s, start_cpu_s = w.now_s(), w.cpu_s()
-    messages = make()
+def _encode(w: Worker, select: Callable[[], Messages], stamp: Stamp) -> EncodedBatch:
+    """Select, encode and queue messages. An announcement goes before what it announces."""
+    start_s, start_cpu_s = w.now_s(), w.clock.cpu_s()
+    messages = select()
     announced = {
         peer: Outgoing(entries=message.entries, kind=Kind.INDICES)
         for peer, message in messages.items()
@@ -132,50 +106,12 @@ def _make(w: Worker, make: Callable[[], Messages], stamp: Stamp) -> EncodedBatch
         w.post(announced, stamp)
     w.post(messages, stamp)
     quality = {peer: message.quality for peer, message in messages.items() if message.entries is not None}
-    return EncodedBatch(start_s, w.now_s(), w.cpu_s() - start_cpu_s, quality)
+    return EncodedBatch(stamp.step, start_s, w.now_s(), w.clock.cpu_s() - start_cpu_s, quality)
 
 
-def _charge(w: Worker, made: EncodedBatch, timings: Timings) -> None:
-    """What the loop itself has spent on messages."""
-    w.recorder.span(Phase.SELECT, w.step, made.start_s, made.end_s)
-    timings.select_encode_s += made.end_s - made.start_s
-    w.exchange_cpu_s += made.cpu_s
-
-
-def _account(w: Worker, computed: Computed) -> None:
-    """Grant the exchange its share of the processor time in which this gradient was computed, and charge what it has
-    cost since the one before, MPI's thread included."""
-    moved_cpu_s = w.links.cpu_s()
-    granted_s = (w.config.exchange_share or 0.0) * computed.seconds * w.processors
-    cost_s = w.exchange_cpu_s + moved_cpu_s - w.moved_cpu_s
-    w.exchange_cpu_s, w.moved_cpu_s = 0.0, moved_cpu_s
-    if w.exchanged_step == w.step - 1 and cost_s > 0:
-        least, most = ADAPTED
-        wanted_bytes = w.message_bytes * min(max(granted_s / cost_s, least), most)
-        w.message_bytes = min(max(wanted_bytes, _least_bytes(w)), w.whole_bytes)
-    # Unused credit lapses after a step: a lull must not be followed by a burst. Nor is more owed than can be put off.
-    credit_s = max(w.exchange_credit_s + granted_s - cost_s, -MOST_STEPS_APART * granted_s)
-    w.exchange_credit_s = min(credit_s, granted_s)
-
-
-def _affordable(w: Worker, links: dict[int, LinkView]) -> dict[int, LinkView]:
-    """The links, with messages no larger than the exchange's share of computing (``--exchange-share``) pays for.
-
-    On a fast network the processor, not the link, is what a gradient costs. Where the smallest messages still cost too
-    much, no link is ready until the exchange has taken no more than its share: gradients are then exchanged every few
-    steps, and what was not sent is dealt with as on a link that has not drained; but at least every MOST_STEPS_APART
-    steps, since looking for messages alone may cost more than the share of a tiny model. `sync` has no such share:
-    there everyone waits for everyone's message of every step.
-    """
-    if not w.config.exchange_share:
-        return links
-    overdue = w.step - w.exchanged_step >= MOST_STEPS_APART
-    if w.exchange_credit_s < 0 and w.message_bytes <= _least_bytes(w) and not overdue:
-        return not_ready(links)
-    w.exchanged_step = w.step
-    return {peer: replace(link, affordable_bytes=w.message_bytes) for peer, link in links.items()}
-
-
-def _least_bytes(w: Worker) -> float:
-    """What a message may have whatever it costs. Of smaller ones bandwidth could not be told either."""
-    return max(LEAST_SHARE * w.whole_bytes, TELLING_BYTES)
+def _note_quality(w: Worker, batch: EncodedBatch) -> None:
+    """Keep the N of each message with the step that sent it."""
+    if w.pending is not None and batch.step <= w.pending.step:  # a step's number grows by what it skips
+        w.pending = replace(w.pending, quality={**w.pending.quality, **batch.quality})
+    elif w.current is not None:
+        w.current.quality |= batch.quality

@@ -17,30 +17,37 @@ from dlion_mpi.vector.named_arrays import Array, Arrays, array, column, integer,
 
 
 class KnowledgeRounds:
-    """Gathers everyone's mean recent loss, broadcasts the best worker's knowledge, merges it by the policy."""
+    """Gathers everyone's mean recent loss, broadcasts the best worker's knowledge, merges it as the policy says."""
 
     channel = "transfer"
 
-    def __init__(self, config: Config, rank: int, workers: int, collectives: Collectives) -> None:
+    def __init__(
+        self,
+        config: Config,
+        rank: int,
+        workers: int,
+        collectives: Collectives,
+        now_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self._config, self._rank = config, rank
-        self._collectives = collectives
+        self._collectives, self._now_s = collectives, now_s
         self._awaited = config.mode.lockstep
         self._on = config.transfer not in (None, "none") and workers > 1
         self._losses: deque[float] = deque(maxlen=config.transfer_losses or 1)
         self._gathering: Ticket | None = None
         self._bringing: Ticket | None = None
-        self._started_step = 0
+        self._started_step, self._started_s = 0, 0.0
         self._record: list[float] = []
         self._table: list[float] = []
         self._source = -1
         self.started = 0
 
     def observe(self, loss: float) -> None:
-        """The loss of a step."""
+        """Add the loss of a step."""
         self._losses.append(loss)
 
     def to_arrays(self) -> Arrays:
-        """The recent losses, and in `sync` how far a transfer is that everyone has begun."""
+        """The recent losses, and in lockstep the transfer in progress."""
         begun: Arrays = {}
         if self._awaited and self._gathering is not None:
             begun = {"gathering": column(self._record)}
@@ -49,7 +56,7 @@ class KnowledgeRounds:
         return {"losses": column(self._losses), **integers(started_step=self._started_step), **begun}
 
     def from_arrays(self, arrays: Mapping[str, Array], read: Callable[[], Vector]) -> None:
-        """Go on from what `to_arrays` gave; ``read`` gives the knowledge of that moment. Raises StateError."""
+        """Restore what `to_arrays` gave. ``read`` returns the knowledge of the snapshot. Raises StateError."""
         self._losses.extend(array(arrays, "losses", np.float64, None).tolist())
         self._started_step = integer(arrays, "started_step")
         if "gathering" in arrays:
@@ -62,15 +69,15 @@ class KnowledgeRounds:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a transfer is under way."""
+        """Whether a transfer is in progress."""
         return self._gathering is not None or self._bringing is not None
 
     def advance(
         self, step: int, read: Callable[[], Vector], write: Callable[[Vector], None]
     ) -> Iterator[Until | Transfer]:
-        """After step ``step``: move the transfer on, or start one that is due.
+        """Continue the transfer in progress after step ``step``, or start one that is due.
 
-        ``read`` gives a copy of this worker's knowledge, ``write`` replaces it. Yields what it waits for, and a
+        ``read`` returns a copy of this worker's knowledge, ``write`` replaces it. Yields what to wait for, and a
         `Transfer` when one is finished.
         """
         if not self._on:
@@ -85,39 +92,42 @@ class KnowledgeRounds:
                 yield Until(self._is_gathered)
             self.bring(read)
         if step % (self._config.transfer_period or 1) == 0 and step > 0 and not self.in_flight:
-            self._started_step = step
+            self._started_step, self._started_s = step, self._now_s()
             self._gather(float(np.mean(self._losses)) if self._losses else LEFT, left=False)
 
     def bring(self, read: Callable[[], Vector]) -> None:
-        """If everyone's loss is here, start the broadcast from the best worker."""
+        """Start the broadcast from the best worker once all losses have arrived."""
         if self._gathering is None or not self._gathering.done:
             return
         table, self._gathering = self._gathering.table, None
         self._table = [float(loss) for loss in table[:, 0]]
         source = transfer.best(self._table)
-        if table[:, 1].any() or source is None:  # somebody has left, or nobody's loss is finite
+        if table[:, 1].any() or source is None:  # a worker has left, or no loss is finite
             return
         self._source = source
         self._bringing = self._collectives.broadcast(self.channel, source, read())
 
     @property
     def gathering(self) -> bool:
-        """Whether a round of this worker has not brought everyone's loss yet."""
+        """Whether this worker waits for the others' losses."""
         return self._gathering is not None
 
     def leave(self, rounds_everywhere: int) -> None:
-        """Take part in the round that others have started and this worker has not; it brings nothing.
+        """Take part in a round that others have started and this worker has not. It ends without a broadcast.
 
-        Only when this worker is not `gathering`: its own last round may still end with a broadcast.
+        Only while not `gathering`: this worker's last round may still end with a broadcast.
         """
         while self.started < rounds_everywhere:
             self._gather(LEFT, left=True)
 
-    def settled(self, read: Callable[[], Vector]) -> bool:
-        """After the last step: keep an unfinished transfer moving, for the others. True when none is left."""
+    def serve(self, read: Callable[[], Vector]) -> None:
+        """Continue an unfinished transfer after the last step, for the others."""
         self.bring(read)
         if self._bringing is not None and self._bringing.done:
             self._bringing = None
+
+    def settled(self) -> bool:
+        """Whether no transfer is in progress."""
         return not self.in_flight
 
     def _gather(self, loss: float, *, left: bool) -> None:
@@ -138,4 +148,4 @@ class KnowledgeRounds:
         if merged:
             write(transfer.merge(read(), brought, self._config.transfer_merge or 0.0))
         size = 0 if self._source == self._rank else brought.nbytes
-        return Transfer(step, self._source, merged, self._started_step, size)
+        return Transfer(step, self._source, merged, self._started_step, size, self._started_s)

@@ -1,4 +1,4 @@
-"""What a worker's loop needs of its surroundings, real or simulated, and what it waits for."""
+"""The ports of a worker's loop: what it waits for, and what its surroundings, real or simulated, have to offer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What every header of a step carries besides its link's own numbers."""
+    """The fields of a step that every message header carries."""
 
     epoch: int
     step: int
@@ -55,18 +55,31 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True)
 class Until:
-    """The loop waits until ``ready()``. What drives the loop asks again whenever something has arrived, and at
-    ``deadline_s`` of the run's clock."""
+    """The loop waits until ``ready()``, which has no side effects.
+
+    The driver asks again whenever something has arrived, and at ``deadline_s`` of the run's clock. Before it asks, it
+    calls ``receive()``.
+    """
 
     ready: Callable[[], bool]
+    receive: Callable[[], None] = lambda: None
     deadline_s: float = math.inf
+
+    def ask(self) -> bool:
+        """Receive what has arrived, then tell whether the loop can continue."""
+        self.receive()
+        return self.ready()
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """Messages that were made and queued: when, in seconds of the run's clock, what it took of a processor, and the N
-    (``quality``) of each that carries entries, by peer."""
+    """Messages that were encoded and queued in one go.
 
+    ``step``: of the worker. ``start_s``, ``end_s``: on the run's clock. ``cpu_s``: processor seconds. ``quality``: by
+    peer the N of each message that carries entries.
+    """
+
+    step: int
     start_s: float
     end_s: float
     cpu_s: float
@@ -74,16 +87,16 @@ class EncodedBatch:
 
 
 class BackgroundEncoder(Protocol):
-    """Makes messages beside the loop, one after the other; see `mpi.driver.EncoderThread`."""
+    """Encodes messages in the background, one batch after the other; see `mpi.driver.EncoderThread`."""
 
     def begin(self, work: Callable[[], EncodedBatch]) -> None:
-        """Have ``work`` done after what was begun before."""
+        """Queue ``work``."""
 
     def done(self) -> bool:
-        """Whether all that was begun is done. Raises what ``work`` raised, once."""
+        """Whether all queued work is done. Raises what ``work`` raised, once."""
 
     def take(self) -> list[EncodedBatch]:
-        """What has been made since the last call, once all is `done`."""
+        """Return the batches encoded since the last call. Only when `done`."""
 
 
 Loop = Generator[Compute | Until, Computed | None, None]

@@ -61,3 +61,4 @@ class Transfer:
     merged: bool
     started_step: int
     payload_bytes: int
+    started_s: float = 0.0

@@ -85,7 +85,7 @@ def drive(
             answer = _compute(request, replica, now_s, pace_model)
             progress.computed(answer.seconds)
         else:
-            progress.wait_until(request.ready, ask_s=request.deadline_s - now_s())
+            progress.wait_until(request.ask, ask_s=request.deadline_s - now_s())
             answer = None
 
 

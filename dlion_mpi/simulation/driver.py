@@ -8,9 +8,11 @@ from concurrent.futures import Future
 from functools import partial
 
 from dlion_mpi.errors import RunError
+from dlion_mpi.loop.clock import Clock
+from dlion_mpi.loop.leave import leave
 from dlion_mpi.loop.membership import Membership
-from dlion_mpi.loop.ports import Compute, Computed, Loop
-from dlion_mpi.loop.train import leave, train
+from dlion_mpi.loop.ports import Compute, Computed, Loop, Until
+from dlion_mpi.loop.train import train
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import StepRecord
 from dlion_mpi.result import summary_row
@@ -37,20 +39,20 @@ class Process:
         self._events = events
         self._on_end = on_end
         self._loop: Loop = _life(worker)
-        self._ready: Callable[[], bool] | None = None
+        self._waiting: Until | None = None
         self._woken = False
         self._exchange_s = 0.0  # processor time of messages in the loop that virtual time already includes
 
     def wake(self) -> None:
         """Schedule one check of the loop's condition, after all other events of the current time."""
-        if self._ready is not None and not self._woken:
+        if self._waiting is not None and not self._woken:
             self._woken = True
             self._events.at(self._events.now_s, self._look)
 
     def _look(self) -> None:
         self._woken = False
-        if self._ready is not None and self._ready():
-            self._ready = None
+        if self._waiting is not None and self._waiting.ask():
+            self._waiting = None
             self.resume(None)
 
     def resume(self, answer: Computed | None) -> None:
@@ -61,8 +63,8 @@ class Process:
                 if isinstance(request, Compute):
                     self._compute(request)
                     return
-                if not request.ready():
-                    self._ready = request.ready
+                if not request.ask():
+                    self._waiting = request
                     if self._events.now_s < request.deadline_s < math.inf:
                         self._events.at(request.deadline_s, self.wake)
                     return
@@ -124,13 +126,13 @@ def drive(run: VirtualRun) -> list[Finish]:
             collectives=VirtualCollectives(rank, operations),
             evaluator=run.evaluator(),
             recorder=run.recorders[rank],
-            now_s=lambda: events.now_s,
+            clock=Clock(lambda: events.now_s),
             training_samples=run.shards[0].train_samples_global,
         )
         worker.on_step = partial(_metered, run, worker)
         processes.append(Process(worker, own_links.processor, run, events, partial(running.discard, rank)))
         own_links.wake = processes[rank].wake
-        worker.beside = VirtualEncoder(own_links.processor, events, processes[rank].wake)
+        worker.encoder = VirtualEncoder(own_links.processor, events, processes[rank].wake)
     with stopped_by_signals([process.worker for process in processes]):
         for process in processes:
             events.at(0.0, partial(process.resume, None))
@@ -145,18 +147,18 @@ def drive(run: VirtualRun) -> list[Finish]:
 
 
 def _metered(run: VirtualRun, worker: Worker, record: StepRecord) -> None:
-    run.meter.step(worker.rank, record, worker.evaluations)
+    run.meter.step(worker.rank, record, worker.history.evaluations)
 
 
 def _finish(process: Process) -> Finish:
     """Record the last evaluations and return the worker's results."""
     worker = process.worker
     for evaluation in worker.evaluator.poll(wait=True):
-        worker.evaluations.append(evaluation)
+        worker.history.evaluations.append(evaluation)
         worker.recorder.evaluation(evaluation)
     return Finish(
         row=summary_row(worker, process.ended_s),
-        evaluations=worker.evaluations,
+        evaluations=worker.history.evaluations,
         stop_reason=worker.stop_reason,
         exit_code=worker.exit_code,
     )

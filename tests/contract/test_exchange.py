@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from dlion_mpi import wire
 from dlion_mpi.algorithms.bandwidth import SMALL_BYTES
 from dlion_mpi.config.options import Config
-from dlion_mpi.loop import exchange
-from dlion_mpi.loop.exchange import MOST_STEPS_APART
+from dlion_mpi.loop import budget
+from dlion_mpi.loop.budget import MOST_STEPS_APART
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.strategies import dlion
 from dlion_mpi.strategies.contract import TELLING_BYTES, LinkView, LocalGradient, Outgoing, Plan, SendsFirst
@@ -209,8 +209,8 @@ def test_a_message_does_not_change_after_it_was_made() -> None:
     """It is encoded later than the residual is taken from, and the next step reuses the buffers."""
     for unsent in ("accumulate", "drop"):
         strategy, state = start_dlion(unsent=unsent)
-        for budget in (1e9, 150.0):
-            state, messages = strategy.outgoing(state, local(OPTIMUM), {1: LinkView(True, budget)})
+        for budget_bytes in (1e9, 150.0):
+            state, messages = strategy.outgoing(state, local(OPTIMUM), {1: LinkView(True, budget_bytes)})
             values = messages[1].entries.values.copy()
             state, _ = strategy.outgoing(state, local(np.zeros(SIZE, np.float32)), {1: LinkView(True, 100)})
             np.testing.assert_array_equal(messages[1].entries.values, values)
@@ -263,7 +263,7 @@ def test_every_link_gets_its_own_n_and_a_slower_one_a_subset(budgets: tuple[floa
 @pytest.fixture
 def any_size_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the smallest message told how fast its link is: else none of so small a model would be small enough."""
-    for module in (exchange, dlion):
+    for module in (budget, dlion):
         monkeypatch.setattr(module, "TELLING_BYTES", 1)
 
 
@@ -347,11 +347,11 @@ def test_messages_get_smaller_where_the_exchange_costs_too_much_and_larger_again
 
     def cost(worker: Worker, _: Network) -> None:
         if worker.step < 60:
-            worker.exchange_cpu_s += 1e-4 + 8e-6 * worker.message_bytes
+            worker.budget.charge(1e-4 + 8e-6 * worker.budget.message_bytes)
         else:
-            worker.exchange_cpu_s += 1e-6
+            worker.budget.charge(1e-6)
         if worker.rank == 0:
-            sizes.append(worker.message_bytes)
+            sizes.append(worker.budget.message_bytes)
 
     settings = config("dlion", "async", steps=90, exchange_share=0.1, batching="fixed", transfer="none")
     trained(settings, on_step=cost)
@@ -365,15 +365,15 @@ DECODING_S = 0.05
 
 def decodes_slowly(worker: Worker) -> None:
     """Taking in a gradient takes the loop DECODING_S of its time and of a processor's."""
-    now_s, poll, spent_s = worker.now_s, worker.links.poll, [0.0]
+    now_s, poll, spent_s = worker.clock.now_s, worker.links.poll, [0.0]
 
     def slow_poll() -> list[Message]:
         messages = poll()
         spent_s[0] += DECODING_S * sum(len(message.entries) > 0 for message in messages)
         return messages
 
-    worker.now_s = lambda: now_s() + spent_s[0]
-    worker.cpu_s = lambda: spent_s[0]
+    worker.clock.now_s = lambda: now_s() + spent_s[0]
+    worker.clock.cpu_s = lambda: spent_s[0]
     worker.links.poll = slow_poll  # type: ignore[method-assign]
 
 
@@ -429,7 +429,7 @@ def test_what_an_exchange_may_cost_grows_with_the_processors_that_compute() -> N
     settings = config("dlion", "bounded", steps=60, exchange_share=0.1, batching="fixed", transfer="none")
 
     def prepare(worker: Worker) -> None:
-        worker.processors = 5
+        worker.budget.processors = 5
 
     result = trained(settings, message_cpu_s=0.002, prepare=prepare)
     sent = [entries is not None for own in result.sent for step in own for _, entries in step.values()]

@@ -275,7 +275,7 @@ def test_the_mirror_clock_bounds_how_far_ahead_anyone_gets(clock: int) -> None:
     leads = []
 
     def watch(worker: Any, network: Any) -> None:
-        leads.append(worker.step - min(step for rank, step in enumerate(network.posted) if rank != worker.rank))
+        leads.append(worker.step - 1 - min(step for rank, step in enumerate(network.posted) if rank != worker.rank))
 
     weather = Weather(seed=1, slow=2, slowness=60, blocked=0.3)
     trained(config("gaia", "bounded", steps=60, staleness=clock), weather=weather, on_step=watch)

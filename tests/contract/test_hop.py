@@ -114,7 +114,7 @@ class Gaps:
         self.largest = -math.inf
 
     def __call__(self, worker: Any, network: Network) -> None:
-        entered = worker.step + 1
+        entered = worker.step
         if entered < self.steps:
             for peer in worker.state.neighbours:
                 self.largest = max(self.largest, entered - network.posted[peer])
@@ -342,7 +342,7 @@ def test_what_is_due_in_a_step_that_is_left_out_is_done_after_it() -> None:
         on_step=install,
     )
     assert all(len(steps) == 5 for steps in snapshots), snapshots
-    assert {worker.status.started for worker in result.workers} == {result.workers[0].status.started}
+    assert {worker.batch_sizes.started for worker in result.workers} == {result.workers[0].batch_sizes.started}
 
 
 def test_it_says_which_modes_and_options_it_has() -> None:

@@ -15,6 +15,7 @@ import pytest
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.loop.worker import Worker
+from dlion_mpi.metrics.records import StepRecord
 from dlion_mpi.strategies.contract import Inbox, Plan
 from dlion_mpi.strategies.registry import STRATEGIES, resolve
 from dlion_mpi.wire import Kind
@@ -113,8 +114,8 @@ class Leads:
 
     def __call__(self, worker: Worker, network: Network) -> None:
         others = sorted(step for rank, step in enumerate(network.posted) if rank != worker.rank)
-        self.largest = max(self.largest, worker.step - others[self.backup])
-        self.largest_of_slowest = max(self.largest_of_slowest, worker.step - others[0])
+        self.largest = max(self.largest, worker.step - 1 - others[self.backup])
+        self.largest_of_slowest = max(self.largest_of_slowest, worker.step - 1 - others[0])
 
 
 ADVERSE = [
@@ -325,12 +326,16 @@ def test_a_worker_that_must_stop_ends_the_run_for_all(name: str, mode: str) -> N
 def test_a_worker_that_fails_when_its_step_is_done_holds_nobody(name: str, mode: str, last: int) -> None:
     """As when its disk is full; also at the last of 40 steps, which the others complete without it."""
 
-    def fail(worker: Worker, network: Network) -> None:
-        if worker.rank == 1 and worker.step == last:
+    def fail(record: StepRecord) -> None:
+        if record.step == last:
             raise RunError("planted")
 
+    def prepare(worker: Worker) -> None:
+        if worker.rank == 1:
+            worker.on_step = fail
+
     with pytest.raises(RunError, match="planted"):
-        trained(config(name, mode, steps=40), weather=Weather(seed=3, delay=30), on_step=fail)
+        trained(config(name, mode, steps=40), weather=Weather(seed=3, delay=30), prepare=prepare)
 
 
 @pytest.mark.parametrize(("name", "mode"), [pair for pair in EVERY_MODE if pair[1] != "sync"])
@@ -346,7 +351,7 @@ def test_workers_that_end_at_different_times_hold_nobody(name: str, mode: str) -
 @pytest.mark.parametrize(("name", "mode"), [pair for pair in EVERY_MODE if pair[1] != "sync"])
 def test_who_has_left_is_neither_waited_for_nor_sent_anything(name: str, mode: str) -> None:
     def end_early(worker: Worker, network: Network) -> None:
-        if worker.rank == 1 and worker.step == 9:
+        if worker.rank == 1 and worker.step == 10:
             worker.end_step = 10
 
     settings = config(name, mode, steps=120, transfer="none")

@@ -11,7 +11,7 @@ from dlion_mpi.mpi.driver import EncoderThread
 
 
 def made(number: int) -> EncodedBatch:
-    return EncodedBatch(float(number), number + 0.5, 0.0, {number: 1.0})
+    return EncodedBatch(number, float(number), number + 0.5, 0.0, {number: 1.0})
 
 
 def test_work_is_done_in_its_order_and_the_loop_is_told_of_each() -> None:

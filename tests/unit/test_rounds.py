@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dlion_mpi.config.options import Config
-from dlion_mpi.loop.batch_sizes import StatusRounds
+from dlion_mpi.loop.batch_sizes import BatchSizeRounds
 from dlion_mpi.loop.knowledge import KnowledgeRounds
 from dlion_mpi.loop.ports import Until
 from dlion_mpi.metrics.records import Transfer
@@ -28,12 +28,12 @@ def resolved(**options: Any) -> Config:
 
 def status_rounds(
     config: Config, workers: int = WORKERS, samples: int = SAMPLES
-) -> tuple[list[StatusRounds], MemoryCollectives]:
+) -> tuple[list[BatchSizeRounds], MemoryCollectives]:
     shared = MemoryCollectives(workers)
-    return [StatusRounds(config, rank, workers, samples, shared.of(rank)) for rank in range(workers)], shared
+    return [BatchSizeRounds(config, rank, workers, samples, shared.of(rank)) for rank in range(workers)], shared
 
 
-def timed(rounds: StatusRounds, alpha: float, beta: float) -> StatusRounds:
+def timed(rounds: BatchSizeRounds, alpha: float, beta: float) -> BatchSizeRounds:
     """With a fit that says this."""
     for samples in (10, 40, 80):
         rounds.fit.add(samples, alpha + beta * samples)
@@ -45,7 +45,7 @@ def waits(events: Iterable[Until | Transfer]) -> list[Until]:
     return [event for event in events if isinstance(event, Until)]
 
 
-def first(all_rounds: list[StatusRounds]) -> None:
+def first(all_rounds: list[BatchSizeRounds]) -> None:
     """Before the first step, everyone together."""
     loops = [rounds.first(0) for rounds in all_rounds]
     pending = [next(loop) for loop in loops]
@@ -165,7 +165,7 @@ def test_in_sync_the_round_of_a_step_is_awaited_at_the_next() -> None:
     assert until.ready()
 
 
-def waits_of_the_first(rounds: StatusRounds, step: int) -> list[Until]:
+def waits_of_the_first(rounds: BatchSizeRounds, step: int) -> list[Until]:
     return [next(iter(rounds.advance(step)))]
 
 
@@ -401,7 +401,7 @@ def test_where_there_is_nothing_to_learn_nothing_is_asked(config: Config, worker
     for step in range(300):
         assert minds.everyone(step) == [[]] * workers
     assert minds.shared.calls == {}
-    assert minds.rounds[0].settled(lambda: minds.vectors[0])
+    assert minds.rounds[0].settled()
 
 
 def test_when_somebody_has_left_nothing_travels() -> None:
@@ -413,7 +413,7 @@ def test_when_somebody_has_left_nothing_travels() -> None:
         for rank in (0, 1):
             assert minds.advance(rank, step) == []
     assert [call.what for call in minds.shared.calls["transfer"]] == ["gather"]
-    assert all(rounds.settled(lambda: minds.vectors[0]) for rounds in minds.rounds)
+    assert all(rounds.settled() for rounds in minds.rounds)
 
 
 def test_who_has_ended_still_serves_a_transfer_under_way() -> None:
@@ -423,10 +423,11 @@ def test_who_has_ended_still_serves_a_transfer_under_way() -> None:
     for rank in (1, 2):
         minds.advance(rank, 11)
     minds.rounds[0].leave(1)
-    minds.rounds[0].settled(minds.vectors[0].copy)  # as it asks while it waits for the others
+    minds.rounds[0].serve(minds.vectors[0].copy)  # as while it waits for the others
     for rank in (1, 2):
         (transfer,) = minds.advance(rank, 12)
         assert isinstance(transfer, Transfer)
     assert minds.learned() == [0.0, 5.0, 10.0]
-    assert minds.rounds[0].settled(minds.vectors[0].copy)
+    minds.rounds[0].serve(minds.vectors[0].copy)
+    assert minds.rounds[0].settled()
     assert not minds.rounds[0].in_flight

@@ -1,0 +1,115 @@
+"""The processor time that the exchange may take (``--exchange-share``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from dlion_mpi.loop.clock import Clock
+from dlion_mpi.strategies.contract import TELLING_BYTES, LinkView
+from dlion_mpi.vector.named_arrays import Array, Arrays, integer, integers, number, numbers
+
+MOST_STEPS_APART = 8
+"""Gradients are exchanged at least once in this many steps, whatever that costs."""
+LEAST_SHARE = 0.01
+"""Of a gradient's bytes: the budget shrinks messages no further. Below it, most of the cost is reading every entry."""
+ADAPTED = (0.25, 1.25)
+"""How fast messages shrink, and grow again, from one exchange to the next."""
+
+
+@dataclass(slots=True)
+class ExchangeBudget:
+    """Keeps selecting, encoding, decoding and MPI's thread within a share of the processor time of computing.
+
+    On a fast network the processor, not the link, is what a message costs. When the exchange costs more than its
+    share, messages shrink; when the smallest messages still cost too much, gradients are exchanged every few steps.
+
+    ``share``: of computing's processor time; 0 means no limit. ``processors``: threads that compute the gradient.
+    ``dense_bytes``: size of a gradient with all its entries. ``clock``: the worker's.
+    ``transport_cpu_s``: processor seconds of the thread that moves messages.
+    """
+
+    share: float
+    processors: int
+    dense_bytes: float
+    clock: Clock
+    transport_cpu_s: Callable[[], float]
+    message_bytes: float = field(init=False)
+    """Upper limit on a message's size."""
+    credit_s: float = field(init=False, default=0.0)
+    """Processor seconds granted and not yet spent."""
+    exchanged_step: int = field(init=False, default=-1)
+    """The last step whose gradient was exchanged."""
+    _cost_s: float = field(init=False, default=0.0)
+    _transport_s: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self.message_bytes = self.dense_bytes
+
+    @property
+    def least_bytes(self) -> float:
+        """The smallest limit on a message's size. Smaller messages would not tell the link's bandwidth either."""
+        return max(LEAST_SHARE * self.dense_bytes, TELLING_BYTES)
+
+    @contextmanager
+    def charged(self) -> Iterator[None]:
+        """Charge the processor time of what is done in this scope."""
+        start_s = self.clock.cpu_s()
+        yield
+        self._cost_s += self.clock.cpu_s() - start_s
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """While the loop waits, moving messages slows no computing, so it is not charged."""
+        start_s = self.transport_cpu_s()
+        yield
+        self._transport_s += self.transport_cpu_s() - start_s
+
+    def charge(self, cpu_s: float) -> None:
+        """Charge processor seconds that another thread has spent."""
+        self._cost_s += cpu_s
+
+    def start(self) -> None:
+        """Forget the cost of what was moved before training began."""
+        self._transport_s = self.transport_cpu_s()
+
+    def settle(self, step: int, compute_s: float) -> None:
+        """Grant the share of a gradient's computing, and take off what the exchange has cost since the last one."""
+        transport_s = self.transport_cpu_s()
+        granted_s = self.share * compute_s * self.processors
+        cost_s = self._cost_s + transport_s - self._transport_s
+        self._cost_s, self._transport_s = 0.0, transport_s
+        if self.exchanged_step == step - 1 and cost_s > 0:
+            least, most = ADAPTED
+            wanted_bytes = self.message_bytes * min(max(granted_s / cost_s, least), most)
+            self.message_bytes = min(max(wanted_bytes, self.least_bytes), self.dense_bytes)
+        # Unused credit lapses after a step, so that no burst follows a lull. Debt is limited to what can be put off.
+        credit_s = max(self.credit_s + granted_s - cost_s, -MOST_STEPS_APART * granted_s)
+        self.credit_s = min(credit_s, granted_s)
+
+    def limit(self, step: int, links: Mapping[int, LinkView]) -> Mapping[int, LinkView]:
+        """The links with the budget's limit on message size, or none of them ready when the budget is overdrawn.
+
+        A gradient that is not exchanged is treated as on a link that has not drained. In lockstep there is no limit,
+        since everyone waits for everyone's message of every step.
+        """
+        if not self.share:
+            return links
+        overdue = step - self.exchanged_step >= MOST_STEPS_APART
+        if self.credit_s < 0 and self.message_bytes <= self.least_bytes and not overdue:
+            return {peer: LinkView(False, link.budget_bytes) for peer, link in links.items()}
+        self.exchanged_step = step
+        return {peer: replace(link, affordable_bytes=self.message_bytes) for peer, link in links.items()}
+
+    def to_arrays(self) -> Arrays:
+        """The state for a checkpoint."""
+        return {
+            **integers(exchanged_step=self.exchanged_step),
+            **numbers(exchange_credit_s=self.credit_s, message_bytes=self.message_bytes),
+        }
+
+    def from_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Restore what `to_arrays` gave. Raises StateError."""
+        self.exchanged_step = integer(arrays, "exchanged_step")
+        self.credit_s, self.message_bytes = number(arrays, "exchange_credit_s"), number(arrays, "message_bytes")

@@ -1,0 +1,56 @@
+"""The end of a run: all workers leave together, so that no message, collective or transfer is cut off."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from dlion_mpi.loop.exchange import finish_encoding
+from dlion_mpi.loop.ports import Loop, Until
+from dlion_mpi.loop.sums import total
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.metrics.timeline import Phase
+from dlion_mpi.wire import Kind
+
+CLOSING = "closing"
+
+
+def leave(w: Worker) -> Loop:
+    """Leave the run in order.
+
+    First every worker tells that it has ended and how many rounds it took part in, and takes part in those that it
+    missed. Then nobody sends any more, so the messages in flight can be counted and drained. After that no rank has
+    anything left to do for another. Where gradients are summed, the sum tells the others that this worker has left.
+    """
+    yield from finish_encoding(w)
+    with w.timed(Phase.LEAVE):
+        serve = partial(_serve, w)
+        if w.reduce is not None and w.reductions < w.end_step:
+            yield from total(w, None)
+        w.links.announce(Kind.STOP if w.stop_reason else Kind.CLOSE, w.stamp())
+        if w.checkpoints is not None:
+            checkpoints = w.checkpoints
+            yield Until(lambda: checkpoints.over, serve)
+        ended = w.collectives.gather(CLOSING, [w.batch_sizes.started, w.knowledge.started])
+        yield Until(lambda: ended.done, serve)
+        rounds_of_batch_sizes, rounds_of_knowledge = (int(most) for most in ended.table.max(axis=0))
+        w.batch_sizes.leave(rounds_of_batch_sizes)
+        if w.knowledge.started < rounds_of_knowledge:
+            yield Until(lambda: not w.knowledge.gathering, serve)
+            w.knowledge.leave(rounds_of_knowledge)
+        yield Until(lambda: w.batch_sizes.settled() and w.knowledge.settled(), serve)
+        sent = w.collectives.gather(CLOSING, w.links.fall_silent())
+        yield Until(lambda: sent.done, serve)
+        expected = [int(count) for count in sent.table[:, w.rank]]
+        yield Until(lambda: w.links.received_counts() == expected, serve)
+        drained = w.collectives.gather(CLOSING, [0.0])
+        yield Until(lambda: drained.done)
+
+
+def _serve(w: Worker) -> None:
+    """Serve the workers that have not ended: empty the inbox, continue a knowledge transfer."""
+    w.collect()
+    if w.checkpoints is None or w.checkpoints.over:
+        w.inbox.held.clear()
+    else:  # what has arrived belongs to the last checkpoint
+        w.checkpoints.serve(w)
+    w.knowledge.serve(w.replica.knowledge)

@@ -1,0 +1,55 @@
+"""The step that a worker is in: where its time goes, what it sent and what it applied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dlion_mpi.metrics.timeline import Phase
+
+TIMED = {Phase.SELECT: "select_encode_s", Phase.WAIT: "wait_s", Phase.APPLY: "apply_s"}
+"""The phases whose seconds a step adds up, and where."""
+
+
+@dataclass(slots=True)
+class Step:
+    """One step of one worker. Times in seconds; a nested phase counts once, for itself.
+
+    ``quality``: by peer the N of the message that this step sent, once it is known. ``ages``: by sender (seconds,
+    steps) of every message that was applied, since its gradient was computed. ``skipped``: steps left out after this.
+    """
+
+    started_s: float
+    lbs: int
+    gbs: int
+    compute_s: float = 0.0
+    paced_s: float = 0.0
+    select_encode_s: float = 0.0
+    wait_s: float = 0.0
+    apply_s: float = 0.0
+    quality: dict[int, float] = field(default_factory=dict)
+    ages: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
+    skipped: int = 0
+
+    def add(self, phase: Phase, seconds: float) -> None:
+        """Add to the time of a phase, if it is one that a step adds up."""
+        if name := TIMED.get(phase):
+            setattr(self, name, getattr(self, name) + seconds)
+
+
+@dataclass(slots=True)
+class Spent:
+    """Samples computed and seconds spent since training began."""
+
+    samples: int = 0
+    compute_s: float = 0.0
+    select_encode_s: float = 0.0
+    wait_s: float = 0.0
+    apply_s: float = 0.0
+
+    def add(self, step: Step) -> None:
+        """Add a step."""
+        self.samples += step.lbs
+        self.compute_s += step.compute_s
+        self.select_encode_s += step.select_encode_s
+        self.wait_s += step.wait_s
+        self.apply_s += step.apply_s
