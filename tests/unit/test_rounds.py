@@ -413,6 +413,8 @@ def test_when_somebody_has_left_nothing_travels() -> None:
         for rank in (0, 1):
             assert minds.advance(rank, step) == []
     assert [call.what for call in minds.shared.calls["transfer"]] == ["gather"]
+    for rounds, vector in zip(minds.rounds, minds.vectors, strict=True):
+        rounds.serve(vector.copy)
     assert all(rounds.settled() for rounds in minds.rounds)
 
 
