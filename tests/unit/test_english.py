@@ -18,17 +18,17 @@ BUDGETS = {
     "dlion_mpi/commands": 26,
     "dlion_mpi/config": 18,
     "dlion_mpi/learner": 4,
-    "dlion_mpi/loop": 121,
+    "dlion_mpi/loop": 117,
     "dlion_mpi/metrics": 31,
-    "dlion_mpi/mpi": 45,
+    "dlion_mpi/mpi": 38,
     "dlion_mpi/report": 10,
-    "dlion_mpi/simulation": 42,
+    "dlion_mpi/simulation": 30,
     "dlion_mpi/strategies": 92,
     "dlion_mpi/trace": 21,
     "dlion_mpi/vector": 3,
     "dlion_mpi/view": 46,
     "dlion_mpi/wire": 7,
-    "docs": 130,
+    "docs": 106,
 }
 
 
