@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import itertools
 import json
 import re
@@ -56,6 +57,19 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert goal.is_relative_to(ROOT), f"{target}: outside the project"
         if anchor:
             assert anchor in anchors(goal), f"{target}: {goal.name} has {sorted(anchors(goal))}"
+
+
+STOPS = re.findall(r"\[`([\w.]+)`\]\(\.\./(dlion_mpi/[\w/]+\.py)\)", prose(ROOT / "docs/architecture.md"))
+
+
+@pytest.mark.parametrize(("name", "file"), STOPS)
+def test_every_stop_of_the_tour_is_where_the_tour_says(name: str, file: str) -> None:
+    """A stop is a function, a class, a method or the file itself."""
+    tree: ast.AST = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    for part in () if name == Path(file).name else name.split("."):
+        found = [node for node in ast.iter_child_nodes(tree) if getattr(node, "name", None) == part]
+        assert found, f"{file} has no {name}"
+        tree = found[0]
 
 
 @pages
