@@ -154,8 +154,8 @@ class Job:
         try:
             code = self._process.wait()
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number, handler in before.items():  # a repeated signal must not change the exit code
+                signal.signal(number, signal.SIG_IGN if self._passed_on else handler)
         if self._kind == "hydra" and code in self._passed_on:
             self._ended_by = code  # so MPICH's mpirun says that a signal has killed a rank
         if self._ended_by:

@@ -19,9 +19,9 @@ from typing import Any, TextIO
 from rich.cells import cell_len
 
 LAUNCHERS = frozenset(
-    {"mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "prun", "mpiexec.hydra", "hydra_pmi_proxy"}
+    {"mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "prun", "mpiexec.hydra", "hydra_pmi_proxy", "dlion"}
 )
-"""Programs that start ranks, as the kernel names them (15 characters at most)."""
+"""Programs that start ranks, as the kernel names them (15 characters at most). `dlion` is `dlion launch`."""
 SIZE = (80, 24)
 """Characters and lines where nobody knows."""
 LAST_FRAME_S = 2.0
@@ -94,7 +94,7 @@ def launchers_terminal() -> Terminal | None:
 
 
 def _launcher() -> int:
-    """The outermost `mpirun` above this process, 0 if there is none."""
+    """The outermost launcher above this process, 0 if there is none."""
     pid, launcher = os.getppid(), 0
     while (process := _process(pid)) is not None and process.name in LAUNCHERS:
         pid, launcher = process.parent, pid

@@ -206,11 +206,12 @@ def test_who_stands_in_the_foreground_is_read_from_proc() -> None:
 def test_the_launchers_terminal_is_that_of_the_outermost_launcher(
     screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """rank -> proxy (a pipe) -> mpiexec (the terminal) -> shell (the terminal)."""
+    """rank -> proxy (a pipe) -> mpiexec -> dlion launch (the terminal) -> shell (the terminal)."""
     tree = {
         2: _Process("hydra_pmi_proxy", 3, True),
         3: _Process("mpiexec.hydra", 4, True),
-        4: _Process("bash", 1, True),
+        4: _Process("dlion", 5, True),
+        5: _Process("bash", 1, True),
     }
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(terminal, "_process", tree.get)
@@ -220,12 +221,12 @@ def test_the_launchers_terminal_is_that_of_the_outermost_launcher(
     original = os.open
     monkeypatch.setattr(os, "open", lambda path, *more: asked.append(path) or original(device, *more))  # type: ignore[func-returns-value]
     found = launchers_terminal()
-    assert asked == ["/proc/3/fd/2"]
+    assert asked == ["/proc/4/fd/2"]
     assert found is not None
-    assert (found.size(), found.job) == ((40, 10), 3)
+    assert (found.size(), found.job) == ((40, 10), 4)
     monkeypatch.setattr(os, "open", lambda path, *more: original(os.devnull, *more))
     assert launchers_terminal() is None  # mpirun 2> FILE
-    monkeypatch.setattr(os, "getppid", lambda: 4)
+    monkeypatch.setattr(os, "getppid", lambda: 5)
     assert launchers_terminal() is None  # started by no launcher
     monkeypatch.setattr(os, "getppid", lambda: 2)
     monkeypatch.setenv("TERM", "dumb")
