@@ -51,9 +51,9 @@ from dlion_mpi.mpi.transport import MpiTransport
 from dlion_mpi.provenance import versions
 from dlion_mpi.result import Result, exit_code, result_of, summary_row
 from dlion_mpi.signals import STOPPING, stopped_by_signals
-from dlion_mpi.strategies.allreduce import AllReduce
-from dlion_mpi.strategies.contract import WINDOW, Strategy
+from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.strategies.types import Plan
 from dlion_mpi.view.lines import summary
 from dlion_mpi.view.live import title_of, told
 
@@ -94,6 +94,10 @@ def _run(
     shard = _merge(ranks, together(ranks, own_data or (lambda: _load(config, ranks))))
     threads = config.threads or startup.threads(ranks)
     replica = together(ranks, lambda: _replica(config, ranks, shard, model, threads))
+    members = Membership(tuple(range(ranks.size)))
+    if preemption is not None:
+        plan = Plan(config=config, rank=ranks.rank, ranks=members.ranks, layout=replica.layout)
+        check_resumable(strategy, plan)
     replica.set_knowledge(startup.share_from_root(ranks, replica.knowledge()))
     recorder = _recorder(config, ranks, start, loaded, shard, pace_clock)
     _say_what(config, ranks, replica, shard, report)
@@ -103,7 +107,7 @@ def _run(
     worker = Worker(
         config=config,
         rank=ranks.rank,
-        members=Membership(tuple(range(ranks.size))),
+        members=members,
         strategy=strategy,
         replica=replica,
         batches=(batches := Batches(shard, seed=config.seed, rank=ranks.rank)),
@@ -115,7 +119,7 @@ def _run(
         training_samples=shard.train_samples_global,
         processors=threads,
         encoder=exchange.thread,
-        reduce=exchange.reduce if ranks.size > 1 else None,
+        reduce=exchange.reduce,
     )
     session = None
     if preemption is not None:
@@ -150,9 +154,7 @@ def _agreed(config: Config, ranks: Ranks, start: Start, preemption: Preemption |
     startup.agree(ranks, "\n".join(f"{k} = {v}" for k, v in versions().items()) + f"\n{start}\n" + config.to_toml())
     strategy, config = resolve(config)
     together(ranks, lambda: export.check(config, ranks))
-    if preemption is not None:
-        check_resumable(strategy)
-    if config.strategy == "horovod":
+    if strategy.summed_by == "horovod":
         from dlion_mpi.mpi import horovod as horovod_baseline
 
         together(ranks, horovod_baseline.require)
@@ -179,7 +181,7 @@ class _Exchange:
             ranks.size,
             self._transport,
             size=replica.layout.size,
-            window=config.window or WINDOW,
+            window=config.window or strategy.window,
             now_s=clock.now_s,
             lock=threading.Lock(),
             log=log,
@@ -189,17 +191,14 @@ class _Exchange:
             ranks.communicator, channels, self.progress.wake, self.links.carried, clock.now_s
         )
         self.thread = EncoderThread(self.progress.notify)
-        self.reduce: Reduce | None = None
-        """What sums gradients, if the strategy does."""
+        self.reduce: Reduce = functools.partial(self.collectives.reduce, SUM)
         self._horovod: HorovodReducer | None = None
-        if config.strategy == "horovod":
+        if strategy.summed_by == "horovod":
             from dlion_mpi.mpi import horovod as horovod_baseline
 
             hvd = together(ranks, horovod_baseline.load)
             self._horovod = horovod_baseline.HorovodReducer(hvd, ranks, replica.layout.size, self.links.carried)
             self.reduce = self._horovod.reduce
-        elif isinstance(strategy, AllReduce):
-            self.reduce = functools.partial(self.collectives.reduce, SUM)
 
     @contextmanager
     def open(self) -> Iterator[None]:

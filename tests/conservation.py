@@ -31,14 +31,14 @@ class Exact:
 
         def spy_outgoing(strategy: Ako, state: Any, local: Any, views: Any) -> Any:
             vector = np.rint(local.vector * np.float32(2**18)) / np.float32(2**18)
-            state, messages = outgoing(strategy, state, replace(local, vector=vector), views)
+            messages = outgoing(strategy, state, replace(local, vector=vector), views)
             for peer, view in views.items():
                 link = state.plan.rank, peer
                 self.computed[link] = self.computed.get(link, 0) + vector
                 self.kept[link] = state.accumulated + state.missed.vectors.get(peer, np.float32(0))
                 self.turns_missed += not view.ready
             self.states[state.plan.rank] = state
-            return state, messages
+            return messages
 
         def spy_poll(own: Any) -> Any:
             messages = poll(own)

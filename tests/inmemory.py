@@ -10,6 +10,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from dlion_mpi.loop.leave import leave
 from dlion_mpi.loop.links import ByteLinks, Channel, Done
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.ports import Compute, Computed, EncodedBatch, Loop, Stamp, Until
+from dlion_mpi.loop.sums import SUM
 from dlion_mpi.loop.train import train
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
-from dlion_mpi.strategies.allreduce import AllReduce
-from dlion_mpi.strategies.contract import LinkView, Outgoing
 from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.strategies.types import LinkView, Outgoing
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, vector
@@ -110,8 +111,8 @@ class RankCollectives:
     def broadcast(self, channel: str, root: int, vector: Vector) -> MemoryTicket:
         return self._join(channel, f"broadcast from {root}", vector)
 
-    def reduce(self, share: Vector | None) -> MemoryTicket:
-        return self._join("sum", "reduce", share)
+    def reduce(self, channel: str, vector: Vector | None) -> MemoryTicket:
+        return self._join(channel, "reduce", vector)
 
     def _join(self, channel: str, what: str, part: Any) -> MemoryTicket:
         number = self._joined.get(channel, 0)
@@ -401,7 +402,7 @@ def run(
             clock=Clock(lambda: network.tick * 1e-3),
             training_samples=sum(len(x) for x in rows),
             encoder=MemoryEncoder(network, rank),
-            reduce=own.reduce if isinstance(strategy, AllReduce) and len(replicas) > 1 else None,
+            reduce=partial(own.reduce, SUM),
         )
         run.workers.append(worker)
         run.sent.append(links.history)

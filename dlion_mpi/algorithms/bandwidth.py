@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 SMALL_BYTES = 1024
 """Messages below this tell about latency, not about bandwidth, and are not sampled."""
+MEASURABLE_BYTES = 2048
+"""The time of a message of this size tells the link's bandwidth well."""
 FIRST_BYTES = 64 * 1024
 """What an unmeasured link is offered first."""
 PROBE = 1.25

@@ -24,7 +24,7 @@ import numpy as np
 
 from dlion_mpi.algorithms.selection import Ranking, Selection, Selector
 from dlion_mpi.vector.layout import Entries, Layout, Vector
-from dlion_mpi.vector.named_arrays import Array, Arrays, number, numbers, under, vector, vectors_by_rank
+from dlion_mpi.vector.named_arrays import Array, Arrays, number, numbers, part, under, vector, vectors_by_rank
 from dlion_mpi.wire import ValueType, bytes_for_count, encoded_bytes, rounded
 
 
@@ -88,11 +88,12 @@ class Unsent:
         owed = under("owed", {str(peer): owed for peer, owed in self.owed.items()})
         return {"common": self.common, **owed, **numbers(clustering=self._clustering)}
 
-    def from_arrays(self, arrays: Mapping[str, Array], peers: Iterable[int]) -> None:
-        """Take back what `to_arrays` gave. Raises StateError."""
+    def from_arrays(self, arrays: Mapping[str, Array], name: str, ranks: Iterable[int]) -> None:
+        """Restore what `to_arrays` gave, stored under ``name``. Raises StateError."""
+        arrays = part(arrays, name)
         self.common[:] = vector(arrays, "common", self.layout.size)
         self.owed = {}
-        for peer, owed in vectors_by_rank(arrays, "owed", peers, self.layout.size).items():
+        for peer, owed in vectors_by_rank(arrays, "owed", ranks, self.layout.size).items():
             self.owed[peer] = next((other for other in self.owed.values() if np.array_equal(other, owed)), owed)
         self._clustering = number(arrays, "clustering")
 

@@ -35,7 +35,6 @@ from dlion_mpi.config.options import Config
 from dlion_mpi.loop.exchange import finish_encoding
 from dlion_mpi.loop.ports import Collectives, Ticket, Until
 from dlion_mpi.loop.worker import Worker
-from dlion_mpi.strategies.contract import Resumable
 from dlion_mpi.vector.named_arrays import Arrays
 from dlion_mpi.wire import Kind, Message
 
@@ -252,7 +251,6 @@ class CheckpointRounds:
         self._spare = {}
         if not self._sync:
             self._log = [(0, message) for message in w.inbox.held]
-        assert isinstance(w.strategy, Resumable)
         self.holding = not (self._awaited or w.strategy.restates)
         self._cut = self._collectives.gather(STAGES, [w.step, *(w.posted[peer] for peer in range(ranks))])
 

@@ -19,7 +19,8 @@ from dlion_mpi.loop.ports import Collectives, Replica
 from dlion_mpi.loop.worker import Recorder, Worker
 from dlion_mpi.metrics.recorder import Recorder as FileRecorder
 from dlion_mpi.provenance import versions
-from dlion_mpi.strategies.contract import Resumable, Strategy
+from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.types import Plan
 
 
 @contextlib.contextmanager
@@ -33,13 +34,12 @@ def preemptible(config: Config) -> Iterator[Preemption | None]:
         yield preemption
 
 
-def check(strategy: Strategy) -> None:
-    """Raises UserError for a strategy whose state cannot be kept."""
-    if not isinstance(strategy, Resumable):
-        raise UserError(
-            f"--checkpoint-every: strategy {strategy.name} does not say what its state is (to_arrays, from_arrays): "
-            "leave the option out, or add them"
-        )
+def check(strategy: Strategy, plan: Plan) -> None:
+    """Raise UserError for a strategy whose state a checkpoint cannot keep."""
+    try:
+        strategy.to_arrays(strategy.start(plan))
+    except TypeError as error:
+        raise UserError(f"--checkpoint-every: strategy {strategy.name}: {error}") from None
 
 
 class Session:

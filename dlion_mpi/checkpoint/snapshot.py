@@ -10,7 +10,6 @@ from dlion_mpi.loop.links import LinkTotals
 from dlion_mpi.loop.step import Spent
 from dlion_mpi.loop.worker import History, Worker
 from dlion_mpi.metrics.records import Evaluation
-from dlion_mpi.strategies.contract import Resumable
 from dlion_mpi.vector.layout import Entries
 from dlion_mpi.vector.named_arrays import (
     Array,
@@ -38,7 +37,6 @@ def take(w: Worker, spare: Arrays) -> Arrays:
 
     ``spare``: arrays of an earlier snapshot, reused where they fit, because new memory costs more than copying.
     """
-    assert isinstance(w.strategy, Resumable)
     strategy = under("strategy", w.strategy.to_arrays(w.state))
     return {
         **{name: _copy(value, spare.get(name)) for name, value in strategy.items()},
@@ -145,14 +143,12 @@ def restore(w: Worker, arrays: Mapping[str, Array], steps: Mapping[int, int]) ->
 
     ``steps``: by rank, the step at which it resumes. Raises StateError, or UserError for different data.
     """
-    assert isinstance(w.strategy, Resumable)
     size, ranks = w.replica.layout.size, len(w.members)
     data = part(arrays, "data")
     w.batches.restore({name: integer(data, name) for name in data})
     w.replica.from_arrays(part(arrays, "model"))
-    w.state = w.strategy.from_arrays(w.state, part(arrays, "strategy"))
+    w.strategy.from_arrays(w.state, part(arrays, "strategy"))
     _restore_progress(w, part(arrays, "worker"))
-    w.reductions = w.step  # a sum per step
     w.inbox.newest = {peer: steps[peer] - 1 for peer in w.peers}
     w.inbox.held = messages_of(arrays, size, ranks)
     w.batch_sizes.from_arrays(part(arrays, "status"), max(steps.values()))
@@ -180,7 +176,7 @@ def restore_elsewhere(w: Worker, arrays: Mapping[str, Array]) -> None:
         part(arrays, "model"), generators=False
     )  # with equal generators all workers would drop the same units
     w.step = integer(arrays, "worker/step")
-    w.budget.exchanged_step = w.reductions = w.step
+    w.budget.exchanged_step = w.step
     w.history.evaluated_s = number(arrays, "worker/evaluated_s")
     w.inbox.newest = dict.fromkeys(w.peers, w.step - 1)
     w.history.evaluations.extend(evaluations_of(part(arrays, "worker")))

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from dlion_mpi.algorithms.bandwidth import MEASURABLE_BYTES
 from dlion_mpi.loop.clock import Clock
-from dlion_mpi.strategies.contract import TELLING_BYTES, LinkView
+from dlion_mpi.strategies.types import LinkView
 from dlion_mpi.vector.named_arrays import Array, Arrays, integer, integers, number, numbers
 
 MOST_STEPS_APART = 8
@@ -50,7 +51,7 @@ class ExchangeBudget:
     @property
     def least_bytes(self) -> float:
         """The smallest limit on a message's size. Smaller messages would not tell the link's bandwidth either."""
-        return max(LEAST_SHARE * self.dense_bytes, TELLING_BYTES)
+        return max(LEAST_SHARE * self.dense_bytes, MEASURABLE_BYTES)
 
     @contextmanager
     def charged(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from functools import partial
 from dlion_mpi.loop.ports import BackgroundEncoder, Computed, EncodedBatch, Stamp, Until
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.timeline import Phase
-from dlion_mpi.strategies.contract import LocalGradient, Outgoing, SelectsBeside, SendsFirst
+from dlion_mpi.strategies.types import LocalGradient, Outgoing
 from dlion_mpi.wire import Kind
 
 Messages = dict[int, Outgoing]
@@ -24,10 +24,11 @@ def post_weights(w: Worker, *, waiting: bool = False) -> None:
 
     ``waiting``: the strategy was asked in this step before, and is asked again since a link may be free now.
     """
-    if w.alone or not isinstance(w.strategy, SendsFirst):
+    if w.alone or not w.strategy.sends_first():
         return
     with w.timed(Phase.SELECT, charged=True) as scope:
-        w.state, messages = w.strategy.opening(w.state, w.step, w.replica.weights, w.link_views(w.history.step_s))
+        links = w.link_views(w.history.step_s)
+        messages = w.strategy.before_compute(w.state, w.step, w.replica.weights, links)
         scope.discarded = waiting and not messages
     if not scope.discarded:
         _encode_and_queue(w, lambda: messages, w.stamp(scope.start_s))
@@ -39,12 +40,8 @@ def post(w: Worker, local: LocalGradient, computed: Computed) -> Generator[Until
     w.budget.settle(w.step, computed.seconds)
     links = w.budget.limit(w.step, w.link_views(w.history.step_s or computed.seconds))
     stamp = w.stamp(w.now_s())
-
-    def select() -> Messages:
-        w.state, messages = w.strategy.outgoing(w.state, local, links)
-        return messages
-
-    if _encoder(w) is None or (isinstance(w.strategy, SelectsBeside) and w.strategy.beside(w.config)):
+    select = partial(w.strategy.outgoing, w.state, local, links)
+    if _encoder(w) is None or w.strategy.selects_in_background(w.plan):
         _encode_and_queue(w, select, stamp)
     else:
         with w.timed(Phase.SELECT, charged=True):

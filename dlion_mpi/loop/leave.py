@@ -6,7 +6,6 @@ from functools import partial
 
 from dlion_mpi.loop.exchange import finish_encoding
 from dlion_mpi.loop.ports import Loop, Until
-from dlion_mpi.loop.sums import total
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.wire import Kind
@@ -19,19 +18,19 @@ def leave(w: Worker) -> Loop:
 
     First every worker tells that it has ended and how many rounds it took part in, and takes part in those that it
     missed. Then nobody sends any more, so the messages in flight can be counted and drained. After that no rank has
-    anything left to do for another. Where gradients are summed, the sum tells the others that this worker has left.
+    anything left to do for another. Where a strategy sums, every worker takes part in a last sum without a vector: it
+    tells a worker that waits in a sum that this one has left.
     """
     yield from finish_encoding(w)
     with w.timed(Phase.LEAVE):
         serve = partial(_serve, w)
-        if w.reduce is not None and w.reductions < w.end_step:
-            yield from total(w, None)
         w.links.announce(Kind.STOP if w.stop_reason else Kind.CLOSE, w.stamp())
+        last_sum = w.reduce(None) if w.summing else None
         if w.checkpoints is not None:
             checkpoints = w.checkpoints
             yield Until(lambda: checkpoints.over, serve)
         ended = w.collectives.gather(CLOSING, [w.batch_sizes.started, w.knowledge.started])
-        yield Until(lambda: ended.done, serve)
+        yield Until(lambda: ended.done and (last_sum is None or last_sum.done), serve)
         rounds_of_batch_sizes, rounds_of_knowledge = (int(most) for most in ended.table.max(axis=0))
         w.batch_sizes.leave(rounds_of_batch_sizes)
         if w.knowledge.started < rounds_of_knowledge:

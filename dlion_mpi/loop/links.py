@@ -23,7 +23,7 @@ from dlion_mpi.algorithms.bandwidth import LinkRate, rooms_bytes
 from dlion_mpi.errors import RunError
 from dlion_mpi.loop.ports import Stamp
 from dlion_mpi.metrics.timeline import MessageLog, Unlogged
-from dlion_mpi.strategies.contract import LinkView, Outgoing
+from dlion_mpi.strategies.types import LinkView, Outgoing
 from dlion_mpi.wire import Bytes, Header, Kind, Message
 
 UNREAD_MESSAGES = 3

@@ -111,7 +111,7 @@ class Ticket(Protocol):
 
 
 Reduce = Callable[[Vector | None], Ticket]
-"""Sums everyone's share of a gradient. None: this worker has none any more; then everyone's sum is empty, and all end.
+"""Sums all workers' vectors. None: this worker has ended; then every worker's sum is empty, and this was the last one.
 See `mpi.collectives.Collectives.reduce`."""
 
 
@@ -123,6 +123,9 @@ class Collectives(Protocol):
 
     def broadcast(self, channel: str, root: int, vector: Vector) -> Ticket:
         """One rank's vector to everyone."""
+
+    def reduce(self, channel: str, vector: Vector | None) -> Ticket:
+        """The sum of everyone's vectors to everyone; an empty one if anyone gives None."""
 
 
 class Replica(Protocol):

@@ -1,4 +1,4 @@
-"""Sums over all workers."""
+"""Sums over all workers, as a strategy asks for them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,38 @@ from collections.abc import Generator
 from dlion_mpi.loop.ports import Until
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.timeline import Phase
+from dlion_mpi.strategies.types import Effect, Sums
 from dlion_mpi.vector.layout import Vector
 
 SUM = "sum"
+"""The channel of the sums; see `mpi/collectives.py`."""
 
 
-def total(w: Worker, share: Vector | None) -> Generator[Until, None, Vector | None]:
-    """The sum of everyone's shares, or None if this worker or another has none: then all end before this step."""
-    assert w.reduce is not None
+def effect_of(w: Worker, answer: Effect | Sums[Effect | None] | None) -> Generator[Until, None, Effect | None]:
+    """Compute the sums that a strategy's answer asks for, and return its effect. None if a worker has ended."""
+    if isinstance(answer, Generator):
+        try:
+            request = next(answer)
+            while True:
+                vector = yield from _sum(w, request.vector)
+                if vector is None:
+                    answer.close()
+                    return None
+                request = answer.send(vector)
+        except StopIteration as stop:
+            return stop.value or Effect()
+    return answer or Effect()
+
+
+def _sum(w: Worker, vector: Vector) -> Generator[Until, None, Vector | None]:
+    """Sum all workers' vectors. Returns None if a worker has ended: then nobody gets a sum any more."""
+    if not len(vector):
+        return vector
     with w.timed(Phase.WAIT):
-        w.reductions += 1
-        ticket = w.reduce(share)
+        ticket = w.reduce(vector)
         if not ticket.done:
             yield Until(lambda: ticket.done)
-    if len(ticket.vector):
-        return ticket.vector
-    w.end_step = min(w.end_step, w.step)
-    return None
+    if not len(ticket.vector):
+        w.summing = False
+        return None
+    return ticket.vector

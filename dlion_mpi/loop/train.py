@@ -19,11 +19,11 @@ from dlion_mpi.loop.knowledge import KnowledgeRounds
 from dlion_mpi.loop.leave import CLOSING, leave
 from dlion_mpi.loop.ports import Compute, Computed, Loop, Until
 from dlion_mpi.loop.step import Step
-from dlion_mpi.loop.sums import SUM, total
+from dlion_mpi.loop.sums import SUM, effect_of
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
-from dlion_mpi.strategies.contract import LocalGradient
+from dlion_mpi.strategies.types import Effect, LocalGradient
 
 CHANNELS = (BatchSizeRounds.channel, KnowledgeRounds.channel, CLOSING, SUM)
 """The channels of the collectives; see `mpi/collectives.py`."""
@@ -135,31 +135,34 @@ def wait_for_batch_sizes(w: Worker) -> Generator[Until, None, None]:
 
 
 def complete(w: Worker, local: LocalGradient) -> Generator[Until, None, bool]:
-    """Update the replica with what has arrived.
-
-    Returns False if the step takes a sum over all workers and one of them has ended.
-    """
+    """Update the replica with what has arrived. Returns False if that takes a sum and a worker has ended."""
     assert w.current is not None
     with w.timed(Phase.APPLY) as scope:
         with w.budget.charged():
             messages = w.inbox.take(w.step if w.config.mode.lockstep else math.inf)
-            w.state, effect = w.strategy.incoming(w.state, local, w.replica.weights, messages)
-        gradient = effect.gradient
-        if effect.share is not None:
-            gradient = yield from total(w, effect.share)
-            if gradient is None:
-                return False
-        if effect.weights is not None:
-            w.replica.set_weights(effect.weights)
-        if gradient is not None:
-            w.replica.apply(gradient)
+            effect = yield from effect_of(w, w.strategy.incoming(w.state, local, w.replica.weights, messages))
+        if effect is None:
+            return False
+        _apply(w, effect)
         for header in (message.header for message in messages):
             age = scope.start_s - header.computed_at, w.step - header.step
             w.current.ages.setdefault(header.sender, []).append(age)
             w.recorder.applied(header, w.step, scope.start_s)
+        with w.budget.charged():
+            after = yield from effect_of(w, w.strategy.between(w.state, local, w.replica.weights))
+        if after is None:
+            return False
+        _apply(w, after)
     w.current.skipped = effect.skipped
     w.step += effect.skipped
     return True
+
+
+def _apply(w: Worker, effect: Effect) -> None:
+    if effect.weights is not None:
+        w.replica.set_weights(effect.weights)
+    if effect.gradient is not None:
+        w.replica.apply(effect.gradient)
 
 
 def rebalance_test_and_transfer(w: Worker, computed: Computed) -> Generator[Until, None, None]:

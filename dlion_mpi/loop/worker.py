@@ -19,7 +19,8 @@ from dlion_mpi.loop.ports import BackgroundEncoder, Batches, Collectives, Reduce
 from dlion_mpi.loop.step import Spent, Step
 from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
-from dlion_mpi.strategies.contract import Inbox, LinkView, Outgoing, Plan, Strategy
+from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.types import Inbox, LinkView, Outgoing, Plan
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import Header, Kind, Message
 
@@ -106,12 +107,12 @@ class Worker:
     evaluator: Evaluator
     recorder: Recorder
     clock: Clock
+    reduce: Reduce
+    """Computes the strategy's sums."""
     training_samples: InitVar[int]
     processors: InitVar[int] = 1
     encoder: BackgroundEncoder | None = None
     """Encodes messages in the background. While it does, it alone changes ``posted`` and the links."""
-    reduce: Reduce | None = None
-    """For a strategy that shares its gradients by a sum; see `Effect.share`."""
     checkpoints: Checkpoints | None = None
     on_step: Callable[[StepRecord], None] = lambda record: None
     # how far it is
@@ -126,14 +127,15 @@ class Worker:
     """Why the run must end early: a signal, a failure, a reached target; "" if another rank knows why."""
     exit_code: int = 0
     # what it has learned
+    plan: Plan = field(init=False)
     state: Any = None
     inbox: Inbox = field(init=False)
     posted: Counter[int] = field(default_factory=Counter)
     """Messages posted, by peer."""
     collected: Counter[int] = field(default_factory=Counter)
     """Messages received, by peer."""
-    reductions: int = 0
-    """Sums that this worker has taken part in."""
+    summing: bool = field(init=False)
+    """Whether the strategy sums and, as far as is known, no worker has ended."""
     budget: ExchangeBudget = field(init=False)
     batch_sizes: BatchSizeRounds = field(init=False)
     knowledge: KnowledgeRounds = field(init=False)
@@ -152,9 +154,9 @@ class Worker:
         self.inbox = Inbox(dict.fromkeys(self.members.peers(self.rank), -1))
         self.batch_sizes = BatchSizeRounds(self.config, self.rank, workers, training_samples, self.collectives)
         self.knowledge = KnowledgeRounds(self.config, self.rank, workers, self.collectives, self.now_s)
-        self.state = self.strategy.start(
-            Plan(config=self.config, rank=self.rank, ranks=self.members.ranks, layout=self.replica.layout)
-        )
+        self.summing = self.strategy.sums() and not self.alone
+        self.plan = Plan(config=self.config, rank=self.rank, ranks=self.members.ranks, layout=self.replica.layout)
+        self.state = self.strategy.start(self.plan)
 
     @property
     def alone(self) -> bool:

@@ -12,6 +12,7 @@ from dlion_mpi.loop.clock import Clock
 from dlion_mpi.loop.leave import leave
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.ports import Compute, Computed, Loop, Until
+from dlion_mpi.loop.sums import SUM
 from dlion_mpi.loop.train import train
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import StepRecord
@@ -21,7 +22,6 @@ from dlion_mpi.simulation.collectives import Operations, VirtualCollectives
 from dlion_mpi.simulation.links import Processor, VirtualEncoder, VirtualLinks
 from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.simulation.run import Finish, VirtualRun
-from dlion_mpi.strategies.contract import WINDOW
 from dlion_mpi.strategies.registry import find
 from dlion_mpi.vector.gradient import Gradient
 
@@ -107,7 +107,7 @@ def drive(run: VirtualRun) -> list[Finish]:
     network = Network(run.environment, events, run.config.seconds)
     processes: list[Process] = []
     running = set(range(run.workers))
-    size, window = run.shared.layout.size, run.config.window or WINDOW
+    size, window = run.shared.layout.size, run.config.window or find(run.config.strategy).window
     links = [
         VirtualLinks(rank, run.workers, network, events, size=size, window=window, log=recorder)
         for rank, recorder in enumerate(run.recorders)
@@ -123,11 +123,12 @@ def drive(run: VirtualRun) -> list[Finish]:
             replica=run.replicas[rank],
             batches=run.batches[rank],
             links=own_links,
-            collectives=VirtualCollectives(rank, operations),
+            collectives=(collectives := VirtualCollectives(rank, operations)),
             evaluator=run.evaluator(),
             recorder=run.recorders[rank],
             clock=Clock(lambda: events.now_s),
             training_samples=run.shards[0].train_samples_global,
+            reduce=partial(collectives.reduce, SUM),
         )
         worker.on_step = partial(_metered, run, worker)
         processes.append(Process(worker, own_links.processor, run, events, partial(running.discard, rank)))

@@ -29,7 +29,7 @@ from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.registry import STRATEGIES
 from dlion_mpi.vector.layout import Vector
 
-BATCH_OPTIONS = ("lbs_max", *(name for name in Dlion.defaults if name.startswith("gbs_")))
+BATCH_OPTIONS = ("lbs_max", *(name for name in Dlion.uses if name.startswith("gbs_")))
 
 
 class Ideal(Protocol):
@@ -97,14 +97,14 @@ def resolve(config: Config) -> Config:
     ideal = IDEALS[config.strategy]
     if config.sync not in (None, "sync"):
         raise UserError(f"--strategy {ideal.name} does not support --sync {config.sync}: it supports sync")
-    for name in sorted({"preset", *(name for strategy in STRATEGIES.values() for name in strategy.defaults)}):
+    for name in sorted({"preset", *(name for strategy in STRATEGIES.values() for name in strategy.uses)}):
         if getattr(config, name) is not None and name not in BATCH_OPTIONS:
             uses = ", ".join(flag(used) for used in BATCH_OPTIONS)
             raise UserError(f"{flag(name)} is not used by --strategy {ideal.name}, which has {uses}: drop it")
     values: dict[str, Any] = {"sync": "sync", "gbs_schedule": config.gbs_schedule or "fixed"}
     for name in BATCH_OPTIONS:
         if getattr(config, name) is None and (name == "lbs_max" or values["gbs_schedule"] == "grow"):
-            values.setdefault(name, Dlion.defaults[name])
+            values.setdefault(name, Dlion.uses[name])
     return dataclasses.replace(config, **values)
 
 

@@ -17,7 +17,7 @@ from dlion_mpi.loop.links import Channel, Done, Link, Links
 from dlion_mpi.loop.ports import EncodedBatch, Stamp
 from dlion_mpi.metrics.timeline import MessageLog
 from dlion_mpi.simulation.network import Events, Network
-from dlion_mpi.strategies.contract import Outgoing
+from dlion_mpi.strategies.types import Outgoing
 from dlion_mpi.vector.layout import Entries
 from dlion_mpi.wire import HEADER_BYTES, Header, Kind, Message
 

@@ -78,20 +78,21 @@ def simulate(
     from dlion_mpi.simulation.driver import drive
     from dlion_mpi.simulation.run import prepare
     from dlion_mpi.strategies import registry as strategies
-    from dlion_mpi.strategies.allreduce import AllReduce
     from dlion_mpi.view.lines import summary
 
     for name in ("checkpoint_every", "save_model"):
         if getattr(config, name) is not None:
             raise UserError(f"{flag(name)} belongs to dlion train: repeat a simulated run from its seed instead")
-    if config.strategy == "horovod":
-        raise UserError("--strategy horovod needs real processes: simulate --strategy allreduce instead")
-    exchanging = [name for name in strategies.STRATEGIES if name not in ("horovod", *idealised.IDEALS)]
-    if config.strategy not in (known := [*exchanging, *idealised.IDEALS]) and ":" not in config.strategy:
+    exchanging = [name for name, cls in strategies.STRATEGIES.items() if cls.summed_by == "mpi"]
+    known = [*(name for name in exchanging if name not in idealised.IDEALS), *idealised.IDEALS]
+    if config.strategy not in (*known, *strategies.STRATEGIES) and ":" not in config.strategy:
         raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(known)}, or PACKAGE.MODULE:CLASS")
     ideal = config.strategy in idealised.IDEALS
-    if not ideal and issubclass(strategies.find(config.strategy), AllReduce):
-        raise UserError(f"--strategy {config.strategy} sums by MPI, which is not simulated: train with it")
+    if not ideal and (library := strategies.find(config.strategy).summed_by) != "mpi":
+        raise UserError(
+            f"--strategy {config.strategy} needs real processes, because {library} computes its sums: "
+            "simulate --strategy allreduce instead"
+        )
     config = idealised.resolve(config) if ideal else strategies.resolve(config)[1]
     run = prepare(config, environment, model=model, shards=shards, report=report)
     with run, run.meter.shown():

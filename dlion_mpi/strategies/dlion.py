@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.algorithms.bandwidth import MEASURABLE_BYTES
 from dlion_mpi.algorithms.error_feedback import Budget, Choice, Rules, Unsent
 from dlion_mpi.algorithms.selection import Selection, Selector
 from dlion_mpi.algorithms.weighting import coefficient
 from dlion_mpi.config.options import Config
-from dlion_mpi.strategies.contract import (
-    BATCHING,
-    TELLING_BYTES,
-    TRANSFER,
-    Effect,
-    Inbox,
-    LinkView,
-    LocalGradient,
-    Outgoing,
-    Plan,
-    Strategy,
-    may_advance,
-)
+from dlion_mpi.strategies.contract import BATCHING, TRANSFER, Strategy
+from dlion_mpi.strategies.state import State, transient
+from dlion_mpi.strategies.types import Effect, LinkView, LocalGradient, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
-from dlion_mpi.vector.named_arrays import Array, Arrays, part, under
 from dlion_mpi.wire import Message, ValueType
 
 
 @dataclass(slots=True)
-class DlionState:
-    """``unsent``: what was not sent yet, None if that is dropped. ``effective``: a (P,) float32 buffer."""
+class DlionState(State):
+    """``unsent``: the residuals, None if they are dropped. ``effective``: (P,) float32, a buffer."""
 
-    plan: Plan
     unsent: Unsent | None
-    selector: Selector
-    effective: Vector
+    selector: Selector = transient()
+    effective: Vector = transient()
 
 
 LINK_SHARE = 0.05
@@ -52,9 +41,6 @@ LEAST = 0.0025
 is could not be told from them."""
 MOST = 0.4
 """Of what a link can take: LEAST makes messages no larger. So they still come in time for PATIENCE."""
-WINDOW = 3
-"""``--window``: an acknowledgement may wait as long as its message did, behind what goes the other way. With two
-unacknowledged messages a full link then had no turn every fourth step, and stood still for a fifth of the time."""
 SLACK = 4.0
 """Links that are up to so many times narrower than a wider one get the same entries, if they can take them: budgets
 that differ a little, as measured ones do, would leave every link something owed, and replicas would drift apart."""
@@ -83,10 +69,10 @@ class Dlion(Strategy):
     remembering the unsent, and applying as it is sent, follow Deep Gradient Compression (Lin et al. 2018).
     """
 
-    name: ClassVar[str] = "dlion"
-    restates: ClassVar[bool] = False
-    sync_modes: ClassVar[tuple[str, ...]] = ("bounded", "sync", "async")
-    defaults: ClassVar[Mapping[str, object]] = {
+    name = "dlion"
+    modes = ("bounded", "sync", "async")
+    window = 3  # an acknowledgement may take as long as its message: with 2, a full link was idle a fifth of the time
+    uses: ClassVar[Mapping[str, object]] = {
         "staleness": 5,
         "patience": None,
         "backup": 0,
@@ -101,23 +87,20 @@ class Dlion(Strategy):
         "value_type": "bfloat16",
         "exchange_share": 0.15,
         "exchange_thread": "on",
-        "window": WINDOW,
+        "window": window,
         **TRANSFER,
         "transfer": "auto",
     }
 
-    def beside(self, config: Config) -> bool:
-        """See `SelectsBeside.beside`. What was sent is applied in the same step, so then it is selected before."""
-        return config.own_gradient != "as-sent"
+    def selects_in_background(self, plan: Plan) -> bool:
+        """Unless the step applies what it sends: then it has to be selected before."""
+        return plan.config.own_gradient != "as-sent"
 
     def start(self, plan: Plan) -> DlionState:
-        """See `Strategy.start`."""
         unsent = Unsent(plan.layout, _rules(plan.config)) if plan.config.unsent == "accumulate" else None
         return DlionState(plan, unsent, Selector(plan.layout), np.empty(plan.layout.size, np.float32))
 
-    def outgoing(
-        self, state: DlionState, local: LocalGradient, links: Mapping[int, LinkView]
-    ) -> tuple[DlionState, dict[int, Outgoing]]:
+    def outgoing(self, state: DlionState, local: LocalGradient, links: Mapping[int, LinkView]) -> dict[int, Outgoing]:
         """Every ready link gets the largest entries that fit it.
 
         Where somebody may be waiting for this worker's step, any other link gets a header that tells it.
@@ -133,11 +116,11 @@ class Dlion(Strategy):
             choices = _largest(state, local.vector, budgets)
         for peer, choice in choices.items():
             messages[peer] = Outgoing(entries=choice.entries, quality=choice.quality, value_type=_value_type(state))
-        return state, messages
+        return messages
 
     def incoming(
-        self, state: DlionState, local: LocalGradient, weights: Callable[[], Vector], messages: Sequence[Message]
-    ) -> tuple[DlionState, Effect]:
+        self, state: DlionState, local: LocalGradient, weights: Weights, messages: Sequence[Message]
+    ) -> Effect:
         """The weighted sum of the own gradient, or of what was sent of it and of earlier ones, and of what arrived.
 
         What was sent is added in the order of ranks, the own in its place: so everyone's sum of the same is the same
@@ -158,21 +141,7 @@ class Dlion(Strategy):
             np.multiply(local.vector, np.float32(own), out=state.effective)
         for _, entries, weight in sorted(addends, key=lambda addend: addend[0]):
             entries.add_to(state.effective, weight)
-        return state, Effect(gradient=state.effective)
-
-    def may_advance(self, state: DlionState, step: int, inbox: Inbox) -> bool:
-        """By the synchronisation mode."""
-        return may_advance(state.plan.config, step, inbox)
-
-    def to_arrays(self, state: DlionState) -> Arrays:
-        """What has not been sent."""
-        return under("unsent", state.unsent.to_arrays()) if state.unsent is not None else {}
-
-    def from_arrays(self, state: DlionState, arrays: Mapping[str, Array]) -> DlionState:
-        """See `Resumable.from_arrays`."""
-        if state.unsent is not None:
-            state.unsent.from_arrays(part(arrays, "unsent"), state.plan.ranks)
-        return state
+        return Effect(gradient=state.effective)
 
 
 def _rules(config: Config) -> Rules:
@@ -200,7 +169,7 @@ def _budget(link: LinkView, config: Config, size: int) -> Budget | None:
     wanted_bytes = max((config.link_share or 1.0) * can_bytes, min(LEAST * gradient_bytes, MOST * can_bytes))
     if config.message_limit is not None and config.message_limit < 1:
         wanted_bytes = min(wanted_bytes, config.message_limit * gradient_bytes)
-    wanted_bytes = min(max(wanted_bytes, min(TELLING_BYTES, can_bytes)), link.affordable_bytes)
+    wanted_bytes = min(max(wanted_bytes, min(MEASURABLE_BYTES, can_bytes)), link.affordable_bytes)
     return Budget(wanted_bytes, min(SLACK * wanted_bytes, can_bytes))
 
 

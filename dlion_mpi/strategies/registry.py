@@ -30,13 +30,13 @@ def find(name: str) -> type[Strategy]:
 
 def options() -> set[str]:
     """The options that belong to strategies: which of them one uses, its ``defaults`` say."""
-    return {name for strategy in STRATEGIES.values() for name in strategy.defaults}
+    return {name for strategy in STRATEGIES.values() for name in strategy.uses}
 
 
 def default_values() -> dict[str, object]:
     """What an option of a strategy is by default, for ``--help``: that of dlion where it has one."""
-    rivals = {name: value for strategy in STRATEGIES.values() for name, value in strategy.defaults.items()}
-    return {"sync": Dlion.sync_modes[0], **rivals, **Dlion.defaults}
+    rivals = {name: value for strategy in STRATEGIES.values() for name, value in strategy.uses.items()}
+    return {"sync": Dlion.modes[0], **rivals, **Dlion.uses}
 
 
 def resolve(config: Config) -> tuple[Strategy, Config]:
@@ -46,14 +46,14 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     does not use.
     """
     strategy = find(config.strategy)()
-    sync = config.sync or strategy.sync_modes[0]
-    if sync not in strategy.sync_modes:
+    sync = config.sync or strategy.modes[0]
+    if sync not in strategy.modes:
         raise UserError(
-            f"--strategy {strategy.name} does not support --sync {sync}: it supports " + ", ".join(strategy.sync_modes)
+            f"--strategy {strategy.name} does not support --sync {sync}: it supports " + ", ".join(strategy.modes)
         )
     if config.preset is not None and strategy.name != Dlion.name:
         raise UserError(f"--preset {config.preset} is dlion's, not of --strategy {strategy.name}: drop it")
-    defaults = {**strategy.defaults, **(PAPER if config.preset == "paper" else {})}
+    defaults = {**strategy.uses, **(PAPER if config.preset == "paper" else {})}
     for name in (*(() if MODES[sync].bounded else _BOUNDED_ONLY), *(_NOT_IN_LOCKSTEP if MODES[sync].lockstep else ())):
         defaults.pop(name, None)
     values: dict[str, object] = {"sync": sync}

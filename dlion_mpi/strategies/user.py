@@ -10,12 +10,11 @@ from dlion_mpi.config.modes import MODES
 from dlion_mpi.errors import UserError
 from dlion_mpi.strategies.contract import Strategy
 
-METHODS = ("start", "outgoing", "incoming", "may_advance")
-OPTIONAL_METHODS = ("beside", "opening", "to_arrays", "from_arrays")
+METHODS = [name for name, value in vars(Strategy).items() if callable(value) and not name.startswith("_")]
 
 
 def load(spec: str, *, built_in: str, options: Collection[str]) -> type[Strategy]:
-    """The class that ``spec`` names. ``options``: those that a strategy may have in its ``defaults``.
+    """The class that ``spec`` names. ``options``: those that a strategy may have in its ``uses``.
 
     Raises UserError for what is missing or cannot be in a strategy.
     """
@@ -31,23 +30,23 @@ def _problem(cls: Any, options: Collection[str]) -> str:
     """What keeps ``cls`` from being a strategy; empty if nothing does."""
     if not isinstance(cls, type):
         return f"is a {type(cls).__name__}, but must be a class"
-    needed = ("name", "sync_modes", "defaults", *METHODS)
-    missing = [name for name in needed if getattr(cls, name, None) in (None, getattr(Strategy, name, None))]
+    if not issubclass(cls, Strategy):
+        return "the class must inherit from dlion_mpi.strategies.contract.Strategy"
+    missing = [name for name in ("name", "modes", "incoming") if getattr(cls, name, None) in (None, Strategy.incoming)]
     if missing:
         return f"the class lacks {', '.join(missing)}"
-    given = [*METHODS, *(name for name in OPTIONAL_METHODS if hasattr(cls, name))]
-    wrong = [name for name in given if not callable(getattr(cls, name))]
+    wrong = [name for name in METHODS if not callable(getattr(cls, name))]
     if wrong:
         return f"{', '.join(wrong)} must be methods"
-    modes: Any = cls.sync_modes  # type: ignore[attr-defined]
+    modes: Any = cls.modes
     if not isinstance(modes, tuple) or not modes or not set(modes) <= set(MODES):
-        return f"sync_modes is {modes!r}, but must be a tuple of some of {', '.join(MODES)}, the default first"
-    defaults: Any = cls.defaults  # type: ignore[attr-defined]
-    if not isinstance(defaults, Mapping):
-        return "defaults must be a dictionary of option names and values"
-    unknown = [str(name) for name in defaults if name not in options]
+        return f"modes is {modes!r}, but must be a tuple of some of {', '.join(MODES)}, the default first"
+    uses: Any = cls.uses
+    if not isinstance(uses, Mapping):
+        return "uses must be a dictionary of option names and values"
+    unknown = [str(name) for name in uses if name not in options]
     if unknown:
-        return f"defaults has {', '.join(unknown)}, but a strategy's options are {', '.join(sorted(options))}"
+        return f"uses has {', '.join(unknown)}, but the shared options are {', '.join(sorted(options))}"
     try:
         cls()
     except TypeError as error:

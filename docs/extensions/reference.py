@@ -33,16 +33,16 @@ def options(table: str) -> str:
 
 
 def _option(f: dataclasses.Field[Any]) -> tuple[str, str, str]:
-    defaults = {s.name: s.defaults[f.name] for s in STRATEGIES.values() if f.name in s.defaults}
+    defaults = {s.name: s.uses[f.name] for s in STRATEGIES.values() if f.name in s.uses}
     if f.name == "sync":
-        defaults = {s.name: s.sync_modes[0] for s in STRATEGIES.values()}
+        defaults = {s.name: s.modes[0] for s in STRATEGIES.values()}
     meaning = [_sentence(f.metadata["help"].replace("%%", "%"))]
     if f.metadata["choices"]:
         meaning.append(f"One of {_codes(f.metadata['choices'])}.")
     if f.name in _BOUNDS:
         meaning.append(f"Must be {_BOUNDS[f.name][2]}.")
     if f.name == "sync":
-        meaning += [f"{name}: {_codes(STRATEGIES[name].sync_modes)}." for name in defaults]
+        meaning += [f"{name}: {_codes(STRATEGIES[name].modes)}." for name in defaults]
     elif defaults:
         meaning.append(f"Used by {', '.join(defaults)}.")
     return f"`{flag(f.name)}`", _default(defaults or {"": f.default}), " ".join(meaning)

@@ -9,9 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from dlion_mpi.config.options import Config
-from dlion_mpi.strategies.allreduce import AllReduce
-from dlion_mpi.strategies.contract import LocalGradient
 from dlion_mpi.strategies.registry import STRATEGIES
+from dlion_mpi.strategies.types import Effect, LocalGradient, Sums
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 from dlion_mpi.wire import Header, Kind, Message
 from tests.inmemory import Quadratic, Run, Weather, run
@@ -21,10 +20,10 @@ SIZE = LAYOUT.size
 LEARNING_RATE = 0.08
 OPTIMUM = np.random.default_rng(1).normal(size=SIZE).astype(np.float32)
 
-EVERY_MODE = [(name, mode) for name, strategy in STRATEGIES.items() for mode in strategy.sync_modes]
+EVERY_MODE = [(name, mode) for name, strategy in STRATEGIES.items() for mode in strategy.modes]
 every_mode = pytest.mark.parametrize(("name", "mode"), EVERY_MODE)
-SUMS = {name for name, strategy in STRATEGIES.items() if issubclass(strategy, AllReduce)}
-"""The strategies whose workers send each other no messages, but take a sum over all."""
+SUMS = {name for name, strategy in STRATEGIES.items() if strategy.sums()}
+"""The strategies whose workers send each other no messages, but take sums over all."""
 MESSAGE_MODES = [(name, mode) for name, mode in EVERY_MODE if name not in SUMS]
 every_message_mode = pytest.mark.parametrize(("name", "mode"), MESSAGE_MODES)
 ROUGH = Weather(seed=5, delay=12, budget=(100, 330), blocked=0.3)
@@ -45,8 +44,8 @@ def config(name: str, mode: str, **options: Any) -> Config:
 
 def has_option(name: str, option: str) -> bool:
     """Whether it is not a technique's option, or one of a technique that this strategy has."""
-    technique = any(option in strategy.defaults for strategy in STRATEGIES.values())
-    return not technique or option in STRATEGIES[name].defaults
+    technique = any(option in strategy.uses for strategy in STRATEGIES.values())
+    return not technique or option in STRATEGIES[name].uses
 
 
 def specialists(workers: int) -> list[Quadratic]:
@@ -64,6 +63,20 @@ def rows(workers: int) -> list[npt.NDArray[np.float32]]:
 
 def trained(settings: Config, workers: int = 3, weather: Weather | None = None, **options: Any) -> Run:
     return run(settings, specialists(workers), rows(workers), weather=weather, **options)
+
+
+def effect_of(answer: Effect | Sums[Effect]) -> Effect:
+    """What a strategy has answered; where it asks for sums, on the only worker."""
+    if isinstance(answer, Effect):
+        return answer
+    try:
+        request = next(answer)
+        while True:
+            request = answer.send(request.vector)
+    except StopIteration as stop:
+        effect = stop.value
+    assert isinstance(effect, Effect)
+    return effect
 
 
 def local(gradient: Vector, *, step: int = 0, lbs: int = 8, gbs: int = 24) -> LocalGradient:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.strategies.ako import partitions
-from dlion_mpi.strategies.contract import LinkView, Outgoing, Plan
 from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.strategies.types import LinkView, Outgoing, Plan
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import HEADER_BYTES, encoded_bytes
 from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, gradients, local, trained
@@ -41,7 +41,7 @@ def test_the_gradient_is_cut_into_p_parts_of_about_equal_size(parts: int) -> Non
     strategy, state = start(ako_partitions=parts)
     seen = []
     for step in range(2 * min(parts, SIZE)):
-        state, messages = strategy.outgoing(state, local(OPTIMUM, step=step), {1: FREE, 2: FREE})
+        messages = strategy.outgoing(state, local(OPTIMUM, step=step), {1: FREE, 2: FREE})
         assert messages[1].entries is messages[2].entries, "the same partition to every peer"
         seen.append(sent_entries(messages[1])[0])
     cycle = seen[: min(parts, SIZE)]
@@ -59,7 +59,7 @@ def test_over_p_steps_what_was_sent_is_what_was_computed_bit_for_bit(seed: int, 
     times_sent = np.zeros(SIZE, int)
     for step, gradient in enumerate(gradients(seed, cycles * parts, whole=False)):
         owed += gradient
-        state, messages = strategy.outgoing(state, local(gradient, step=step), {1: FREE, 2: FREE})
+        messages = strategy.outgoing(state, local(gradient, step=step), {1: FREE, 2: FREE})
         for message in messages.values():
             part, values = sent_entries(message)
             assert values.tobytes() == owed[part].tobytes()
@@ -83,7 +83,7 @@ def test_a_busy_link_misses_its_turn_and_nothing_is_lost(
     own = gradients(seed, len(offers), whole=True)
     for step, (gradient, (*ready, budget)) in enumerate(zip(own, offers, strict=True)):
         links = {peer: LinkView(free, budget) for peer, free in zip((1, 2), ready, strict=True)}
-        state, messages = strategy.outgoing(state, local(gradient, step=step), links)
+        messages = strategy.outgoing(state, local(gradient, step=step), links)
         assert messages.keys() == {peer for peer, link in links.items() if link.ready}
         for peer, message in messages.items():
             part, values = sent_entries(message)
@@ -98,7 +98,7 @@ def test_what_a_busy_link_missed_comes_when_the_partition_comes_round() -> None:
     own = gradients(3, 4, whole=True)
     seen = []
     for gradient, link in zip(own, (BUSY, FREE, FREE, FREE), strict=True):
-        state, messages = strategy.outgoing(state, local(gradient), {1: link, 2: FREE})
+        messages = strategy.outgoing(state, local(gradient), {1: link, 2: FREE})
         seen.append(messages)
     assert 1 not in seen[0]
     np.testing.assert_array_equal(sent_entries(seen[1][1])[1], (own[0] + own[1])[SIZE // 2 :])
@@ -108,7 +108,7 @@ def test_what_a_busy_link_missed_comes_when_the_partition_comes_round() -> None:
 
 def test_a_partition_needs_next_to_no_bytes_for_its_indices() -> None:
     strategy, state = start(ako_partitions=2)
-    _, messages = strategy.outgoing(state, local(OPTIMUM), {1: FREE})
+    messages = strategy.outgoing(state, local(OPTIMUM), {1: FREE})
     entries = messages[1].entries
     assert entries is not None
     assert encoded_bytes(entries.indices, SIZE) == HEADER_BYTES + 4 * SIZE // 2 + 4
@@ -150,10 +150,10 @@ def test_no_entry_is_more_than_p_steps_late(parts: int) -> None:
     nothing = np.zeros(SIZE, np.float32)
     for phase in range(parts):
         for _ in range(phase):
-            state, _ = strategy.outgoing(state, local(nothing), {1: FREE})
+            strategy.outgoing(state, local(nothing), {1: FREE})
         total = np.zeros(SIZE, np.float32)
         for gradient in [OPTIMUM, *[nothing] * (parts - 1)]:
-            state, messages = strategy.outgoing(state, local(gradient), {1: FREE})
+            messages = strategy.outgoing(state, local(gradient), {1: FREE})
             messages[1].entries.add_to(total, 1.0)
         assert total.tobytes() == OPTIMUM.tobytes()
 
@@ -164,9 +164,9 @@ def test_no_entry_is_more_than_p_steps_late(parts: int) -> None:
 def test_what_comes_is_added_at_once_each_worker_s_with_the_same_weight() -> None:
     a, b, c = gradients(2, 3, whole=True)
     strategy, state = start()
-    state, _ = strategy.outgoing(state, local(a), {1: FREE, 2: FREE})
+    strategy.outgoing(state, local(a), {1: FREE, 2: FREE})
     arrived = [arrival(1, b, lbs=8, step=3), arrival(1, c, lbs=8, step=4)]
-    _, effect = strategy.incoming(state, local(a), OPTIMUM.copy, arrived)
+    effect = strategy.incoming(state, local(a), OPTIMUM.copy, arrived)
     assert effect.weights is None
     np.testing.assert_allclose(effect.gradient, (a + b + c) / 3, rtol=1e-5, atol=1e-3)
 

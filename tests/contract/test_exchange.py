@@ -11,18 +11,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlion_mpi import wire
-from dlion_mpi.algorithms.bandwidth import SMALL_BYTES
+from dlion_mpi.algorithms.bandwidth import MEASURABLE_BYTES, SMALL_BYTES
 from dlion_mpi.config.options import Config
 from dlion_mpi.loop import budget
 from dlion_mpi.loop.budget import MOST_STEPS_APART
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.strategies import dlion
-from dlion_mpi.strategies.contract import TELLING_BYTES, LinkView, LocalGradient, Outgoing, Plan, SendsFirst
 from dlion_mpi.strategies.dlion import LEAST, MESSAGE_LIMIT, MOST
 from dlion_mpi.strategies.registry import STRATEGIES, resolve
+from dlion_mpi.strategies.types import LinkView, LocalGradient, Outgoing, Plan
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.wire import Header, Kind, Message, ValueType
-from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, every_message_mode, gradients, local, trained
+from tests.contract.problem import (
+    LAYOUT,
+    OPTIMUM,
+    SIZE,
+    arrival,
+    config,
+    effect_of,
+    every_message_mode,
+    gradients,
+    local,
+    trained,
+)
 from tests.inmemory import Network, Weather
 
 
@@ -30,12 +41,12 @@ def first_messages(settings: Config, links: dict[int, LinkView]) -> dict[int, Ou
     strategy, resolved = resolve(settings)
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, *links), layout=LAYOUT))
     messages: dict[int, Outgoing] = {}
-    if isinstance(strategy, SendsFirst):
-        state, _ = strategy.opening(state, 0, OPTIMUM.copy, links)
-        state, _ = strategy.outgoing(state, local(OPTIMUM), links)
-        state, _ = strategy.incoming(state, local(OPTIMUM), OPTIMUM.copy, [])
-        state, messages = strategy.opening(state, 1, lambda: OPTIMUM * np.float32(2), links)
-    return messages | strategy.outgoing(state, local(OPTIMUM), links)[1]
+    if strategy.sends_first():
+        strategy.before_compute(state, 0, OPTIMUM.copy, links)
+        strategy.outgoing(state, local(OPTIMUM), links)
+        effect_of(strategy.incoming(state, local(OPTIMUM), OPTIMUM.copy, []))
+        messages = strategy.before_compute(state, 1, lambda: OPTIMUM * np.float32(2), links)
+    return messages | strategy.outgoing(state, local(OPTIMUM), links)
 
 
 def dense(message: Outgoing) -> Vector:
@@ -81,7 +92,7 @@ def test_accumulate_loses_nothing_bit_for_bit(seed: int, offers: list[Any]) -> N
     own = gradients(seed, len(offers), whole=True)
     for step, (gradient, offer) in enumerate(zip(own, offers, strict=True)):
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
-        state, messages = strategy.outgoing(state, local(gradient, step=step), views)
+        messages = strategy.outgoing(state, local(gradient, step=step), views)
         for peer, message in messages.items():
             sent[peer] += dense(message)
     for peer in (1, 2):
@@ -100,8 +111,8 @@ def test_the_own_gradient_is_applied_as_the_widest_link_gets_it(
     for step, (gradient, offer) in enumerate(zip(own, offers, strict=True)):
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
         free = not state.unsent.owed
-        state, messages = strategy.outgoing(state, local(gradient, step=step), views)
-        state, effect = strategy.incoming(state, local(gradient, step=step, lbs=8, gbs=8), OPTIMUM.copy, [])
+        messages = strategy.outgoing(state, local(gradient, step=step), views)
+        effect = strategy.incoming(state, local(gradient, step=step, lbs=8, gbs=8), OPTIMUM.copy, [])
         applied += effect.gradient
         if free and messages:
             widest = max(messages, key=lambda peer: views[peer].budget_bytes)
@@ -117,8 +128,8 @@ def test_who_is_left_alone_goes_on_as_with_the_last_of_its_links() -> None:
     entries, total = [], np.zeros(SIZE)
     for step, gradient in enumerate(gradients(5, 60, whole=True)):
         own = local(gradient if step < 20 else np.zeros(SIZE, np.float32), lbs=8, gbs=8)
-        state, messages = strategy.outgoing(state, own, {1: LinkView(True, 130.0)} if step < 10 else {})
-        state, effect = strategy.incoming(state, own, OPTIMUM.copy, [])
+        messages = strategy.outgoing(state, own, {1: LinkView(True, 130.0)} if step < 10 else {})
+        effect = strategy.incoming(state, own, OPTIMUM.copy, [])
         assert bool(messages) == (step < 10)
         entries.append(np.count_nonzero(effect.gradient))
         total += effect.gradient
@@ -135,7 +146,7 @@ def test_an_entry_is_sent_whole_or_kept_whole(seed: int, offers: list[Any]) -> N
         accumulated = state.unsent.common + gradient
         owed = {peer: state.unsent.owed.get(peer, nothing).copy() for peer in (1, 2)}
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
-        state, messages = strategy.outgoing(state, local(gradient, step=step), views)
+        messages = strategy.outgoing(state, local(gradient, step=step), views)
         left = accumulated - state.unsent.common
         np.testing.assert_array_equal(left[left != 0], accumulated[left != 0])
         for peer in (1, 2):
@@ -154,7 +165,7 @@ def test_with_16_bit_values_the_rounding_error_is_kept(value_type: ValueType, se
     rounding = 0.0
     for step, (gradient, offer) in enumerate(zip(gradients(seed, len(offers), whole=False), offers, strict=True)):
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
-        state, messages = strategy.outgoing(state, local(gradient, step=step), views)
+        messages = strategy.outgoing(state, local(gradient, step=step), views)
         total += gradient
         rounding += 1e-6 * float(np.abs(total).max())
         for peer, message in messages.items():
@@ -171,8 +182,8 @@ def test_a_link_that_was_blocked_gets_all_it_is_owed_of_what_is_sent_next() -> N
     own = gradients(3, 3, whole=True)
     blocked, open_ = LinkView(False, 1e9), LinkView(True, 1e9)
     for gradient in own[:2]:
-        state, _ = strategy.outgoing(state, local(gradient), {1: blocked, 2: open_})
-    state, messages = strategy.outgoing(state, local(own[2]), {1: open_, 2: open_})
+        strategy.outgoing(state, local(gradient), {1: blocked, 2: open_})
+    messages = strategy.outgoing(state, local(own[2]), {1: open_, 2: open_})
     np.testing.assert_array_equal(dense(messages[1]), own[0] + own[1] + own[2])
 
 
@@ -182,7 +193,7 @@ def test_a_slow_link_beside_a_fast_one_gets_the_largest_of_what_it_is_owed() -> 
     links = {1: LinkView(True, 140.0), 2: LinkView(True, 400.0)}
     own = np.random.default_rng(5).normal(size=(200, SIZE)).astype(np.float32)
     for gradient in own:
-        state, messages = strategy.outgoing(state, local(gradient), links)
+        messages = strategy.outgoing(state, local(gradient), links)
         sent, owed = dense(messages[1]), state.unsent.owed[1]
         shared = dense(messages[2]) != 0
         for start, stop in zip(LAYOUT.starts, LAYOUT.starts[1:], strict=False):
@@ -198,9 +209,9 @@ def test_what_a_blocked_link_misses_comes_later() -> None:
     own = gradients(3, 3, whole=True)
     blocked, open_ = LinkView(False, 1e9), LinkView(True, 1e9)
     for gradient in own[:2]:
-        state, messages = strategy.outgoing(state, local(gradient), {1: blocked, 2: open_})
+        messages = strategy.outgoing(state, local(gradient), {1: blocked, 2: open_})
         np.testing.assert_array_equal(dense(messages[2]), gradient)
-    state, messages = strategy.outgoing(state, local(own[2]), {1: open_, 2: open_})
+    messages = strategy.outgoing(state, local(own[2]), {1: open_, 2: open_})
     np.testing.assert_array_equal(dense(messages[1]), own[0] + own[1] + own[2])
     np.testing.assert_array_equal(dense(messages[2]), own[2])
 
@@ -210,9 +221,9 @@ def test_a_message_does_not_change_after_it_was_made() -> None:
     for unsent in ("accumulate", "drop"):
         strategy, state = start_dlion(unsent=unsent)
         for budget_bytes in (1e9, 150.0):
-            state, messages = strategy.outgoing(state, local(OPTIMUM), {1: LinkView(True, budget_bytes)})
+            messages = strategy.outgoing(state, local(OPTIMUM), {1: LinkView(True, budget_bytes)})
             values = messages[1].entries.values.copy()
-            state, _ = strategy.outgoing(state, local(np.zeros(SIZE, np.float32)), {1: LinkView(True, 100)})
+            strategy.outgoing(state, local(np.zeros(SIZE, np.float32)), {1: LinkView(True, 100)})
             np.testing.assert_array_equal(messages[1].entries.values, values)
 
 
@@ -220,9 +231,9 @@ def test_drop_forgets() -> None:
     strategy, state = start_dlion(unsent="drop")
     large, small = OPTIMUM * np.float32(1000), OPTIMUM[::-1].copy()
     link = {1: LinkView(True, 150.0)}
-    state, _ = strategy.outgoing(state, local(large), link)
-    state, _ = strategy.outgoing(state, local(large), {1: LinkView(False, 150.0)})
-    state, messages = strategy.outgoing(state, local(small), link)
+    strategy.outgoing(state, local(large), link)
+    strategy.outgoing(state, local(large), {1: LinkView(False, 150.0)})
+    messages = strategy.outgoing(state, local(small), link)
     sent = dense(messages[1])
     assert 0 < np.count_nonzero(sent) < SIZE
     np.testing.assert_array_equal(sent[sent != 0], small[sent != 0])
@@ -234,7 +245,7 @@ def test_a_fixed_n_selects_by_definition_in_every_variable(unsent: str, quality:
     strategy, state = start_dlion(unsent=unsent, max_n=quality)
     gradient = gradients(7, 1, whole=True)[0]
     links = {1: LinkView(True, 0.0), 2: LinkView(True, 1e9)}  # whatever they can carry
-    _, messages = strategy.outgoing(state, local(gradient), links)
+    messages = strategy.outgoing(state, local(gradient), links)
     for message in messages.values():
         assert message.quality == quality
         expected = np.zeros(SIZE, np.float32)
@@ -251,11 +262,11 @@ def test_every_link_gets_its_own_n_and_a_slower_one_a_subset(budgets: tuple[floa
     strategy, state = start_dlion(unsent="drop")
     gradient = gradients(seed, 1, whole=False)[0]
     views = {peer: LinkView(True, budget) for peer, budget in zip((1, 2), sorted(budgets), strict=True)}
-    _, messages = strategy.outgoing(state, local(gradient), views)
+    messages = strategy.outgoing(state, local(gradient), views)
     slow, fast = (dense(messages[peer]) for peer in (1, 2))
     assert messages[1].quality <= messages[2].quality
     np.testing.assert_array_equal(slow[slow != 0], fast[slow != 0])
-    alone = [strategy.outgoing(state, local(gradient), {peer: views[peer]})[1][peer] for peer in (1, 2)]
+    alone = [strategy.outgoing(state, local(gradient), {peer: views[peer]})[peer] for peer in (1, 2)]
     np.testing.assert_array_equal(dense(alone[0]), slow)
     np.testing.assert_array_equal(dense(alone[1]), fast)
 
@@ -264,11 +275,11 @@ def test_every_link_gets_its_own_n_and_a_slower_one_a_subset(budgets: tuple[floa
 def any_size_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the smallest message told how fast its link is: else none of so small a model would be small enough."""
     for module in (budget, dlion):
-        monkeypatch.setattr(module, "TELLING_BYTES", 1)
+        monkeypatch.setattr(module, "MEASURABLE_BYTES", 1)
 
 
 @pytest.mark.usefixtures("any_size_tells")
-@pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)
+@pytest.mark.parametrize("mode", STRATEGIES["dlion"].modes)
 @pytest.mark.parametrize("unsent", ["drop", "accumulate"])
 def test_a_message_takes_its_share_of_what_the_link_offers(unsent: str, mode: str) -> None:
     wide = {1: LinkView(True, 240.0), 2: LinkView(True, 240.0, room_bytes=170.0)}
@@ -287,10 +298,10 @@ def test_links_of_about_the_same_width_get_the_same_entries() -> None:
     """Where messages leave links most of their time, unequal budgets are no reason for unequal replicas."""
     strategy, state = start_dlion(unsent="accumulate", link_share=0.2)
     wide, narrower, narrow = LinkView(True, 1000.0), LinkView(True, 300.0), LinkView(True, 150.0)
-    state, messages = strategy.outgoing(state, local(OPTIMUM), {1: wide, 2: narrower})
+    messages = strategy.outgoing(state, local(OPTIMUM), {1: wide, 2: narrower})
     np.testing.assert_array_equal(dense(messages[1]), dense(messages[2]))
     assert not state.unsent.owed
-    state, messages = strategy.outgoing(state, local(OPTIMUM), {1: wide, 2: narrow})
+    messages = strategy.outgoing(state, local(OPTIMUM), {1: wide, 2: narrow})
     assert np.count_nonzero(dense(messages[2])) < np.count_nonzero(dense(messages[1]))
     assert list(state.unsent.owed) == [2]
 
@@ -301,7 +312,7 @@ def test_messages_are_made_neither_very_small_nor_very_large_where_links_have_ro
         gradient = np.random.default_rng(3).normal(size=size).astype(np.float32)
         strategy, resolved = resolve(Config(strategy="dlion", value_type="float32", n_min=1e-6, **options))
         state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1), layout=layout))
-        _, messages = strategy.outgoing(state, local(gradient), {1: LinkView(True, budget_bytes)})
+        messages = strategy.outgoing(state, local(gradient), {1: LinkView(True, budget_bytes)})
         entries = messages[1].entries
         assert entries is not None
         return wire.encoded_bytes(entries.indices, size, "float32")
@@ -315,7 +326,7 @@ def test_messages_are_made_neither_very_small_nor_very_large_where_links_have_ro
     assert sent(size, 1000 * least) == pytest.approx(limit, rel=0.04)
     assert sent(size, 1000 * least, message_limit=0.05) == pytest.approx(5 * limit, rel=0.04)
     assert sent(size, 10 * least, message_limit=1e-3) == pytest.approx(4e-3 * size, rel=0.04), "a limit is a limit"
-    assert sent(size, 10 * least, message_limit=1e-6) == pytest.approx(TELLING_BYTES, rel=0.04)
+    assert sent(size, 10 * least, message_limit=1e-6) == pytest.approx(MEASURABLE_BYTES, rel=0.04)
 
 
 @pytest.mark.parametrize(("budget_bytes", "least_bytes"), [(40_000, SMALL_BYTES), (4_000, SMALL_BYTES), (900, 800)])
@@ -325,7 +336,7 @@ def test_messages_are_large_enough_to_tell_how_fast_a_link_is(budget_bytes: floa
     gradient = np.random.default_rng(3).normal(size=5_000).astype(np.float32)
     strategy, resolved = resolve(Config(strategy="dlion", value_type="float32", n_min=1e-6))
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1), layout=layout))
-    _, messages = strategy.outgoing(state, local(gradient), {1: LinkView(True, budget_bytes)})
+    messages = strategy.outgoing(state, local(gradient), {1: LinkView(True, budget_bytes)})
     entries = messages[1].entries
     assert entries is not None
     assert least_bytes <= wire.encoded_bytes(entries.indices, 5_000, "float32") <= budget_bytes
@@ -451,8 +462,8 @@ def applied(settings: Config, own: LocalGradient, messages: list[Message]) -> Ve
     """The effective gradient of a step of rank 0 of 3."""
     strategy, resolved = resolve(settings)
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1, 2), layout=LAYOUT))
-    state, _ = strategy.outgoing(state, own, {1: LinkView(True, 1e9), 2: LinkView(True, 1e9)})
-    effect = strategy.incoming(state, own, lambda: np.zeros(SIZE, np.float32), messages)[1]
+    strategy.outgoing(state, own, {1: LinkView(True, 1e9), 2: LinkView(True, 1e9)})
+    effect = effect_of(strategy.incoming(state, own, lambda: np.zeros(SIZE, np.float32), messages))
     assert effect.gradient is not None
     return effect.gradient
 

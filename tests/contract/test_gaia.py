@@ -14,12 +14,25 @@ from hypothesis import strategies as st
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.strategies import gaia
-from dlion_mpi.strategies.contract import Inbox, LinkView, Outgoing, Plan, may_advance
+from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.strategies.types import Inbox, LinkView, Outgoing, Plan
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import Kind
 from tests import inmemory
-from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, gradients, local, rows, specialists, trained
+from tests.contract.problem import (
+    LAYOUT,
+    OPTIMUM,
+    SIZE,
+    arrival,
+    config,
+    effect_of,
+    gradients,
+    local,
+    rows,
+    specialists,
+    trained,
+)
 from tests.inmemory import Weather, run
 
 FREE, BUSY = LinkView(True, 1e9), LinkView(False, 1e9)
@@ -35,14 +48,13 @@ class Gaia:
         self.computed = np.zeros(SIZE, np.float64)
         """The sum of own updates as float32 subtraction sees them."""
 
-    def opening(self, links: dict[int, LinkView]) -> dict[int, Outgoing]:
-        self.state, messages = self.strategy.opening(self.state, self.step, self.w.copy, links)  # type: ignore[attr-defined]
-        return messages
+    def before_compute(self, links: dict[int, LinkView]) -> dict[int, Outgoing]:
+        return self.strategy.before_compute(self.state, self.step, self.w.copy, links)
 
     def finish(self, gradient: Vector, *arrived: Any) -> None:
         own = local(gradient, step=self.step)
-        self.state, _ = self.strategy.outgoing(self.state, own, {})
-        self.state, effect = self.strategy.incoming(self.state, own, self.w.copy, list(arrived))
+        self.strategy.outgoing(self.state, own, {})
+        effect = effect_of(self.strategy.incoming(self.state, own, self.w.copy, list(arrived)))
         if effect.weights is not None:
             self.w = effect.weights.copy()
         assert effect.gradient is not None
@@ -81,7 +93,7 @@ def test_an_entry_is_sent_when_its_sum_is_significant_and_not_before(seed: int, 
     worker = Gaia(weights, lambda g: generator.normal(size=SIZE, scale=0.02).astype(np.float32), gaia_threshold=first)
     owed = np.zeros(SIZE, np.float32)
     for step in range(steps):
-        messages = worker.opening({1: FREE, 2: FREE})
+        messages = worker.before_compute({1: FREE, 2: FREE})
         level = np.float32(first / math.sqrt(step + 1))
         expected = np.array([abs(u) > level * abs(w) for u, w in zip(owed, worker.w, strict=True)])
         if not expected.any():
@@ -107,7 +119,7 @@ def test_the_same_update_becomes_significant_as_the_threshold_falls() -> None:
     worker.done(np.where(np.arange(SIZE) == 7, 0.0499, 0))
     first_sent = None
     for step in range(150):
-        messages = worker.opening({1: FREE})
+        messages = worker.before_compute({1: FREE})
         if messages[1].entries is not None and first_sent is None:
             first_sent = step + 1
             assert list(np.flatnonzero(values_of(messages[1]))) == [7]
@@ -130,10 +142,10 @@ def test_what_travels_is_what_the_optimizer_did(threshold: float) -> None:
     worker = Gaia(np.full(SIZE, 64, np.float32), update, gaia_threshold=threshold)
     sent = np.zeros(SIZE, np.float64)
     for gradient in gradients(1, 20, whole=True):
-        for message in worker.opening({1: FREE}).values():
+        for message in worker.before_compute({1: FREE}).values():
             sent += values_of(message) if message.entries is not None else 0
         worker.finish(9 * np.sign(gradient), arrival(2, np.rint(OPTIMUM), lbs=8))
-    worker.opening({1: BUSY})
+    worker.before_compute({1: BUSY})
     kept = worker.state.accumulated + worker.state.missed.vectors.get(1, np.float32(0))
     assert np.abs(worker.computed).max() > 5
     np.testing.assert_array_equal(sent + kept, worker.computed)
@@ -150,7 +162,7 @@ def test_others_updates_are_added_and_the_own_gradient_counts_one_in_n() -> None
 def test_all_entries_go_when_sparse_is_no_smaller() -> None:
     worker = Gaia(np.ones(SIZE, np.float32), lambda g: g, gaia_threshold=0.5)
     worker.done(np.where(np.arange(SIZE) == 3, 0.125, 1))  # one is insignificant
-    message = worker.opening({1: FREE})[1]
+    message = worker.before_compute({1: FREE})[1]
     assert message.entries is not None
     assert message.entries.indices is None
     assert values_of(message)[3] == 0.125
@@ -165,12 +177,12 @@ def test_a_busy_link_gets_later_what_was_significant_and_nothing_is_lost(
     worker = Gaia(np.ones(SIZE, np.float32), lambda g: np.rint(generator.normal(size=SIZE, scale=3)).astype(np.float32))
     sent = {peer: np.zeros(SIZE, np.float64) for peer in (1, 2)}
     for free in ready:
-        messages = worker.opening({peer: FREE if f else BUSY for peer, f in zip((1, 2), free, strict=True)})
+        messages = worker.before_compute({peer: FREE if f else BUSY for peer, f in zip((1, 2), free, strict=True)})
         for peer, message in messages.items():
             assert message.entries is None or free[peer - 1]
             sent[peer] += values_of(message) if message.entries is not None else 0
         worker.finish(OPTIMUM)
-    messages = worker.opening({1: FREE, 2: FREE})
+    messages = worker.before_compute({1: FREE, 2: FREE})
     for peer in (1, 2):
         sent[peer] += values_of(messages[peer]) if messages[peer].entries is not None else 0
         np.testing.assert_array_equal(sent[peer] + worker.state.accumulated, worker.computed)
@@ -184,13 +196,13 @@ def test_what_a_link_missed_goes_while_the_worker_waits() -> None:
     """Asked again in the same step: nothing is significant twice, and nobody is told twice."""
     worker = Gaia(np.ones(SIZE, np.float32), lambda g: g)
     worker.done(np.where(np.arange(SIZE) == 7, 1, 0))
-    messages = worker.opening({1: FREE, 2: BUSY})
+    messages = worker.before_compute({1: FREE, 2: BUSY})
     assert [messages[peer].entries is None for peer in (1, 2)] == [False, True]
-    assert worker.opening({1: FREE, 2: BUSY}) == {}
-    messages = worker.opening({1: FREE, 2: FREE})
+    assert worker.before_compute({1: FREE, 2: BUSY}) == {}
+    messages = worker.before_compute({1: FREE, 2: FREE})
     assert messages.keys() == {2}
     assert list(np.flatnonzero(values_of(messages[2]))) == [7]
-    assert worker.opening({1: FREE, 2: FREE}) == {}
+    assert worker.before_compute({1: FREE, 2: FREE}) == {}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +211,7 @@ def test_what_a_link_missed_goes_while_the_worker_waits() -> None:
 def test_what_outruns_its_link_is_announced(budget: float, barrier: str, announced: bool) -> None:
     worker = Gaia(np.ones(SIZE, np.float32), lambda g: g, gaia_barrier=barrier)
     worker.done(np.where(np.arange(SIZE) // 10 == 1, 1, 0))
-    assert worker.opening({1: LinkView(True, budget)})[1].announced == announced
+    assert worker.before_compute({1: LinkView(True, budget)})[1].announced == announced
 
 
 def test_nobody_goes_on_between_the_indices_and_their_values() -> None:
@@ -253,9 +265,7 @@ class Polls:
 def test_in_a_run_the_barrier_holds_the_worker_at_its_step(monkeypatch: pytest.MonkeyPatch, holds: bool) -> None:
     """Everything outruns its link here. Without the barrier workers read on, so it is the barrier that holds them."""
     if not holds:
-        monkeypatch.setattr(
-            gaia.Gaia, "may_advance", lambda self, state, step, inbox: may_advance(state.plan.config, step, inbox)
-        )
+        monkeypatch.setattr(gaia.Gaia, "may_advance", Strategy.may_advance)
     polls = Polls(monkeypatch)
     trained(config("gaia", "bounded", steps=60), weather=Weather(seed=4, delay=80, budget=(90, 92)), on_step=polls)
     assert len(polls.pairs) > 50

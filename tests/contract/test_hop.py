@@ -10,8 +10,8 @@ import pytest
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.strategies.contract import Effect, Inbox, LinkView, Plan
 from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.strategies.types import Effect, Inbox, LinkView, Plan
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import Kind, Message
 from tests.contract.problem import (
@@ -51,9 +51,11 @@ def completed(step: int, own: float, *messages: Message, **options: Any) -> Effe
     """The effect of step ``step`` on a worker whose parameters are all ``own``."""
     strategy, state = start(**options)
     gradient = local(OPTIMUM, step=step)
-    state, nothing = strategy.outgoing(state, gradient, {1: FREE})
+    nothing = strategy.outgoing(state, gradient, {1: FREE})
     assert nothing == {}
-    return strategy.incoming(state, gradient, lambda: filled(own), sorted(messages, key=lambda m: m.header.step))[1]
+    arrived = sorted(messages, key=lambda m: m.header.step)
+    effect: Effect = strategy.incoming(state, gradient, lambda: filled(own), arrived)
+    return effect
 
 
 # ---- the graph
@@ -75,7 +77,7 @@ def test_the_neighbours_are_those_of_the_graph(graph: str, rank: int, ranks: int
     strategy, state = start(ranks, rank, hop_graph=graph)
     assert state.neighbours == expected
     links = {peer: FREE for peer in range(ranks) if peer != rank}
-    _, messages = strategy.opening(state, 0, OPTIMUM.copy, links)
+    messages = strategy.before_compute(state, 0, OPTIMUM.copy, links)
     assert messages.keys() == expected
     for message in messages.values():
         assert message.kind is Kind.WEIGHTS
@@ -206,8 +208,8 @@ def test_nobody_goes_on_with_parameters_that_are_too_old(staleness: int) -> None
     inbox.put(parameters(1, 4, OPTIMUM))
     assert strategy.may_advance(state, 4 + staleness, inbox)
     assert not strategy.may_advance(state, 5 + staleness, inbox)
-    state, _ = strategy.outgoing(state, local(OPTIMUM, step=4), {1: FREE})
-    state, _ = strategy.incoming(state, local(OPTIMUM, step=4), OPTIMUM.copy, inbox.take(math.inf))
+    strategy.outgoing(state, local(OPTIMUM, step=4), {1: FREE})
+    strategy.incoming(state, local(OPTIMUM, step=4), OPTIMUM.copy, inbox.take(math.inf))
     assert strategy.may_advance(state, 4 + staleness, inbox)
     assert not strategy.may_advance(state, 5 + staleness, inbox)
 
@@ -217,10 +219,10 @@ def test_nobody_goes_on_with_parameters_that_are_too_old(staleness: int) -> None
 
 def test_a_link_gets_the_newest_parameters_when_it_is_free_and_a_token_meanwhile() -> None:
     strategy, state = start(ranks=3, staleness=5)
-    state, _ = strategy.opening(state, 0, lambda: filled(0), {1: FREE, 2: FREE})
-    state, messages = strategy.opening(state, 1, lambda: filled(1), {1: BUSY, 2: LinkView(True, 1e9, False)})
+    strategy.before_compute(state, 0, lambda: filled(0), {1: FREE, 2: FREE})
+    messages = strategy.before_compute(state, 1, lambda: filled(1), {1: BUSY, 2: LinkView(True, 1e9, False)})
     assert [messages[peer].entries for peer in (1, 2)] == [None, None]
-    state, messages = strategy.opening(state, 2, lambda: filled(2), {1: FREE, 2: BUSY})
+    messages = strategy.before_compute(state, 2, lambda: filled(2), {1: FREE, 2: BUSY})
     assert messages[1].entries.values[0] == 2
     assert messages[2].entries is None
 
@@ -228,19 +230,19 @@ def test_a_link_gets_the_newest_parameters_when_it_is_free_and_a_token_meanwhile
 def test_a_worker_that_waits_sends_as_soon_as_a_link_is_free() -> None:
     """Asked again in the same iteration: its parameters once to everyone, and no token twice."""
     strategy, state = start(ranks=3)
-    state, messages = strategy.opening(state, 4, lambda: filled(4), {1: FREE, 2: BUSY})
+    messages = strategy.before_compute(state, 4, lambda: filled(4), {1: FREE, 2: BUSY})
     assert [messages[peer].entries is None for peer in (1, 2)] == [False, True]
     for links, expected in (({1: FREE, 2: BUSY}, set()), ({1: FREE, 2: FREE}, {2}), ({1: FREE, 2: FREE}, set())):
-        state, messages = strategy.opening(state, 4, lambda: filled(4), links)
+        messages = strategy.before_compute(state, 4, lambda: filled(4), links)
         assert messages.keys() == expected
-    state, messages = strategy.opening(state, 5, lambda: filled(5), {1: FREE, 2: FREE})
+    messages = strategy.before_compute(state, 5, lambda: filled(5), {1: FREE, 2: FREE})
     assert messages[1].entries.values[0] == 5
 
 
 def test_in_sync_nobody_waits_for_an_acknowledgement() -> None:
     strategy, state = start(ranks=2, sync="sync")
     for step in range(3):
-        state, messages = strategy.opening(state, step, OPTIMUM.copy, {1: BUSY})
+        messages = strategy.before_compute(state, step, OPTIMUM.copy, {1: BUSY})
         assert messages[1].kind is Kind.WEIGHTS
 
 

@@ -16,7 +16,7 @@ from dlion_mpi.microcloud.environments import Environment, Phase
 from dlion_mpi.simulation.links import VirtualLinks
 from dlion_mpi.simulation.network import Events
 from dlion_mpi.simulation.network import Network as VirtualNetwork
-from dlion_mpi.strategies.contract import Outgoing
+from dlion_mpi.strategies.types import Outgoing
 from dlion_mpi.vector.layout import Entries
 from dlion_mpi.wire import HEADER_BYTES, Header, Kind
 from tests.inmemory import MemoryTransport, Network, Weather

@@ -15,8 +15,8 @@ from dlion_mpi.microcloud.environments import Environment, Phase
 from dlion_mpi.simulation.driver import VirtualLinks
 from dlion_mpi.simulation.simulate import simulate
 from dlion_mpi.strategies.ako import Ako
-from dlion_mpi.strategies.contract import LinkView
 from dlion_mpi.strategies.gaia import Gaia
+from dlion_mpi.strategies.types import LinkView
 from tests.conservation import Exact
 from tests.gaps import leads
 
@@ -58,9 +58,9 @@ def test_ako_s_p_follows_the_links(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def spy(self: Ako, state: Any, local: Any, links: Any) -> Any:
             before = state.start
-            state, messages = outgoing(self, state, local, links)
+            messages = outgoing(self, state, local, links)
             taken.setdefault(mbit, []).append((state.start - before) % state.plan.layout.size or 2410)
-            return state, messages
+            return messages
 
         with monkeypatch.context() as patch:
             patch.setattr(Ako, "outgoing", spy)
@@ -75,12 +75,12 @@ def test_ako_s_p_follows_the_links(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gaia_sends_what_is_significant_at_its_step_and_keeps_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     first, steps = 0.3, 40
-    opening = Gaia.opening
+    before_compute = Gaia.before_compute
     entered: list[int] = []
     sizes: list[int] = []
 
     def spy(self: Gaia, state: Any, step: int, weights: Callable[[], Any], links: dict[int, LinkView]) -> Any:
-        state, messages = opening(self, state, step, weights, links)
+        messages = before_compute(self, state, step, weights, links)
         limit = np.float32(first / math.sqrt(step + 1)) * np.abs(weights())
         if state.plan.rank == 0 and step not in entered:
             entered.append(step)
@@ -90,9 +90,9 @@ def test_gaia_sends_what_is_significant_at_its_step_and_keeps_the_rest(monkeypat
             if message.entries is not None and message.entries.indices is not None and links[peer].idle:
                 own = message.entries.indices
                 assert (np.abs(message.entries.values) > limit[own]).all(), "what is not does not go"
-        return state, messages
+        return messages
 
-    monkeypatch.setattr(Gaia, "opening", spy)
+    monkeypatch.setattr(Gaia, "before_compute", spy)
     simulated(cloud((24.0,) * 3, 100.0), strategy="gaia", gaia_threshold=first, steps=steps)
     assert entered == list(range(steps))
     assert 0 < sum(sizes) < 2 * 2410 * steps

@@ -16,8 +16,8 @@ from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import StepRecord
-from dlion_mpi.strategies.contract import Inbox, Plan
 from dlion_mpi.strategies.registry import STRATEGIES, resolve
+from dlion_mpi.strategies.types import Inbox, Plan
 from dlion_mpi.wire import Kind
 from tests.contract.problem import (
     EVERY_MODE,
@@ -29,6 +29,7 @@ from tests.contract.problem import (
     SUMS,
     arrival,
     config,
+    effect_of,
     every_mode,
     has_option,
     local,
@@ -78,10 +79,10 @@ def test_a_strategy_of_one_rank_sends_nothing_and_applies_its_own_gradient(name:
     strategy, resolved = resolve(config(name, mode, value_type="float32"))
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0,), layout=LAYOUT))
     own = local(OPTIMUM, lbs=8, gbs=8)
-    state, outgoing = strategy.outgoing(state, own, {})
+    outgoing = strategy.outgoing(state, own, {})
     assert outgoing == {}
     assert strategy.may_advance(state, 0, Inbox({}))
-    state, effect = strategy.incoming(state, own, lambda: np.zeros(SIZE, np.float32), [])
+    effect = effect_of(strategy.incoming(state, own, lambda: np.zeros(SIZE, np.float32), []))
     if effect.gradient is not None:
         np.testing.assert_array_equal(effect.gradient, OPTIMUM)
 
@@ -95,10 +96,10 @@ def test_options_resolve_once_and_for_all(name: str, mode: str) -> None:
     assert resolved.sync == mode
     bounded_only = {"staleness", "backup", "patience", "hop_max_gap", "hop_skip"} if mode != "bounded" else set()
     needless = {"exchange_thread", "exchange_share", "window"} if mode == "sync" else set()
-    not_in_sync = needless & set(strategy.defaults)
-    unset = {option for option in strategy.defaults if getattr(resolved, option) is None}
+    not_in_sync = needless & set(strategy.uses)
+    unset = {option for option in strategy.uses if getattr(resolved, option) is None}
     assert not_in_sync <= unset
-    assert unset <= {"max_n", *bounded_only, *not_in_sync, *(o for o in strategy.defaults if o.startswith("gbs_"))}
+    assert unset <= {"max_n", *bounded_only, *not_in_sync, *(o for o in strategy.uses if o.startswith("gbs_"))}
 
 
 # ---- synchronisation modes
@@ -176,7 +177,7 @@ def test_sync_applies_exactly_the_gradients_of_the_step(name: str, weather: Weat
 @pytest.mark.parametrize("mode", ["sync", "bounded", "async"])
 @pytest.mark.parametrize("name", sorted(STRATEGIES.keys() - SUMS))
 def test_may_advance_by_the_newest_step_of_everyone(name: str, mode: str) -> None:
-    if mode not in STRATEGIES[name].sync_modes:
+    if mode not in STRATEGIES[name].modes:
         with pytest.raises(UserError, match=f"does not support --sync {mode}"):
             resolve(Config(strategy=name, sync=mode))
         return
@@ -236,7 +237,7 @@ def test_dlion_with_nothing_left_out_is_sgd_on_the_joint_batch(workers: int) -> 
 # ---- batch sizes and knowledge, in the loop
 
 
-@pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)
+@pytest.mark.parametrize("mode", STRATEGIES["dlion"].modes)
 def test_batches_follow_the_machines_and_sum_to_the_global_batch(mode: str) -> None:
     def seconds(rank: int, samples: int) -> float:
         return (0.01 + 0.001 * samples) * (3 if rank == 1 else 1)
@@ -252,7 +253,7 @@ def test_batches_follow_the_machines_and_sum_to_the_global_batch(mode: str) -> N
     assert first == [record.lbs for record in last], "profiled before the first step"
 
 
-@pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)
+@pytest.mark.parametrize("mode", STRATEGIES["dlion"].modes)
 def test_a_machine_that_slows_down_in_mid_run_gets_smaller_batches(mode: str) -> None:
     computed = [0, 0, 0]
 
@@ -268,7 +269,7 @@ def test_a_machine_that_slows_down_in_mid_run_gets_smaller_batches(mode: str) ->
     assert abs(sum(records[-1].lbs for records in result.records) - 120) <= (0 if mode == "sync" else 1)
 
 
-@pytest.mark.parametrize("mode", STRATEGIES["dlion"].sync_modes)
+@pytest.mark.parametrize("mode", STRATEGIES["dlion"].modes)
 def test_the_best_worker_s_knowledge_comes_to_the_worst(mode: str) -> None:
     """The others hardly learn by themselves and are sent next to nothing: only a transfer can help them."""
     replicas = [Quadratic(LAYOUT, np.full(SIZE, 0.003, np.float32), LEARNING_RATE) for _ in range(3)]

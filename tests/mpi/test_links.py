@@ -18,7 +18,7 @@ from dlion_mpi.loop.ports import Stamp
 from dlion_mpi.mpi.collectives import Collectives
 from dlion_mpi.mpi.progress import ProgressThread
 from dlion_mpi.mpi.transport import MpiTransport
-from dlion_mpi.strategies.contract import Outgoing
+from dlion_mpi.strategies.types import Outgoing
 from dlion_mpi.vector.layout import Entries
 
 SIZE = 50_000

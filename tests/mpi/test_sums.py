@@ -73,12 +73,10 @@ def test_a_run_has_whole_metrics_and_a_ring_s_bytes(world: MPI.Intracomm, strate
 def test_a_rank_that_fails_and_can_say_why_ends_all_in_good_order(
     world: MPI.Intracomm, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = AllReduce.outgoing
-
     def outgoing(self: AllReduce, state: Any, local: Any, links: Any) -> Any:
         if local.step == 7 and world.Get_rank() == 1:
             raise RunError("planted")
-        return original(self, state, local, links)
+        return {}
 
     monkeypatch.setattr(AllReduce, "outgoing", outgoing)
     outcome = train(strategy=strategy, seconds=60.0)

@@ -179,7 +179,7 @@ def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
     choices = {f.name: f.metadata["choices"] for f in fields(Config)}[name]
     text = choices[-1] if choices else examples.get(name, "1")
     text = {"lbs_max": "64", "sync": "bounded", "momentum": "0.5", "time_limit": "9s"}.get(name, text)
-    owner = next((s.name for s in STRATEGIES.values() if name in s.defaults), "dlion")
+    owner = next((s.name for s in STRATEGIES.values() if name in s.uses), "dlion")
     chosen = {} if name == "strategy" else {"strategy": owner}
     if name in ("checkpoint_every", "keep_checkpoints", "time_limit"):
         chosen |= {"out": "runs/a", "checkpoint_every": "9"}

@@ -124,7 +124,7 @@ def test_awkward_texts_come_back_from_toml(folder: Path, name: str, text: str) -
     assert getattr(read_back(config, folder), name) == text
 
 
-@pytest.mark.parametrize(("name", "mode"), [(s.name, mode) for s in STRATEGIES.values() for mode in s.sync_modes])
+@pytest.mark.parametrize(("name", "mode"), [(s.name, mode) for s in STRATEGIES.values() for mode in s.modes])
 def test_a_resolved_config_comes_back_whole(folder: Path, name: str, mode: str) -> None:
     resolved = resolve(Config(strategy=name, sync=mode, out="runs/a", steps=5, seconds=2.5))[1]
     assert read_back(resolved, folder) == resolved

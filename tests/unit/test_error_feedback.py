@@ -94,7 +94,9 @@ def test_links_that_were_served_together_are_so_after_a_checkpoint() -> None:
     for gradient in gradients(3, 3):
         unsent.add(gradient)
         unsent.take({1: WIDE, 2: NARROW, 3: NARROW, 4: None})
-    resumed.from_arrays({name: np.array(array) for name, array in unsent.to_arrays().items()}, PEERS)
+    resumed.from_arrays(
+        {f"unsent/{name}": np.array(array) for name, array in unsent.to_arrays().items()}, "unsent", PEERS
+    )
     assert resumed.owed[2] is resumed.owed[3]
     assert resumed.owed[4] is not resumed.owed[2]
     for peer in PEERS:

@@ -18,8 +18,9 @@ from tests.contract.problem import OPTIMUM, ROUGH, trained
 from tests.markdown import write_files
 
 MODULE = """
-from dlion_mpi.strategies.allreduce import AllReduce
+from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.baseline import Baseline
+from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.dlion import Dlion
 
 number = 3
@@ -30,11 +31,15 @@ def function():
 
 
 class Nothing:
+    name, modes = "none", ("sync",)
+
+
+class NoMethods(Strategy):
     pass
 
 
-class NoMethods:
-    name, sync_modes, defaults = "none", ("sync",), {}
+class NoIncoming(Strategy):
+    name, modes = "none", ("sync",)
 
 
 class Text(Baseline):
@@ -42,19 +47,19 @@ class Text(Baseline):
 
 
 class Modes(Baseline):
-    sync_modes = "sync"
+    modes = "sync"
 
 
 class OtherModes(Baseline):
-    sync_modes = ("sync", "sometimes")
+    modes = ("sync", "sometimes")
 
 
 class List(Baseline):
-    defaults = ["staleness"]
+    uses = ["staleness"]
 
 
 class Unknown(Baseline):
-    defaults = {"staleness": 5, "lbs": 64}
+    uses = {"staleness": 5, "lbs": 64}
 
 
 class Arguments(Baseline):
@@ -63,15 +68,19 @@ class Arguments(Baseline):
 
 
 class Wrong(Dlion):
-    defaults = {**Dlion.defaults, "n_min": 0.0}
+    uses = {**Dlion.uses, "n_min": 0.0}
 
 
 class Sum(AllReduce):
     name = "sum"
 
 
+class ByHorovod(Horovod):
+    name = "by-horovod"
+
+
 class Fine(Dlion):
-    defaults = {"staleness": 2}
+    uses = {"staleness": 2}
 """
 
 
@@ -102,13 +111,14 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         ("brought:Missing", "brought has no class Missing"),
         ("brought:number", "brought has no class number"),
         ("brought:function", "is a function, but must be a class"),
-        ("brought:Nothing", "the class lacks name, sync_modes, defaults, start, outgoing, incoming, may_advance"),
-        ("brought:NoMethods", "the class lacks start, outgoing, incoming, may_advance"),
+        ("brought:Nothing", "the class must inherit from dlion_mpi.strategies.contract.Strategy"),
+        ("brought:NoMethods", "the class lacks name, modes, incoming"),
+        ("brought:NoIncoming", "the class lacks incoming"),
         ("brought:Text", "start must be methods"),
-        ("brought:Modes", "sync_modes is 'sync', but must be a tuple of some of sync, bounded, async"),
-        ("brought:OtherModes", "sync_modes is ('sync', 'sometimes'), but must be"),
-        ("brought:List", "defaults must be a dictionary"),
-        ("brought:Unknown", "defaults has lbs, but a strategy's options are "),
+        ("brought:Modes", "modes is 'sync', but must be a tuple of some of sync, bounded, async"),
+        ("brought:OtherModes", "modes is ('sync', 'sometimes'), but must be"),
+        ("brought:List", "uses must be a dictionary"),
+        ("brought:Unknown", "uses has lbs, but the shared options are "),
         ("brought:Arguments", "it must be possible to make one without arguments"),
         ("brought:Wrong", "--n-min 0: must be in (0, 100]"),
     ],
@@ -135,9 +145,15 @@ def test_a_name_without_a_module_is_one_of_ours() -> None:
     assert {name: find(name) for name in STRATEGIES} == STRATEGIES
 
 
-def test_a_sum_over_all_cannot_be_simulated() -> None:
-    with pytest.raises(UserError, match="--strategy brought:Sum sums by MPI, which is not simulated"):
-        simulate(Config(strategy="brought:Sum", data="digits"), micro_cloud("homo-b"), report=False)
+def test_a_sum_by_a_library_cannot_be_simulated() -> None:
+    with pytest.raises(UserError, match="--strategy brought:ByHorovod needs real processes, because horovod"):
+        simulate(Config(strategy="brought:ByHorovod", data="digits"), micro_cloud("homo-b"), report=False)
+
+
+def test_a_sum_over_all_is_simulated() -> None:
+    done = simulate(Config(strategy="brought:Sum", data="digits", steps=2), micro_cloud("homo-b"), report=False)
+    assert done.result["steps"] == 2
+    assert done.result["bytes_sent"] > 0
 
 
 @pytest.mark.parametrize("mode", ["bounded", "async"])

@@ -20,7 +20,7 @@ from dlion_mpi.simulation.idealised import AllReduce, FreeNetwork, resolve
 from dlion_mpi.simulation.links import VirtualLinks
 from dlion_mpi.simulation.network import PAYLOAD_SHARE, Events, Medium, Network, Stream, payload_bytes_per_s
 from dlion_mpi.simulation.simulate import micro_cloud
-from dlion_mpi.strategies.contract import Outgoing
+from dlion_mpi.strategies.types import Outgoing
 from dlion_mpi.vector.layout import Entries
 
 STAMP = Stamp(epoch=0, step=7, lbs=32, gbs=96, computed_at=0.5)

@@ -1,0 +1,135 @@
+"""What the training loop and a strategy hand each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from dlion_mpi.config.options import Config
+from dlion_mpi.vector.layout import Entries, Layout, Vector
+from dlion_mpi.wire import Kind, Message, ValueType
+
+# ---- what a strategy is given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is known before the first step: the resolved Config, this rank, all ranks, the gradient's layout."""
+
+    config: Config
+    rank: int
+    ranks: tuple[int, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class LinkView:
+    """The state of the link to one peer.
+
+    ``ready``: it takes a message now. ``budget_bytes``: what it carries in a step, as measured. ``idle``: nothing is in
+    flight on it. ``room_bytes``: what it can take now and deliver by about the next step, given what is in flight here
+    and on the other links. ``affordable_bytes``: the message size that the processor time granted to the exchange pays
+    for (``--exchange-share``).
+    """
+
+    ready: bool
+    budget_bytes: float
+    idle: bool = True
+    room_bytes: float = math.inf
+    affordable_bytes: float = math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalGradient:
+    """This worker's mean gradient of the step, (P,) float32, over ``lbs`` of the ``gbs`` samples of all workers.
+
+    The vector is read-only and valid until the next step's `outgoing` begins.
+    """
+
+    vector: Vector
+    step: int
+    lbs: int
+    gbs: int
+
+
+Weights = Callable[[], Vector]
+"""Returns a copy of the replica's weights, (P,) float32."""
+
+
+@dataclass(slots=True)
+class Inbox:
+    """Messages that have arrived and are not used yet, and how far every live peer is known to be."""
+
+    newest: dict[int, int]
+    """By live peer, the step of its newest message; -1 before the first."""
+    held: list[Message] = field(default_factory=list)
+    announced: dict[int, Entries] = field(default_factory=dict)
+    """By peer, the entries whose values are in flight: nobody should read them before the values arrive."""
+
+    def put(self, message: Message) -> None:
+        """Add a message that has arrived. Its payload, if any, is held for `take`."""
+        header = message.header
+        if header.kind is Kind.INDICES:
+            self.announced[header.sender] = message.entries
+        elif header.kind is Kind.GRADIENT:
+            self.announced.pop(header.sender, None)
+        if header.sender in self.newest:
+            self.newest[header.sender] = max(self.newest[header.sender], header.step)
+        if header.kind in (Kind.GRADIENT, Kind.WEIGHTS):
+            self.held.append(message)
+
+    def take(self, last_step: float) -> list[Message]:
+        """Remove and return the messages of steps up to ``last_step``, by sender and step.
+
+        The order is fixed, so that a sum of float32 does not depend on which message arrived first.
+        """
+        taken = [m for m in self.held if m.header.step <= last_step]
+        self.held = [m for m in self.held if m.header.step > last_step]
+        return sorted(taken, key=lambda m: (m.header.sender, m.header.step))
+
+
+# ---- what a strategy answers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outgoing:
+    """A message to one peer. Without ``entries`` it is a header, which tells the peer this worker's step.
+
+    ``quality``: the N in (0, 100] that is recorded with the message. ``announced``: the indices go ahead of the values,
+    and the peer waits for the values.
+    """
+
+    entries: Entries | None = None
+    kind: Kind = Kind.GRADIENT
+    quality: float = 0.0
+    value_type: ValueType = "float32"
+    announced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What to do to the replica: set ``weights``, then give the optimizer ``gradient``. Both (P,) float32 or None.
+
+    ``skipped``: the number of steps to leave out after this one.
+    """
+
+    gradient: Vector | None = None
+    weights: Vector | None = None
+    skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A request for the sum of all workers' ``vector``, (K,) float32 with the same K everywhere.
+
+    Every worker must ask for the same sums in the same order. The sum may take the vector's place in memory.
+    """
+
+    vector: Vector
+
+
+T = TypeVar("T")
+Sums = Generator[Sum, Vector, T]
+"""A generator that yields every `Sum` it needs, is sent the sum of each, and returns a T."""
