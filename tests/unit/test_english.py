@@ -18,17 +18,17 @@ BUDGETS = {
     "dlion_mpi/commands": 26,
     "dlion_mpi/config": 18,
     "dlion_mpi/learner": 4,
-    "dlion_mpi/loop": 28,
+    "dlion_mpi/loop": 27,
     "dlion_mpi/metrics": 31,
     "dlion_mpi/mpi": 38,
     "dlion_mpi/report": 10,
     "dlion_mpi/simulation": 29,
-    "dlion_mpi/strategies": 92,
+    "dlion_mpi/strategies": 40,
     "dlion_mpi/trace": 21,
     "dlion_mpi/vector": 3,
     "dlion_mpi/view": 46,
     "dlion_mpi/wire": 7,
-    "docs": 107,
+    "docs": 106,
 }
 
 
