@@ -315,8 +315,8 @@ def test_what_is_due_in_a_step_that_is_left_out_is_done_after_it() -> None:
             self.steps: list[int] = []
             snapshots.append(self.steps)
 
-        def busy(self) -> bool:
-            return False
+        def pending(self) -> int:
+            return 0
 
         def submit(self, step: int, time_s: float, knowledge: Vector) -> None:
             self.steps.append(step)
