@@ -1,3 +1,3 @@
-"""Selection, error feedback, bandwidth, batch sizes, transfer: pure functions and small states."""
+"""Selection, error feedback, bandwidth, batch sizes, transfer, rings: pure functions and small states."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weighted dynamic batching: the global batch's schedule, the throughput fit, and everyone's share. All pure."""
+"""Weighted dynamic batching: schedule of the global batch, throughput fit, and each worker's batch size. All pure."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 DRIFT = 0.25
-"""Relative error of the last few predictions beyond which the machine has changed and old timings mislead."""
+"""Relative error of a prediction above which the machine may have changed its speed."""
 DRIFT_RUN = 3
-"""How many timings in a row must be off by DRIFT: one slow step is noise, three are a change."""
+"""Successive errors above DRIFT that mean a change of speed; fewer are noise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalBatchSchedule:
-    """How the global batch size (GBS, samples) grows with the step.
+    """Growth of the global batch size (GBS, samples) with the step.
 
     Warm-up adds ``warmup_step`` at every adjustment up to ``warmup_limit`` samples; then every adjustment
     multiplies by ``speedup_factor`` up to ``limit`` samples. A start above a limit stays where it is.
@@ -31,8 +31,8 @@ class GlobalBatchSchedule:
     limit: int
 
     def at(self, step: int) -> int:
-        """GBS at this step: the start after ``step // interval`` adjustments."""
-        gbs = float(self.start)  # whole samples only in the end, or a small factor would never add one
+        """Return GBS at a step, after ``step // interval`` adjustments."""
+        gbs = float(self.start)  # rounded at the end only, or a small factor would never add a sample
         for _ in range(step // self.interval):
             if gbs < self.warmup_limit and self.warmup_step > 0:
                 grown = min(gbs + self.warmup_step, self.warmup_limit, self.limit)
@@ -48,9 +48,8 @@ class GlobalBatchSchedule:
 class ThroughputFit:
     """t(b) = alpha + beta b, by least squares over recent, outlier-free timings.
 
-    ``window``: how many (b, seconds) pairs are remembered. A machine that changes speed is noticed by its
-    timings (see DRIFT), and what was measured before is forgotten. Source: DLion
-    (HPDC 2021), weighted dynamic batching.
+    ``window``: the number of (b, seconds) pairs kept. When the machine changes its speed (see DRIFT), older pairs are
+    dropped. Source: DLion (HPDC 2021), weighted dynamic batching.
     """
 
     window: int = 40
@@ -61,7 +60,7 @@ class ThroughputFit:
         self.pairs = deque(maxlen=self.window)
 
     def add(self, samples: int, seconds: float) -> None:
-        """Remember that an iteration of ``samples`` took ``seconds``."""
+        """Add the timing of an iteration of ``samples``."""
         if len(self.pairs) > DRIFT_RUN:
             alpha, beta = self.solve()
             expected = alpha + beta * samples
@@ -74,10 +73,9 @@ class ThroughputFit:
         self.pairs.append((samples, seconds))
 
     def solve(self) -> tuple[float, float]:
-        """(alpha in seconds, beta in seconds per sample), alpha >= 0 and beta > 0.
+        """Return (alpha in seconds, beta in seconds per sample), alpha >= 0 and beta > 0.
 
-        With timings of one batch size only, alpha is 0: all that is known is a rate. Raises ValueError
-        without any timing.
+        With timings of a single batch size alpha is 0, because only a rate is known. Raises ValueError without timings.
         """
         if not self.pairs:
             raise ValueError("no timings to fit")
@@ -101,13 +99,13 @@ def _least_squares(samples: np.ndarray, seconds: np.ndarray) -> tuple[float, flo
 def solve_lbs(
     gbs: int, fits: Sequence[tuple[float, float]], limits: Sequence[int], *, policy: str = "auto"
 ) -> list[int]:
-    """Everyone's local batch size (LBS), summing to ``gbs`` exactly.
+    """Return each worker's local batch size (LBS). They sum to ``gbs`` exactly.
 
     ``auto``: T = (GBS + sum alpha_k/beta_k) / sum(1/beta_k), LBS_k = (T - alpha_k)/beta_k, so that all finish
     together. ``proportional``: in proportion to 1/beta_k (the paper's relative compute power). Both are
-    clamped to [1, limits[k]], what was clamped is shared among the rest, and largest remainders round.
-    ``fits``: (alpha, beta) per worker. A gbs below n, or above the sum of the limits, is what cannot be met:
-    ValueError. Source: DLion (HPDC 2021), weighted dynamic batching; `auto` is ours.
+    clamped to [1, limits[k]], the clamped amount is shared among the rest, and largest remainders round.
+    ``fits``: (alpha, beta) per worker. Raises ValueError for a gbs below n or above the sum of the limits.
+    Source: DLion (HPDC 2021), weighted dynamic batching; `auto` is ours.
     """
     n = len(fits)
     if not n <= gbs <= sum(limits):
@@ -115,8 +113,8 @@ def solve_lbs(
     alpha = np.array([a if policy == "auto" else 0.0 for a, _ in fits])
     beta = np.array([b for _, b in fits])
     low, high = np.ones(n), np.array(limits, dtype=np.float64)
-    # sum_k clamp((T - alpha_k)/beta_k) grows with T, so the T that meets GBS is found by bisection:
-    # clamping and sharing what was clamped are then one thing.
+    # sum_k clamp((T - alpha_k)/beta_k) grows with T. Bisection finds the T that meets GBS, and thereby shares the clamped
+    # amount as well.
     t_low, t_high = 0.0, float(np.max(alpha + beta * high))
     for _ in range(200):
         t = (t_low + t_high) / 2
@@ -128,12 +126,12 @@ def solve_lbs(
 
 
 def equal_lbs(gbs: int, n: int) -> list[int]:
-    """GBS dealt as evenly as whole samples allow."""
+    """Divide GBS as evenly as whole samples allow."""
     return [gbs // n + (k < gbs % n) for k in range(n)]
 
 
 def _round_to_sum(exact: np.ndarray, total: int, limits: Sequence[int]) -> list[int]:
-    """Largest remainders, without leaving [1, limit]."""
+    """Round by largest remainders, within [1, limit]."""
     lbs = np.maximum(np.floor(exact + 1e-9).astype(np.int64), 1)
     order = np.argsort(-(exact - lbs), kind="stable")
     missing = total - int(lbs.sum())

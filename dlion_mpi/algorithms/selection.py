@@ -1,4 +1,4 @@
-"""Max N: which entries of a gradient are worth sending, for many links in one pass. Pure numpy."""
+"""Max N: selecting the entries of a gradient that are worth sending, for many links in one pass. Pure numpy."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dlion_mpi.wire import ValueType, bytes_for_count, encoded_bytes
 
 Places = npt.NDArray[np.intp]
 SAMPLE = 1 << 14
-"""Entries that are looked at to place a threshold; more would cost more than they sharpen it."""
+"""Entries sampled to place a threshold. A larger sample costs more than its precision gains."""
 RANKED = 1 << 12
-"""Candidates that are ranked to place a link's threshold, of however many."""
+"""Most candidates that are sorted to place a link's threshold; of more, a sample is sorted."""
 MARGIN = 1.25
-"""Candidates wanted over entries needed, since a sample places the first threshold."""
+"""Candidates wanted, relative to the entries needed, because a sample places the first threshold."""
 BLOCK = 1 << 18
-"""Entries worked on at a time: many, for every block costs some calls, but what is read twice has to stay cached."""
+"""Entries processed at a time: large, since every block costs some calls; small enough to stay in the cache."""
 CAUTION = 0.98
-"""Share of a budget to aim at where a sample places the threshold: to miss costs another try."""
+"""Share of a budget to aim at when a sample places the threshold, because a miss costs another try."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """``indices``: (K,) uint32 ascending, None for all; ``quality``: the N in (0, 100] that they come from."""
+    """Selected entries: ``indices``, (K,) uint32 ascending, or None for all, and their N in (0, 100], ``quality``."""
 
     indices: Indices | None
     quality: float
@@ -36,7 +36,7 @@ class Selection:
 class Selector:
     """Selects from vectors of one layout by relative magnitude: ``|v_i| / max|v|`` of the entry's variable.
 
-    `measure` comes first and costs one pass over the vector, `max_n` or `nested` another.
+    Call `measure` first, which makes one pass over the vector; then `max_n` or `nested`, which makes another.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -51,9 +51,9 @@ class Selector:
         self._mask = np.empty(len(self._scratch), np.bool_)
 
     def measure(self, vector: Vector, add: Vector | None = None) -> Vector:
-        """The largest magnitude of every variable that has entries, (V,) float32, of ``vector``, (P,) float32.
+        """Return the largest magnitude of every variable that has entries, (V,) float32.
 
-        ``add``: first ``vector += add``, in the same pass.
+        ``vector``: (P,) float32. ``add``: first ``vector += add``, in the same pass.
         """
         largest = np.zeros(len(self._segments), np.float32)
         for variable, segment in enumerate(self._segments):
@@ -65,9 +65,9 @@ class Selector:
         return largest
 
     def max_n(self, vector: Vector, largest: Vector, quality: float) -> Selection:
-        """Max N with N = ``quality``: the entries with ``|g_i| >= (1 - N/100) max|g|`` of their variable.
+        """Select the entries with ``|g_i| >= (1 - N/100) max|g|`` of their variable, N = ``quality``.
 
-        ``largest``: of `measure`. Zeros are never selected. N = 100 keeps everything. Raises ValueError unless
+        ``largest``: from `measure`. Zeros are never selected. N = 100 keeps everything. Raises ValueError unless
         0 < N <= 100. Source: DLion (HPDC 2021), Max N.
         """
         if not 0 < quality <= 100:
@@ -86,12 +86,12 @@ class Selector:
         value_type: ValueType,
         clustering: float = 1.0,
     ) -> list[Selection]:
-        """For every budget the largest N in [n_min, 100] whose encoded message fits it.
+        """Select, for every budget, the largest N in [n_min, 100] whose encoded message fits it.
 
-        A smaller budget gets a subset of what a larger one gets. A budget that not even n_min fits gets n_min.
-        Zeros are never selected (they would say nothing) unless the whole vector fits. ``largest``: of `measure`.
-        ``clustering``: expected bytes over what they would be at random positions; near each other, entries cost
-        less. One pass over the vector serves all budgets. Source: DLion (HPDC 2021), per-link N.
+        A smaller budget gets a subset of a larger one's entries. A budget that n_min exceeds gets n_min. Zeros are not
+        selected unless the whole vector fits. One pass over the vector serves all budgets. ``largest``: from `measure`.
+        ``clustering``: expected bytes, relative to entries at random positions (entries near each other cost less).
+        Source: DLion (HPDC 2021), per-link N.
         """
         counts = [self._affordable(budget, value_type, clustering) for budget in budgets_bytes]
         least = 1 - n_min / 100
@@ -101,16 +101,16 @@ class Selector:
         for budget, count in sorted(set(zip(budgets_bytes, counts, strict=True))):
             if count >= self._size:
                 selections[budget] = Selection(None, 100.0)
-            else:  # what a smaller budget has got, this one gets too: its threshold is the new least
+            else:  # a larger budget gets all that a smaller one gets: the smaller one's threshold is the new least
                 assert ranking is not None
                 chosen, least = ranking.fit(count, budget, least, self._size, value_type)
                 selections[budget] = Selection(ranking.indices.take(chosen), 100 * (1 - least))
         return [selections[budget] for budget in budgets_bytes]
 
     def relative(self, places: Places, magnitudes: Vector) -> Vector:
-        """Relative magnitudes among some entries only: each over the largest of these of its variable.
+        """Divide magnitudes by the largest of their variable among the given entries.
 
-        ``places``: (K,) ascending; ``magnitudes``: (K,) float32, not negative, overwritten by the result.
+        ``places``: (K,) ascending. ``magnitudes``: (K,) float32, not negative, overwritten by the result.
         """
         bounds = [*np.searchsorted(places, self._starts), len(places)]
         for start, stop in pairwise(bounds):
@@ -120,11 +120,11 @@ class Selector:
         return magnitudes
 
     def _above(self, vector: Vector, largest: Vector, threshold: float) -> tuple[Indices, Vector]:
-        """The entries, not zero, of a relative magnitude >= threshold: indices ascending, and those magnitudes."""
+        """Find the nonzero entries of relative magnitude >= threshold: (indices ascending, their magnitudes)."""
         places, magnitudes = [], []
         for segment, scale in zip(self._segments, largest, strict=True):
             if scale > 0:
-                # A little too low, so that rounding leaves no entry out; what is too small goes below.
+                # A little too low, so that rounding leaves no entry out; entries that are too small are dropped below.
                 limit = np.nextafter(np.float32(threshold * float(scale) * (1 - 1e-6)), np.float32(0))
                 compare = np.greater_equal if limit > 0 else np.greater
                 for block in blocks(segment, BLOCK):
@@ -142,7 +142,7 @@ class Selector:
         return (indices, relative) if keep.all() else (indices[keep], relative[keep])
 
     def _affordable(self, budget_bytes: float, value_type: ValueType, clustering: float) -> int:
-        """How many entries are expected to fit, by bisection, since bytes grow with the count; all if they do fit."""
+        """Return the number of entries expected to fit, by bisection, since bytes grow with the count."""
         if encoded_bytes(None, self._size, value_type) <= budget_bytes:
             return self._size
         low, high = 0, max(0, self._size - 1)
@@ -155,7 +155,7 @@ class Selector:
         return low
 
     def _candidates(self, vector: Vector, largest: Vector, count: int, least: float) -> tuple[Indices, Vector]:
-        """At least the ``count`` largest entries that are not zero, and all with a magnitude >= least."""
+        """Find at least the ``count`` largest nonzero entries, and all with a relative magnitude >= least."""
         scales = largest[self._sampled_variable]
         sample = np.divide(np.abs(vector[self._sampled]), scales, out=np.zeros_like(scales), where=scales > 0)
         wanted = count * MARGIN / self._size
@@ -172,9 +172,9 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Candidates (C,) ascending by index, and the relative magnitudes of every ``stride``-th, descending.
+    """Candidates, (C,) ascending by index, and the relative magnitudes of every ``stride``-th, sorted descending.
 
-    Ranked once for all links, and never more than RANKED of them.
+    Sorted once for all links, and at most RANKED of them.
     """
 
     indices: Indices
@@ -190,9 +190,9 @@ class Ranking:
     def fit(
         self, count: int, budget_bytes: float, least: float, size: int, value_type: ValueType
     ) -> tuple[Places, float]:
-        """Which candidates are the largest that fit, and the threshold that they reach, at most ``least``.
+        """Return the largest candidates that fit, and their threshold, which is at most ``least``.
 
-        ``count`` is where to start, lowered while the exact size is too large.
+        ``count``: the first guess of their number, lowered while their exact size is too large.
         """
         if not len(self.indices):
             return np.empty(0, np.intp), least
@@ -209,8 +209,8 @@ class Ranking:
             exact_bytes = encoded_bytes(self.indices.take(chosen), size, value_type)
             if exact_bytes <= budget_bytes or threshold >= least:
                 return chosen, threshold
-            # Equal magnitudes come all or none: if they are too many, only what is larger can fit. A sampled ranking
-            # may be off by a little each time, so every further try gives up twice as much as the one before.
+            # Entries of equal magnitude are selected all or none: if they are too many, only larger entries can fit. A
+            # sampled ranking may be a little wrong each time, so every try gives up twice as much as the last one.
             larger = int(np.count_nonzero(self.descending > threshold))
             fitting = int(len(chosen) * aim * budget_bytes / exact_bytes) // self.stride
             wanted = max(0, min(larger - given_up, fitting))

@@ -1,4 +1,4 @@
-"""Direct knowledge transfer: who is best, who learns from it, and how weights merge. All pure."""
+"""Direct knowledge transfer: the best worker, the workers that merge its weights, and the merge. All pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dlion_mpi.vector.layout import Vector
 
 
 def best(losses: Sequence[float]) -> int | None:
-    """The position of the lowest finite mean loss, the first of equals; None if there is none."""
+    """Return the position of the lowest finite mean loss, the first of equals; None if there is none."""
     finite = np.where(np.isfinite(losses), losses, np.inf)
     k = int(np.argmin(finite))
     return k if np.isfinite(finite[k]) else None
@@ -19,7 +19,7 @@ def best(losses: Sequence[float]) -> int | None:
 def merges(policy: str, losses: Sequence[float], k: int) -> bool:
     """Whether worker ``k`` merges the best worker's weights.
 
-    ``losses``: (n,) everyone's mean of recent losses. ``policy``: all, worse-than-mean, worst or none.
+    ``losses``: (n,) each worker's mean of recent losses. ``policy``: all, worse-than-mean, worst or none.
     Source: DLion, direct knowledge transfer; the policies are ours.
     """
     # A loss that is not finite is the worst there is.
@@ -37,6 +37,8 @@ def merges(policy: str, losses: Sequence[float], k: int) -> bool:
 
 
 def merge(own: Vector, best_weights: Vector, merge_share: float) -> Vector:
-    """``w - lambda (w - w_best)``, (P,) float32, lambda = ``merge_share`` in [0, 1]. Source: DLion (HPDC
-    2021), direct knowledge transfer."""
+    """Return ``w - lambda (w - w_best)``, (P,) float32, lambda = ``merge_share`` in [0, 1].
+
+    Source: DLion (HPDC 2021), direct knowledge transfer.
+    """
     return own - np.float32(merge_share) * (own - best_weights)
