@@ -1,12 +1,12 @@
-"""Runs as tables and figures, from the metrics that ``--out`` keeps; for scripts and notebooks.
+"""Tables and figures of runs, from the metrics that ``--out`` stores, for scripts and notebooks.
 
     import analysis
 
     runs = analysis.load_all(["runs/a", "runs/b"])
     analysis.steps(runs).groupby(["run", "rank"])["wait_s"].mean()
 
-`load` and `load_all` read runs, `labels` names them; `steps`, `links`, `evaluations`, `transfers` and `settings`
-are their tables; the figures are in `analysis.figures`. Wants the extra ``analysis`` (pandas and matplotlib).
+`load` and `load_all` read runs, and `labels` names them. `steps`, `links`, `evaluations`, `transfers` and `settings`
+return tables. `analysis.figures` draws figures. Requires the extra ``analysis`` (pandas and Matplotlib).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if absent := [name for name in ("matplotlib", "pandas") if find_spec(name) is No
     line = f"analysis needs {' and '.join(absent)}: pip install -e '.[analysis]' in the checkout"
     if sys.argv[0] != "-m":
         raise ImportError(line)
-    # What Python calls itself on its way to a module of the package that is run as a command.
+    # `python -m analysis.MODULE`: Python imports the package before it runs the module.
     print(f"dlion: error: {line}", file=sys.stderr)
     sys.exit(2)
 

@@ -1,7 +1,7 @@
-"""The figures of a paper from runs: ``python -m analysis.figures RUN... -o figures/`` writes each as PDF and PNG.
+"""Figures for a paper: ``python -m analysis.figures RUN... -o figures/`` writes each as PDF and PNG.
 
-They show what `dlion report` shows, from the same numbers, drawn for a column of text. In a notebook,
-``analysis.figures.draw(runs)`` gives them as Matplotlib figures by name.
+They show the figures of `dlion report`, drawn for one column of text. In a notebook, ``analysis.figures.draw(runs)``
+returns Matplotlib figures by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dlion_mpi.report.colours import LIGHT
 from dlion_mpi.report.figure import Figure
 
 COLUMN, PAGE = 3.4, 7.0
-"""Widths in inches: of a column of text, and of both."""
+"""Widths in inches of one column of text, and of two."""
 STYLE: Any = {
     "font.size": 8,
     "axes.spines.top": False,
@@ -49,11 +49,11 @@ DASHED = ("accuracy", "loss")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw all figures of the runs; their paths go to stdout. Returns the exit code."""
+    """Draw all figures of the runs and print their paths. Return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.figures", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that --out of a run has made")
     parser.add_argument("-o", "--output", default="figures", metavar="DIR", help="(default: figures)")
-    parser.add_argument("--target-accuracy", metavar="ACCURACY", help="of the time to target, in 0..1")
+    parser.add_argument("--target-accuracy", metavar="ACCURACY", help="for the time to target, 0 to 1")
     args = parser.parse_args(argv)
     try:
         target = target_of(args.target_accuracy)
@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw(runs: Sequence[Run], *, target: float | None = None) -> dict[str, Drawing]:
-    """Every figure that has something to show, by name: those of all runs, then each run's.
+    """Draw every figure that has data, by name: first the comparisons, then the figures of each run.
 
-    ``target``: the test accuracy, in 0..1, whose time is compared; None: as `dlion report` chooses it.
+    ``target``: test accuracy (0 to 1) for the time to target; None: the default of `dlion report`.
     """
     names = labels(runs)
     drawn = {figure["key"]: drawing(figure) for figure in comparison.figures(runs, names, target)}
@@ -89,7 +89,7 @@ def save(drawn: Mapping[str, Drawing], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context(STYLE):
             for path in paths:
-                # Without a date the same runs give the same file.
+                # Without a date, the same runs give the same file.
                 dated = {"CreationDate": None} if path.suffix == ".pdf" else {}
                 drawn[path.stem].savefig(path, metadata=dated)
     except OSError as error:
@@ -98,7 +98,7 @@ def save(drawn: Mapping[str, Drawing], folder: Path) -> list[Path]:
 
 
 def drawing(figure: Figure) -> Drawing | None:
-    """A figure of `dlion report` as a Matplotlib figure; None if there is nothing in it."""
+    """Draw a figure of `dlion report` with Matplotlib; None if it has no data."""
     with mpl.rc_context(STYLE):
         return DRAWN[figure["kind"]](figure)
 
@@ -133,7 +133,7 @@ def _line(axes: Axes, line: Mapping[str, Any], figure: Figure) -> None:
     time_s = line.get("t", figure["t"])
     known = [n for n, value in enumerate(line["y"]) if value is not None]
     style: dict[str, Any] = {"color": LIGHT[line["colour"] % len(LIGHT)], "label": line["name"], "lw": 1.1}
-    # Few runs are told apart by their dashes as well; many noisy lines would only be harder to see.
+    # Dashes help to distinguish runs, but make many noisy lines harder to see.
     style["ls"] = DASHES[line["colour"] % len(DASHES)] if figure["key"] in DASHED else "-"
     marker = "o" if len(known) <= 30 else ""
     axes.plot([time_s[n] for n in known], [line["y"][n] for n in known], marker=marker, ms=2, **style)
@@ -144,7 +144,7 @@ def _line(axes: Axes, line: Mapping[str, Any], figure: Figure) -> None:
 
 
 def _limit(axes: Axes, figure: Figure) -> None:
-    """From 0, as far as the figure says; logarithmic where values are far apart."""
+    """Set the axes: from 0 to the limits of the figure, or logarithmic if values are far apart."""
     drawn = [line for panel in figure["panels"] for line in panel["series"]]
     values = [v for line in drawn for name in ("y", "low", "high") for v in _known(line.get(name, ()))]
     low, high = min(values), max(values)
@@ -220,13 +220,13 @@ def _spans(figure: Figure) -> Drawing | None:
         return None
     made, axes = _rows(figure["rows"])
     shown = set()
-    for row, asked, done, source, merged, _ in figure["items"]:
+    for row, requested, done, source, merged, _ in figure["items"]:
         colour = LIGHT[source % len(LIGHT)]
         label = None if source in shown else f"weights of worker {source}"
         shown.add(source)
         face = colour if merged else "none"
-        width = max(done - asked, 0.004 * figure["end"])
-        axes.barh(row, width, left=asked, height=0.6, facecolor=face, edgecolor=colour, lw=0.8)
+        width = max(done - requested, 0.004 * figure["end"])
+        axes.barh(row, width, left=requested, height=0.6, facecolor=face, edgecolor=colour, lw=0.8)
         axes.plot([], [], "s", color=colour, label=label)
     axes.set_yticks(range(len(figure["rows"])), figure["rows"])
     axes.set(xlim=(0, figure["end"]), xlabel=_capital(figure["x"]))
@@ -236,7 +236,7 @@ def _spans(figure: Figure) -> Drawing | None:
 
 
 def _rows(names: Sequence[str]) -> tuple[Drawing, Axes]:
-    """A figure with a row for each name, the first at the top."""
+    """An empty figure with a row per name, the first at the top."""
     made = Drawing(figsize=(COLUMN, 0.9 + (0.24 if len(names) <= 12 else 0.12) * len(names)))
     axes = made.subplots()
     axes.invert_yaxis()
@@ -263,7 +263,7 @@ def _capital(text: str) -> str:
 
 
 def _natural(name: object) -> list[tuple[int, str]]:
-    """So that worker 10 comes after worker 9."""
+    """Sort key that puts worker 10 after worker 9."""
     return [(int(part or 0), text) for text, part in re.findall(r"(\D*)(\d*)", str(name))]
 
 

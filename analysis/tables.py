@@ -1,7 +1,7 @@
-"""A tidy table for each quantity: one row for each thing that was measured, one column for each property of it.
+"""Tables of runs: a row per step, evaluation, transfer, or step and link.
 
-Every table begins with ``run`` (its label) and ``rank``. The other columns are those of docs/metrics.md, in their
-units; NaN where there was nothing, or the file does not say.
+Every table begins with the columns ``run`` (its label) and ``rank``. docs/metrics.md describes the other columns and
+their units. NaN stands for a value that is missing.
 """
 
 from __future__ import annotations
@@ -12,32 +12,34 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dlion_mpi.metrics.reader import Array, Columns, Rank, Run, labels
+from dlion_mpi.metrics.files import Array
+from dlion_mpi.metrics.rank import Columns, Rank
+from dlion_mpi.metrics.reader import Run, labels
 from dlion_mpi.report.settings import settings as rows_of_settings
 
 
 def steps(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each step of each rank."""
+    """A row per step and rank."""
     return _table(runs, lambda rank: rank.steps)
 
 
 def evaluations(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each test of a rank's weights."""
+    """A row per evaluation of a rank."""
     return _table(runs, lambda rank: rank.evaluations)
 
 
 def transfers(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each knowledge transfer at each rank."""
+    """A row per knowledge transfer and rank."""
     return _table(runs, lambda rank: rank.transfers)
 
 
 def links(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each step of each rank and each of its peers: column ``peer``, with ``step`` and ``time_s``."""
+    """A row per step, rank and peer, with ``step`` and ``time_s``."""
     return _table(runs, _links)
 
 
 def settings(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each setting and version, a column for each run; ``differs``: whether the runs do, these first."""
+    """A row per setting and version, and a column per run. Rows in which the runs differ come first."""
     rows = rows_of_settings(runs)
     table = pd.DataFrame([values for _, values, _ in rows], index=[name for name, _, _ in rows], columns=labels(runs))
     table.insert(0, "differs", [differs for _, _, differs in rows])
@@ -45,7 +47,7 @@ def settings(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _links(rank: Rank) -> Mapping[str, Array]:
-    """The columns of a rank's links, its own left out: (steps x peers,) each, step by step."""
+    """The measures of a rank's links to its peers, (steps x peers,) each, ordered by step."""
     columns: Columns = rank.links()
     peers = np.delete(np.arange(rank.workers, dtype=np.int32), rank.rank)
     count = len(rank.steps["time_s"])
@@ -58,7 +60,7 @@ def _links(rank: Rank) -> Mapping[str, Array]:
 
 
 def _table(runs: Sequence[Run], columns_of: Callable[[Rank], Mapping[str, Array]]) -> pd.DataFrame:
-    """The columns of all ranks of all runs, one under another."""
+    """Concatenate the columns of all ranks of all runs."""
     names = labels(runs)
     parts = [(n, rank, dict(columns_of(rank))) for n, run in enumerate(runs) for rank in run.ranks]
     lengths = [len(next(iter(columns.values()))) for _, _, columns in parts]
@@ -69,6 +71,6 @@ def _table(runs: Sequence[Run], columns_of: Callable[[Rank], Mapping[str, Array]
         "rank": np.repeat(np.array([rank.rank for _, rank, _ in parts], dtype=np.int32), lengths),
     }
     for name in list(parts[0][2]):
-        # Column by column, each dropped as it is done: of a long run there is no room for everything twice.
+        # Drop each column once it is copied: two copies of a long run would not fit in memory.
         table[name] = np.concatenate([columns.pop(name) for _, _, columns in parts])
     return pd.DataFrame(table, copy=False)

@@ -54,7 +54,7 @@ def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
     """Time the steps of one rank with and without a checkpoint in progress."""
     during: list[float] = []
     alone: list[float] = []
-    original = live.Progress
+    original = live.Reporter
 
     class Timed(original):  # type: ignore[misc, valid-type]
         """Sorts the time from step to step by whether a checkpoint was in progress."""
@@ -63,13 +63,13 @@ def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
         was_busy = False
 
         def __call__(self, record: StepRecord) -> None:
-            worker: Worker = self.accuracy.__self__
+            worker: Worker = self._accuracy.__self__
             busy = bool(worker.checkpoints._busy)  # type: ignore[union-attr]
             if record.step > 20:
                 (during if busy or self.was_busy else alone).append(record.time_s - self.last_s)
             self.last_s, self.was_busy = record.time_s, busy
 
-    live.Progress = Timed  # type: ignore[misc]
+    live.Reporter = Timed  # type: ignore[misc]
     config = config_of(
         {
             "data": "fashion-mnist",
@@ -91,7 +91,7 @@ def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
 
     backend.start(1)
     runner.run(config, model=dense(weights)((28, 28, 1), 10))
-    live.Progress = original  # type: ignore[misc]
+    live.Reporter = original  # type: ignore[misc]
     return {
         "steps_with": len(during),
         "steps_without": len(alone),

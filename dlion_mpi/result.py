@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,8 @@ import numpy.typing as npt
 from dlion_mpi.config.options import Config
 from dlion_mpi.learner.evaluate import target_reached_s
 from dlion_mpi.loop.worker import Worker
+from dlion_mpi.metrics.gauges import summary_names
 from dlion_mpi.metrics.records import Evaluation
-from dlion_mpi.view.lines import SUMMARY_COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +35,13 @@ def exit_code(codes: Sequence[float]) -> int:
 
 
 def summary_row(worker: Worker, seconds: float) -> list[float]:
-    """A worker's numbers of SUMMARY_COLUMNS after ``seconds`` of training. It has been evaluated once at least."""
-    spent, losses = worker.history.spent, worker.history.recent_losses
-    return [
-        worker.step,
-        worker.history.evaluations[-1].accuracy,
-        float(np.mean(losses)) if losses else math.nan,
-        spent.samples,
-        spent.compute_s,
-        spent.select_encode_s,
-        spent.wait_s,
-        spent.apply_s,
+    """A worker's numbers of `summary_names` after ``seconds`` of training. It has been evaluated once at least."""
+    return worker.history.totals.row(
         seconds,
-        sum(link.bytes_sent for link in worker.links.totals().values()),
-    ]
+        step=worker.step,
+        accuracy=worker.history.evaluations[-1].accuracy,
+        bytes_sent=sum(link.bytes_sent for link in worker.links.totals().values()),
+    )
 
 
 def result_of(
@@ -58,13 +50,13 @@ def result_of(
     reasons: Sequence[str],
     evaluations: Sequence[Sequence[Evaluation]],
 ) -> dict[str, Any]:
-    """The run's JSON object. By rank: ``rows`` (n, columns) of SUMMARY_COLUMNS, why it stopped, its evaluations."""
-    column = dict(zip(SUMMARY_COLUMNS, rows.T, strict=True))
+    """The run's JSON object. By rank: ``rows`` (n, columns) of `summary_names`, why it stopped, its evaluations."""
+    column = dict(zip(summary_names(), rows.T, strict=True))
     losses = column["loss"]
     return {
         "strategy": config.strategy,
         "ranks": len(rows),
-        "steps": int(column["steps"].max()),
+        "steps": int(column["step"].max()),
         "seconds": round(float(column["seconds"].max()), 3),
         "accuracy_mean": round(float(column["accuracy"].mean()), 6),
         "accuracy_std": round(float(column["accuracy"].std()), 6),

@@ -55,7 +55,7 @@ from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.registry import resolve
 from dlion_mpi.strategies.types import Plan
 from dlion_mpi.view.lines import summary
-from dlion_mpi.view.live import title_of, told
+from dlion_mpi.view.live import show_progress, title_of
 
 if TYPE_CHECKING:
     from dlion_mpi.mpi.horovod import HorovodReducer
@@ -131,7 +131,7 @@ def _run(
     )
     signals = STOPPING if session is None else (signal.SIGINT,)
     with stopped_by_signals([worker], signals):
-        with _told(worker, ranks, exchange, report):
+        with _progress_shown(worker, ranks, exchange, report):
             clock.start(0.0 if loaded is None else loaded.checkpoint.time_s)
             if ranks.rank == 0:
                 start_clock(config.seconds)
@@ -214,12 +214,12 @@ class _Exchange:
         self._communicator.Free()
 
 
-def _told(worker: Worker, ranks: Ranks, exchange: _Exchange, report: bool) -> AbstractContextManager[None]:
+def _progress_shown(worker: Worker, ranks: Ranks, exchange: _Exchange, report: bool) -> AbstractContextManager[None]:
     """While the worker trains, say how it goes, if that is wanted."""
     if not report:
         return nullcontext()
     gather = functools.partial(startup.gather_numbers, ranks.communicator)
-    return told(worker, ranks.size, exchange.links, gather, title_of(worker.config, "rank", ranks.size))
+    return show_progress(worker, ranks.size, exchange.links, gather, title_of(worker.config, "rank", ranks.size))
 
 
 def _train(worker: Worker, driven: Callable[[Loop], None]) -> None:

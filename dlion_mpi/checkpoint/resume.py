@@ -16,12 +16,12 @@ from dlion_mpi.log import say
 from dlion_mpi.loop.links import Links
 from dlion_mpi.loop.ports import Batches, Replica
 from dlion_mpi.loop.worker import Worker
-from dlion_mpi.metrics.recorder import next_part
+from dlion_mpi.metrics.files import next_part
 from dlion_mpi.mpi import startup
 from dlion_mpi.mpi.startup import Ranks, together
 from dlion_mpi.vector.named_arrays import Arrays, StateError, integer
 
-FORMAT = "2"
+FORMAT = "3"
 """Of the arrays in a rank's file."""
 
 

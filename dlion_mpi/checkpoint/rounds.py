@@ -297,7 +297,7 @@ class CheckpointRounds:
 
     def _report_file(self, w: Worker, writing: Future[Written]) -> None:
         self._writing = None
-        loss = float(np.mean(w.history.recent_losses)) if w.history.recent_losses else math.nan
+        loss = w.history.totals.mean("loss")
         try:
             done = writing.result()
             record = [1.0, done.size_bytes, done.digest // HALF, done.digest % HALF]

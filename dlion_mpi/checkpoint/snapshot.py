@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from dlion_mpi.loop.links import LinkTotals
-from dlion_mpi.loop.step import Spent
 from dlion_mpi.loop.worker import History, Worker
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.vector.layout import Entries
@@ -16,7 +15,6 @@ from dlion_mpi.vector.named_arrays import (
     Arrays,
     StateError,
     array,
-    column,
     integer,
     integers,
     number,
@@ -26,7 +24,6 @@ from dlion_mpi.vector.named_arrays import (
 )
 from dlion_mpi.wire import Header, Kind, Message
 
-SPENT = ("compute_s", "select_encode_s", "wait_s", "apply_s")
 HEADER = ("sender", "step", "lbs", "gbs")
 COLUMNS = 1 + len(HEADER) + 2
 """Columns of a saved message: kind, the header fields above, number of entries, whether it is dense."""
@@ -56,18 +53,13 @@ def _copy(value: Array, place: Array | None) -> Array:
 
 
 def _progress(w: Worker) -> Arrays:
-    history, spent = w.history, w.history.spent
+    history = w.history
     evaluations = [[e.step, e.time_s, e.accuracy] for e in history.evaluations]
     return {
-        **integers(step=w.step, samples=spent.samples),
+        **integers(step=w.step),
         **w.budget.to_arrays(),
-        **numbers(
-            time_s=w.now_s(),
-            step_s=history.step_s,
-            evaluated_s=history.evaluated_s,
-            **{name: getattr(spent, name) for name in SPENT},
-        ),
-        "recent_losses": column(history.recent_losses),
+        **numbers(time_s=w.now_s(), step_s=history.step_s, evaluated_s=history.evaluated_s),
+        **under("totals", history.totals.to_arrays()),
         "evaluations": np.array(evaluations, np.float64).reshape(-1, 3),
         **under("links", {str(peer): _totals(total) for peer, total in w.links.totals().items()}),
     }
@@ -161,10 +153,9 @@ def _restore_progress(w: Worker, saved: Mapping[str, Array]) -> None:
     w.history = History(
         evaluations=list(evaluations_of(saved)),
         evaluated_s=number(saved, "evaluated_s"),
-        spent=Spent(integer(saved, "samples"), *(number(saved, name) for name in SPENT)),
         step_s=number(saved, "step_s"),
     )
-    w.history.recent_losses.extend(array(saved, "recent_losses", np.float64, None).tolist())
+    w.history.totals.from_arrays(part(saved, "totals"))
 
 
 def restore_elsewhere(w: Worker, arrays: Mapping[str, Array]) -> None:

@@ -34,22 +34,3 @@ class Step:
         """Add to the time of a phase, if it is one that a step adds up."""
         if name := TIMED.get(phase):
             setattr(self, name, getattr(self, name) + seconds)
-
-
-@dataclass(slots=True)
-class Spent:
-    """Samples computed and seconds spent since training began."""
-
-    samples: int = 0
-    compute_s: float = 0.0
-    select_encode_s: float = 0.0
-    wait_s: float = 0.0
-    apply_s: float = 0.0
-
-    def add(self, step: Step) -> None:
-        """Add a step."""
-        self.samples += step.lbs
-        self.compute_s += step.compute_s
-        self.select_encode_s += step.select_encode_s
-        self.wait_s += step.wait_s
-        self.apply_s += step.apply_s

@@ -176,7 +176,6 @@ def rebalance_test_and_transfer(w: Worker, computed: Computed) -> Generator[Unti
     if _evaluation_due(w, step):
         w.history.evaluated_s = w.now_s()
         w.evaluator.submit(step, w.now_s(), w.replica.knowledge())
-    w.history.recent_losses.append(computed.loss)
     w.batch_sizes.observe(w.current.lbs, computed.seconds)
     w.knowledge.observe(computed.loss)
     yield from _agree(w, w.batch_sizes.advance(step, w.current.skipped))
@@ -233,9 +232,9 @@ def finish_step(w: Worker, computed: Computed) -> None:
         age_s={peer: sum(age for age, _ in a) / len(a) for peer, a in step.ages.items()},
         age_steps={peer: sum(age for _, age in a) / len(a) for peer, a in step.ages.items()},
     )
+    w.history.totals.add(w.pending)
     if not encodes_in_background(w):
         w.write_record()
-    w.history.spent.add(step)
     # Without waiting: else large messages would make steps long, and long steps would allow large messages.
     w.history.step_s = _running_mean(w.history.step_s, step_s - step.wait_s)
     w.step += 1

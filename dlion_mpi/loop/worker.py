@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
@@ -16,7 +16,8 @@ from dlion_mpi.loop.knowledge import KnowledgeRounds
 from dlion_mpi.loop.links import Links
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.ports import BackgroundEncoder, Batches, Collectives, Reduce, Replica, Stamp, Until
-from dlion_mpi.loop.step import Spent, Step
+from dlion_mpi.loop.step import Step
+from dlion_mpi.metrics.gauges import Totals
 from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.strategies.contract import Strategy
@@ -85,8 +86,7 @@ class History:
     evaluations: list[Evaluation] = field(default_factory=list)
     evaluated_s: float = 0.0
     """When the last snapshot was submitted for evaluation."""
-    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=10))
-    spent: Spent = field(default_factory=Spent)
+    totals: Totals = field(default_factory=Totals)
     step_s: float = 0.0
     """Running mean of a step's seconds without waiting: the time that a message may take to arrive."""
 

@@ -1,8 +1,8 @@
-"""What a rank keeps of when things happened: the spans of its loop, and what became of every message.
+"""When things happened on a rank: the spans of its loop, and the life of each message.
 
-Each is a list of records in the order in which they happened, written as it happens: so what a killed run has
-written is true as far as it goes, and no record is ever changed. All times are seconds of the run's common clock,
-which is rank 0's. `trace` makes a timeline of them; docs/metrics.md describes the files.
+Records are added as things happen and are never changed, so the file of a killed run is correct as far as it goes. All
+times are seconds on the run's common clock, which is rank 0's. `trace` draws a timeline; docs/metrics.md describes the
+data sets.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from dlion_mpi.wire import Header
 
 
 class Phase(IntEnum):
-    """What a rank did in a span of time. The first seven are the loop's and lie in or after each other."""
+    """The activity of a rank during a span of time. Spans of the first seven never overlap, but may be nested."""
 
-    COMPUTE = 1  # the gradient, and the sleep that plays a slower machine
-    SELECT = 2  # selecting, encoding and posting, or waiting for EXCHANGE; in WAIT where a link became free meanwhile
-    WAIT = 3  # for what the synchronisation mode and patience want; in APPLY for a sum over all
-    APPLY = 4  # decoding and weighing what has arrived, and the optimizer; in WAIT what is decoded meanwhile
-    AGREE = 5  # waiting for everyone's throughput or losses in sync, for new batch sizes in bounded
-    PROFILE = 6  # timing two batch sizes before the first step
-    LEAVE = 7  # after the last step, until nobody needs this rank any more
-    EVALUATE = 8  # from the snapshot to its accuracy, beside the loop
-    TRANSFER = 9  # a knowledge transfer, from the asking (in this step) to the merging, beside the loop
-    EXCHANGE = 10  # selecting, encoding and posting in a thread beside the loop, which took it back in this step
+    COMPUTE = 1  # the gradient, with the sleep that emulates a slower machine
+    SELECT = 2  # select, encode and post, or wait for EXCHANGE; within WAIT when a link becomes free
+    WAIT = 3  # wait for peers as the synchronisation mode and patience require; within APPLY for a sum
+    APPLY = 4  # decode and weight messages, and run the optimizer; within WAIT when messages arrive
+    AGREE = 5  # wait for a collective in sync, or for new batch sizes in bounded
+    PROFILE = 6  # time two batch sizes before the first step
+    LEAVE = 7  # after the last step: until no other rank needs this one
+    EVALUATE = 8  # test a copy of the weights, in the background
+    TRANSFER = 9  # knowledge transfer, from the request to the merge, in the background
+    EXCHANGE = 10  # select, encode and post in the background encoder; the step is the loop's at its end
 
 
 PIECE, FIRST_PIECE = 0, 1 << 31
-"""The ``kind`` of a piece of a sum over all, which no message of `wire` has, and the ``sequence`` of a link's first."""
+"""The ``kind`` of a piece of an all-reduce, which no `wire.Kind` has, and the ``sequence`` of a link's first piece."""
 
 RECORDS: dict[str, np.dtype[Any]] = {
     "spans": np.dtype([("phase", "u1"), ("step", "u4"), ("start_s", "f8"), ("end_s", "f8")]),
-    # at the sender: handed to the link
+    # at the sender, when the message is posted
     "sent": np.dtype(
         [
             ("peer", "u4"),
@@ -49,41 +49,44 @@ RECORDS: dict[str, np.dtype[Any]] = {
             ("posted_s", "f8"),
         ]
     ),
-    # at the receiver: all of it is there; the loop has used it
+    # at the receiver, when the whole message has arrived, and when the loop has applied it
     "arrived": np.dtype([("peer", "u4"), ("sequence", "u4"), ("arrived_s", "f8")]),
     "applied": np.dtype([("peer", "u4"), ("sequence", "u4"), ("step", "u4"), ("applied_s", "f8")]),
 }
-"""The fields of a record, by data set. A message is known by its link and ``sequence``, which its header carries."""
+"""The fields of each data set. The link and the ``sequence`` in its header identify a message."""
 
 
 class MessageLog(Protocol):
-    """What links tell of their messages; see `metrics.recorder.Recorder`."""
+    """Records what happens to the messages of the links; see `metrics.recorder.Recorder`."""
 
     def sent(self, peer: int, header: Header, size_bytes: int, posted_s: float) -> None:
-        """A message was handed to the link."""
+        """Record a message to ``peer``."""
 
     def arrived(self, peer: int, sequence: int, arrived_s: float) -> None:
-        """All of a peer's message is here."""
+        """Record the arrival of a message from ``peer``."""
 
     def piece(self, peer: int, sent_bytes: int, received_bytes: int, began_s: float, ended_s: float) -> None:
-        """A piece of a sum over all went to ``peer``, or came from it, or both."""
+        """Record a piece of an all-reduce that went to ``peer``, came from it, or both."""
 
 
 class Unlogged:
-    """For links whose messages nobody asks about."""
+    """A `MessageLog` that records nothing."""
 
     def sent(self, peer: int, header: Header, size_bytes: int, posted_s: float) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def arrived(self, peer: int, sequence: int, arrived_s: float) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def piece(self, peer: int, sent_bytes: int, received_bytes: int, began_s: float, ended_s: float) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
 
 def checked(name: str, found: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-    """Records that a file holds, with the fields of `RECORDS` and finite times only; None if they are none."""
+    """Convert the records of a file to the fields of `RECORDS`, without those whose times are not finite.
+
+    Returns None if a field is missing or has another type.
+    """
     wanted = RECORDS[name]
     assert wanted.names is not None
     names = found.dtype.names or ()

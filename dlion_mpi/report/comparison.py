@@ -1,4 +1,4 @@
-"""The figures in which all runs stand side by side."""
+"""The figures that compare runs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dlion_mpi.metrics.grid import grid, nanmean
 from dlion_mpi.metrics.reader import Run
-from dlion_mpi.metrics.series import PARTS, Accuracy, accuracy, grid, nanmean, per_worker, step_parts
-from dlion_mpi.report.colours import PARTS as PART_COLOURS
+from dlion_mpi.metrics.series import Accuracy, accuracy, part_names, per_worker, step_parts
+from dlion_mpi.report.colours import part_colour
 from dlion_mpi.report.figure import Figure, bars, lines, numbers, series
 
 
 def figures(runs: Sequence[Run], labels: Sequence[str], target: float | None) -> list[Figure]:
-    """All of them; those that only compare are left out for a single run. ``target``: accuracy in 0..1."""
+    """All figures; for a single run, those that need no other. ``target``: test accuracy, 0 to 1."""
     curves = [accuracy(run) for run in runs]
     found = [_accuracy(curves, labels)]
     target = default_target(runs, curves) if target is None else target
@@ -35,7 +36,7 @@ def _accuracy(curves: Sequence[Accuracy], labels: Sequence[str]) -> Figure:
     return lines(
         "accuracy",
         "Test accuracy over time",
-        "The mean over the workers, each with its latest test; the band goes from the worst worker to the best.",
+        "Mean over the workers of their latest test accuracy. The band shows the worst and the best worker.",
         "test accuracy (%)",
         [("", drawn)],
         band="worst to best worker",
@@ -43,7 +44,7 @@ def _accuracy(curves: Sequence[Accuracy], labels: Sequence[str]) -> Figure:
 
 
 def default_target(runs: Sequence[Run], curves: Sequence[Accuracy]) -> float | None:
-    """What the runs were to reach, if all the same; else the whole per cent that the run in the middle reached."""
+    """The target of the runs if they agree, else the whole per cent that the median run reached."""
     asked = {run.config.get("run.target_accuracy") for run in runs}
     only = asked.pop() if len(asked) == 1 else None
     if isinstance(only, int | float):
@@ -53,7 +54,7 @@ def default_target(runs: Sequence[Run], curves: Sequence[Accuracy]) -> float | N
 
 
 def _time_to_target(runs: Sequence[Run], curves: Sequence[Accuracy], labels: Sequence[str], target: float) -> Figure:
-    """Bars for ``target`` and for every whole per cent that a run reached; the reader chooses."""
+    """Bars for ``target`` and for every whole per cent that a run reached. The page offers a choice."""
     best = max((float(curve.mean.max()) for curve in curves if len(curve.mean)), default=0.0)
     percents = {float(percent) for percent in range(1, math.floor(100 * best) + 1)}
     targets = sorted(percents | {round(100 * target, 6)})
@@ -62,8 +63,8 @@ def _time_to_target(runs: Sequence[Run], curves: Sequence[Accuracy], labels: Seq
         "kind": "targets",
         "key": "target",
         "title": "Time to target",
-        "says": "Seconds of training until the workers' mean test accuracy first reached the target, and how many "
-        "times as long as the fastest. A hatched bar did not reach it: it is as long as the run.",
+        "says": "Seconds of training until the mean test accuracy first reached the target, and as a multiple of the "
+        "fastest run. A hatched bar shows the length of a run that did not reach it.",
         "x": "time to target (s of training)",
         "rows": list(labels),
         "seconds": numbers([run.seconds for run in runs]),
@@ -83,19 +84,20 @@ def _loss(runs: Sequence[Run], labels: Sequence[str]) -> Figure:
     return lines(
         "loss",
         "Training loss over time",
-        "The mean over the workers and over short spans of time, each worker on its own batches.",
+        "Mean over the workers and over short spans of time. Each worker trains on its own batches.",
         "training loss (no unit)",
         [("", drawn)],
     )
 
 
 def _parts(runs: Sequence[Run], labels: Sequence[str]) -> Figure:
+    names = part_names()
     means = np.array([nanmean(np.array([step_parts(rank) for rank in run.ranks]).T) for run in runs])
     return bars(
         "parts-of-runs",
         "Where a step's time goes",
-        "The mean over all steps and workers of a run.",
+        "Mean over all steps and workers of a run.",
         "time of a step (s)",
         labels,
-        [(name, colour, means[:, n]) for n, (name, colour) in enumerate(zip(PARTS, PART_COLOURS, strict=True))],
+        [(name, part_colour(n, len(names)), means[:, n]) for n, name in enumerate(names)],
     )

@@ -1,7 +1,7 @@
-"""What a figure of the page consists of: plain values that become JSON, from which its chart and its table are made.
+"""The figures of the page: plain values that become JSON, from which the page draws a chart and a table.
 
-Four kinds: ``lines`` over time in one panel or several, ``bars`` of one part or several, a ``matrix``, and
-``spans`` of time in rows. Numbers are rounded to what a reader can see; NaN becomes None.
+There are five kinds: ``lines`` over time in one panel or several, ``bars`` with one part or several, ``targets``, a
+``matrix``, and ``spans`` of time in rows. Numbers are rounded to what a reader can see; NaN becomes None.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from dlion_mpi.metrics.reader import Array
+from dlion_mpi.metrics.files import Array
 
 DIGITS = 4
 EACH = 8
-"""Up to so many workers are drawn one by one in the same chart, and have a colour each."""
+"""Up to this many workers have a line and a colour each. More are drawn as a median and a band."""
 ROWS = 40
-"""Up to so many workers have a row each."""
-
+"""Only the first workers have a row."""
 MOST = 400
-"""Up to so many values make a line; of more tests than that, evenly many are left out."""
+"""A line has at most this many values; longer ones are thinned evenly."""
 
 Figure = dict[str, Any]
 Series = dict[str, Any]
@@ -29,7 +28,7 @@ TIME = "time (s of training)"
 
 
 def numbers(values: Iterable[float] | Array, digits: int = DIGITS) -> list[float | None]:
-    """With so many significant digits; None for what is no finite number."""
+    """Round to significant digits; None for a value that is not finite."""
     return [_rounded(float(value), digits) for value in values]
 
 
@@ -49,7 +48,7 @@ def series(
     low: Array | None = None,
     high: Array | None = None,
 ) -> Series:
-    """A line. ``time_s``: its own times, where the figure has none for all. ``low``, ``high``: its band."""
+    """A line. ``time_s``: its times, if the figure has no common ones. ``low``, ``high``: its band."""
     kept = np.linspace(0, len(y) - 1, min(len(y), MOST)).astype(int)
     line: Series = {"name": name, "colour": colour, "y": numbers(y[kept])}
     if time_s is not None:
@@ -72,8 +71,11 @@ def lines(
     top: float | None = None,
     cap: float | None = None,
 ) -> Figure:
-    """Lines over time. ``y``: quantity and unit. ``band``: what bands are. ``top``, ``cap``: the least and the most
-    at which the axis ends. ``log``: a logarithmic axis where values are far apart."""
+    """Lines over time.
+
+    ``says``: what the reader sees. ``y``: quantity and unit. ``band``: meaning of the bands. ``log``: a logarithmic
+    axis if values are far apart. ``top``, ``cap``: smallest and largest end of the axis.
+    """
     return {
         "kind": "lines",
         "key": key,
@@ -98,7 +100,7 @@ def bars(
     rows: Sequence[str],
     parts: Sequence[tuple[str, int, Array]],
 ) -> Figure:
-    """Horizontal bars, a row each. ``x``: quantity and unit. ``parts``: name, colour and value by row, stacked."""
+    """Horizontal stacked bars. ``x``: quantity and unit. ``parts``: name, colour, and a value for each row."""
     return {
         "kind": "bars",
         "key": key,

@@ -1,4 +1,4 @@
-"""The page: the template, the styles, the program and the numbers in one HTML text."""
+"""The page: template, styles, program and data in one HTML file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dlion_mpi.report.settings import settings, summary
 
 
 def render(runs: Sequence[Run], *, target: float | None) -> str:
-    """The page of some runs. ``target``: the test accuracy, in 0..1, whose time is compared first."""
+    """Render the page about some runs. ``target``: test accuracy (0 to 1) for the time to target."""
     names = labels(runs)
     rows, single = [], []
     for run, name in zip(runs, names, strict=True):
@@ -47,7 +47,7 @@ def _asset(name: str) -> str:
 
 
 def _embedded(data: object) -> str:
-    """JSON that cannot end the element it stands in, whatever a run's folder is called."""
+    """JSON that cannot end its HTML element, whatever text the runs contain."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -59,7 +59,7 @@ def _notes(runs: Sequence[Run], names: Sequence[str]) -> str:
     ]
     if not lines:
         return ""
-    return f'<section class="notes"><h2>What cannot be shown</h2><ul>{"".join(lines)}</ul></section>'
+    return f'<section class="notes"><h2>Missing data</h2><ul>{"".join(lines)}</ul></section>'
 
 
 def _summary(names: Sequence[str], rows: Sequence[dict[str, str]], runs: Sequence[Run]) -> str:
@@ -81,10 +81,10 @@ def _settings(names: Sequence[str], runs: Sequence[Run]) -> str:
     alike = [row for row in rows if not row[2]]
     parts = []
     if len(runs) > 1:
-        parts.append(f"<h3>Different between the runs: {len(differing)}</h3>")
+        parts.append(f"<h3>Settings that differ: {len(differing)}</h3>")
         if differing:
             parts.append(_table(names, differing))
-    title = f"The same in all runs: {len(alike)}" if len(runs) > 1 else f"All {len(alike)} settings"
+    title = f"Settings that all runs share: {len(alike)}" if len(runs) > 1 else f"All {len(alike)} settings"
     parts.append(f"<details><summary>{title}</summary>{_table(names, alike)}</details>")
     return "".join(parts)
 

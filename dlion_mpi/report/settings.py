@@ -1,4 +1,4 @@
-"""The two tables of the page: what came out of each run, and what each was told and made of."""
+"""The two tables of the page: the results of each run, and its settings and versions."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 
 import numpy as np
 
+from dlion_mpi.metrics.grid import nanmean
 from dlion_mpi.metrics.reader import Run
-from dlion_mpi.metrics.series import PARTS, Links, accuracy, nanmean, step_parts
+from dlion_mpi.metrics.series import Links, accuracy, part_names, step_parts
 
 NONE = "–"
 EXPECTED_TO_DIFFER = ("run.out",)
-"""Settings in which every run has its own value, so that it says nothing."""
+"""Settings that are different in every run, so their difference is not marked."""
 
 
 def summary(run: Run, found: Sequence[Links]) -> dict[str, str]:
-    """A run in a line: column name, with unit, to text. ``found``: the links of its ranks."""
+    """The results of a run: text by column, whose name contains the unit. ``found``: `links` of its ranks."""
     curve = accuracy(run)
     steps = [len(rank.steps["step"]) for rank in run.ranks]
     samples = sum(float(np.nansum(rank.steps["lbs"])) for rank in run.ranks)
     bytes_sent = sum(float(np.nansum(own.bytes_sent)) for own in found)
     parts = nanmean(np.array([step_parts(rank) for rank in run.ranks]).T)
-    waiting = parts[PARTS.index("waiting")] / parts.sum()
+    waiting = parts[part_names().index("waiting")] / parts.sum()
     losses = [float(np.mean(rank.steps["loss"][-10:])) for rank in run.ranks if len(rank.steps["loss"])]
     return {
         "strategy": run.strategy,
@@ -42,7 +43,7 @@ def summary(run: Run, found: Sequence[Links]) -> dict[str, str]:
 
 
 def where(run: Run) -> str:
-    """The micro-cloud that was simulated or emulated, or the hosts."""
+    """The micro-cloud of a simulated or emulated run, or the hosts."""
     for environment, how in ((run.environment, "simulated"), (run.emulated, "emulated")):
         if environment is not None:
             return f"{environment.get('name', 'micro-cloud')}, {how}"
@@ -50,7 +51,7 @@ def where(run: Run) -> str:
 
 
 def settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
-    """Name, value in each run, and whether runs differ in it; those that differ come first."""
+    """Name, value in each run, and whether the runs differ. Settings that differ come first."""
     tables = [_settings(run) for run in runs]
     rows = []
     for name in dict.fromkeys(name for table in tables for name in table):
@@ -67,15 +68,15 @@ def _settings(run: Run) -> dict[str, str]:
         "python": "version of Python",
         "mpi": "MPI",
         "host": "host",
-        "data_source": "data from",
+        "data_source": "data source",
     }
     found |= {title: run.attribute(name) or NONE for name, title in names.items()}
-    found["training samples of each worker"] = run.attribute("samples") or NONE
+    found["training samples per worker"] = run.attribute("samples") or NONE
     return found | _environment(run.environment or run.emulated or {})
 
 
 def _environment(environment: Mapping[str, Any]) -> dict[str, str]:
-    """A micro-cloud, its phases one by one."""
+    """The settings of a micro-cloud and of each of its phases."""
     found = {}
     phases = environment.get("phases")
     for name, value in environment.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -19,6 +18,7 @@ from dlion_mpi.algorithms.batching import equal_lbs, solve_lbs
 from dlion_mpi.config.options import Config, flag
 from dlion_mpi.errors import UserError
 from dlion_mpi.loop.batch_sizes import NO_LIMIT, _schedule
+from dlion_mpi.metrics.gauges import Totals
 from dlion_mpi.metrics.records import Evaluation, StepRecord
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.microcloud.environments import Environment, Pace
@@ -114,9 +114,7 @@ class Group:
 
     run: VirtualRun
     ideal: Ideal
-    losses: list[deque[float]]
-    compute_s: list[float]
-    samples: list[int]
+    totals: list[Totals]
     stop_reason: str | None = None
     exit_code: int = 0
     step: int = 0
@@ -138,9 +136,7 @@ def train_together(run: VirtualRun) -> list[Finish]:
     group = Group(
         run=run,
         ideal=IDEALS[run.config.strategy](),
-        losses=[deque(maxlen=10) for _ in range(workers)],
-        compute_s=[0.0] * workers,
-        samples=[0] * workers,
+        totals=[Totals() for _ in range(workers)],
     )
     evaluator = run.evaluator()
     schedule = _schedule(run.config, workers, run.shards[0].train_samples_global)
@@ -201,9 +197,6 @@ def _record(group: Group, shares: Sequence[int], compute_s: Sequence[float], los
     group.now_s += step_s
     group.bytes_sent += sent_bytes
     for rank, (lbs, own_s, loss) in enumerate(zip(shares, compute_s, losses, strict=True)):
-        group.losses[rank].append(loss)
-        group.compute_s[rank] += own_s
-        group.samples[rank] += lbs
         record = StepRecord(
             step=group.step,
             time_s=group.now_s,
@@ -222,6 +215,7 @@ def _record(group: Group, shares: Sequence[int], compute_s: Sequence[float], los
         run.recorders[rank].span(Phase.COMPUTE, group.step, start_s, start_s + own_s)
         run.recorders[rank].span(Phase.WAIT, group.step, start_s + own_s, group.now_s)
         run.recorders[rank].step(record)
+        group.totals[rank].add(record)
         run.meter.step(rank, record, group.evaluations)
     group.step += 1
 
@@ -241,12 +235,9 @@ def _take(group: Group, evaluations: Sequence[Evaluation]) -> None:
 
 
 def _finish(group: Group, rank: int) -> Finish:
-    loss = float(np.mean(group.losses[rank])) if group.losses[rank] else math.nan
-    compute_s = group.compute_s[rank]
-    wait_s = group.now_s - compute_s
-    row = [group.step, group.evaluations[-1].accuracy, loss, group.samples[rank], compute_s, 0.0, wait_s, 0.0]
+    accuracy = group.evaluations[-1].accuracy
     return Finish(
-        row=[*row, group.now_s, group.bytes_sent],
+        row=group.totals[rank].row(group.now_s, step=group.step, accuracy=accuracy, bytes_sent=group.bytes_sent),
         evaluations=group.evaluations,
         stop_reason=group.stop_reason,
         exit_code=group.exit_code,

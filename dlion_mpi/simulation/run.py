@@ -32,14 +32,14 @@ from dlion_mpi.metrics.records import Evaluation, StepRecord
 from dlion_mpi.microcloud.environments import Environment
 from dlion_mpi.simulation.shared_replica import SharedReplica, VirtualReplica
 from dlion_mpi.vector.layout import Vector
-from dlion_mpi.view.live import Teller, goal_of, shown, terminal_for, title_of
+from dlion_mpi.view.live import EVERY_S, Reporter, draw, goal_of, terminal_for, title_of
 from dlion_mpi.view.snapshot import RankSnapshot, Snapshot
 from dlion_mpi.view.terminal import Terminal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finish:
-    """How a worker ended. ``row``: its numbers of SUMMARY_COLUMNS."""
+    """How a worker ended. ``row``: its numbers of `metrics.gauges.summary_names`."""
 
     row: list[float]
     evaluations: list[Evaluation]
@@ -231,16 +231,16 @@ class Meter:
         self.accuracies = [math.nan] * workers
         self._every_s, self._said_s = every_s, time.monotonic()
         self._terminal, self._title, self._goal, self._begun_s = terminal, title, goal_of(config), self._said_s
-        self._glances: dict[int, RankSnapshot] = {}
-        self._tellers = [
-            Teller(rank, workers, partial(self._accuracy, rank), partial(self._glances.__setitem__, rank))
+        self._snapshots: dict[int, RankSnapshot] = {}
+        self._reporters = [
+            Reporter(rank, workers, EVERY_S, partial(self._accuracy, rank), partial(self._snapshots.__setitem__, rank))
             for rank in range(workers)
         ]
 
     def shown(self) -> AbstractContextManager[None]:
         """While the run goes on, in a terminal if there is one."""
         self._begun_s = time.monotonic()
-        return nullcontext() if self._terminal is None else shown(self._terminal, self._look)
+        return nullcontext() if self._terminal is None else draw(self._terminal, self._snapshot)
 
     def step(self, rank: int, record: StepRecord, evaluations: Sequence[Evaluation]) -> None:
         """A worker has done a step."""
@@ -248,7 +248,7 @@ class Meter:
         if evaluations:
             self.accuracies[rank] = evaluations[-1].accuracy
         if self._terminal is not None:
-            self._tellers[rank](record)
+            self._reporters[rank](record)
         elif self._every_s and time.monotonic() - self._said_s >= self._every_s:
             self._said_s = time.monotonic()
             known = [a for a in self.accuracies if not math.isnan(a)]
@@ -258,9 +258,9 @@ class Meter:
     def _accuracy(self, rank: int) -> float:
         return self.accuracies[rank]
 
-    def _look(self) -> Snapshot:
-        ranks = [snapshot for _, snapshot in sorted(dict(self._glances).items())]
-        elapsed_s = max((rank.time_s for rank in ranks), default=0.0)
+    def _snapshot(self) -> Snapshot:
+        ranks = [snapshot for _, snapshot in sorted(dict(self._snapshots).items())]
+        elapsed_s = max((rank["time_s"] for rank in ranks), default=0.0)
         return Snapshot(
             title=self._title,
             workers=len(self.steps),

@@ -1,4 +1,4 @@
-"""What a rank did: the track of its loop, its evaluations and knowledge transfers beside it, and its counters."""
+"""The tracks of a rank: its loop, its background encoder, its evaluations and knowledge transfers, its counters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.metrics.reader import Array, Rank
-from dlion_mpi.metrics.series import Grid
+from dlion_mpi.metrics.files import Array
+from dlion_mpi.metrics.grid import Grid
+from dlion_mpi.metrics.rank import Rank
+from dlion_mpi.metrics.records import STEPS, TABLES
 from dlion_mpi.metrics.timeline import Phase
-from dlion_mpi.trace.events import Events, Lanes, Micros, Window, fitted, micros, number
+from dlion_mpi.trace.events import Events, Lanes, Micros, Window, micros, nested, number
 
 NAMES = {
     Phase.COMPUTE: "compute",
@@ -21,13 +23,13 @@ NAMES = {
     Phase.PROFILE: "time batch sizes",
     Phase.LEAVE: "leave together",
 }
-"""The loop's phases, as the trace calls them."""
+"""Names of the loop's phases in the trace."""
 SLEEP = "sleep (paced)"
 
 
 @dataclass(frozen=True, slots=True)
 class Slices:
-    """Slices of one track, (K,) each: ``label`` into ``names``; ``step``: row of the steps, -1 for none."""
+    """Slices of the loop's track, (K,) each. ``label``: phase, STEP_LABEL or SLEEP_LABEL. ``step``: row or -1."""
 
     start: Micros
     end: Micros
@@ -39,7 +41,7 @@ STEP_LABEL, SLEEP_LABEL = 0, -1
 
 
 def loop(events: Events, rank: Rank, spans: Array | None, window: Window) -> None:
-    """The track of the loop: its steps, and what it spent them on."""
+    """Draw the track of the loop: its steps, and the phases in them."""
     slices = _slices(rank, spans)
     shown = window.shows(slices.start, slices.end)
     start, end, label, row = (a[shown].tolist() for a in (slices.start, slices.end, slices.label, slices.step))
@@ -47,26 +49,26 @@ def loop(events: Events, rank: Rank, spans: Array | None, window: Window) -> Non
         return
     pid = rank.rank + 1
     tid = events.thread(pid, "loop", 0)
-    steps = rank.steps
-    number_of, loss, lbs, gbs = (steps[name].tolist() for name in ("step", "loss", "lbs", "gbs"))
+    steps = rank.steps["step"].tolist()
+    shown_with = {name: rank.steps[name].tolist() for name, measure in STEPS.items() if measure.trace}
     names = {int(phase): name for phase, name in NAMES.items()} | {SLEEP_LABEL: SLEEP}
-    for (begin, finish), what, at in zip(fitted(start, end), label, row, strict=True):
+    for (begin, finish), what, at in zip(nested(start, end), label, row, strict=True):
         if what == STEP_LABEL:
-            args = f'"loss":{number(loss[at])},"lbs":{number(lbs[at])},"gbs":{number(gbs[at])}'
-            events.slice(pid, tid, begin, finish, f"step {number_of[at]:.0f}", args)
+            args = ",".join(f'"{name}":{number(values[at])}' for name, values in shown_with.items())
+            events.slice(pid, tid, begin, finish, f"step {steps[at]:.0f}", args)
         else:
             events.slice(pid, tid, begin, finish, names[what])
 
 
 def _slices(rank: Rank, spans: Array | None) -> Slices:
-    """Steps and spans, in order of their start and outer ones first."""
+    """Steps and spans in order of start, outer ones first."""
     start, end = step_times(rank)
     parts = [Slices(start, end, np.full(len(start), STEP_LABEL), np.arange(len(start)))]
     if spans is not None:
         inner = spans[np.isin(spans["phase"], [int(phase) for phase in NAMES])]
         inner_start, inner_end = micros(inner["start_s"]), micros(inner["end_s"])
         row = _row((inner_start + inner_end) // 2, start, end)
-        # A span and its step are timed one after the other: to the microsecond they may differ.
+        # A span and its step are timed separately, so they can differ by a microsecond.
         within = row >= 0
         if len(start):
             inner_start = np.where(within, np.maximum(inner_start, start[row]), inner_start)
@@ -75,7 +77,7 @@ def _slices(rank: Rank, spans: Array | None) -> Slices:
         parts.append(_sleeps(rank, parts[-1]))
     joined = Slices(*(np.concatenate([getattr(part, f) for part in parts]) for f in ("start", "end", "label", "step")))
     kept = joined.end > joined.start
-    # Ties: a step is around a span, and a span around the sleep in it.
+    # A step contains spans, and a span contains a sleep, also where they begin and end together.
     depth = np.where(joined.label == STEP_LABEL, 0, np.where(joined.label == SLEEP_LABEL, 2, 1))
     order = np.lexsort((depth, -joined.end, joined.start))
     order = order[kept[order]]
@@ -83,7 +85,7 @@ def _slices(rank: Rank, spans: Array | None) -> Slices:
 
 
 def step_times(rank: Rank) -> tuple[Micros, Micros]:
-    """When every step began and ended, (T,) each; no step begins before the one before it has ended."""
+    """Begin and end of each step, (T,). No step begins before the previous one has ended."""
     time_s, step_s = rank.steps["time_s"], rank.steps["step_s"]
     end = micros(time_s)
     if len(end):
@@ -95,7 +97,7 @@ def step_times(rank: Rank) -> tuple[Micros, Micros]:
 
 
 def _row(time: Micros, start: Micros, end: Micros) -> npt.NDArray[np.int64]:
-    """The step in which each time lies, -1 for none."""
+    """The row of the step that contains each time, -1 for none."""
     if not len(end):
         return np.full(len(time), -1)
     row = np.minimum(np.searchsorted(end, time, side="left"), len(end) - 1)
@@ -103,7 +105,7 @@ def _row(time: Micros, start: Micros, end: Micros) -> npt.NDArray[np.int64]:
 
 
 def _sleeps(rank: Rank, spans: Slices) -> Slices:
-    """The sleep at the end of computing, where a slower machine is played. In virtual time nobody sleeps."""
+    """The sleep at the end of computing that emulates a slower machine. There is none in virtual time."""
     paced_s = rank.steps["paced_s"]
     computing = (spans.label == int(Phase.COMPUTE)) & (spans.step >= 0)
     if "environment" in rank.attributes or not len(paced_s) or not computing.any():
@@ -114,8 +116,8 @@ def _sleeps(rank: Rank, spans: Slices) -> Slices:
     return Slices(start, end, np.full(len(row), SLEEP_LABEL), row)
 
 
-def beside(events: Events, rank: Rank, spans: Array | None, window: Window) -> None:
-    """The tracks of what goes on beside the loop. Without spans only when it ended is known, or was asked for."""
+def background(events: Events, rank: Rank, spans: Array | None, window: Window) -> None:
+    """Draw the tracks of the background work. Without spans, only one time of each piece of work is known."""
     pid = rank.rank + 1
     if spans is not None:
         _exchange(events, pid, spans[spans["phase"] == int(Phase.EXCHANGE)], window)
@@ -124,19 +126,18 @@ def beside(events: Events, rank: Rank, spans: Array | None, window: Window) -> N
     lanes = Lanes(events, pid, "evaluations", 2)
     for row in np.flatnonzero(window.shows(start, end)).tolist():
         a, b = int(start[row]), int(end[row])
-        args = f'"step":{number(tests["step"][row])},"accuracy":{number(tests["accuracy"][row])}'
+        args = ",".join(f'"{name}":{number(tests[name][row])}' for name in TABLES["evaluations"] if name != "time_s")
         events.slice(pid, lanes.take(a, b), a, b, "evaluate", args)
     start, end = _extents(moves["time_s"], spans, Phase.TRANSFER, by="end_s")
     lanes = Lanes(events, pid, "knowledge transfers", 3)
     for row in np.flatnonzero(window.shows(start, end)).tolist():
         a, b = int(start[row]), int(end[row])
-        names = ("started_step", "step", "source", "merged", "payload_bytes")
-        args = ",".join(f'"{name}":{number(moves[name][row])}' for name in names)
+        args = ",".join(f'"{name}":{number(moves[name][row])}' for name in TABLES["transfers"] if name != "time_s")
         events.slice(pid, lanes.take(a, b), a, b, "knowledge transfer", args)
 
 
 def _exchange(events: Events, pid: int, spans: Array, window: Window) -> None:
-    """The track of the thread that makes messages."""
+    """Draw the track of the background encoder."""
     lanes = Lanes(events, pid, "exchange", 1)
     start, end = micros(spans["start_s"]), micros(spans["end_s"])
     for row in np.flatnonzero(window.shows(start, end)).tolist():
@@ -145,7 +146,7 @@ def _exchange(events: Events, pid: int, spans: Array, window: Window) -> None:
 
 
 def _extents(time_s: Array, spans: Array | None, phase: Phase, *, by: str) -> tuple[Micros, Micros]:
-    """When the things that are known by one time began and ended; without a span, then."""
+    """Begin and end of work of which one time is known: from the span with this time ``by``, else just this time."""
     start_s, end_s = time_s.astype(np.float64), time_s.astype(np.float64)
     if spans is not None and len(time_s):
         own = np.sort(spans[spans["phase"] == int(phase)], order=by)
@@ -158,7 +159,7 @@ def _extents(time_s: Array, spans: Array | None, phase: Phase, *, by: str) -> tu
 
 
 def counters(events: Events, rank: Rank, on: Grid, window: Window) -> None:
-    """The batch size, and per link the bytes per second: sent, and what the link was measured to carry."""
+    """Draw counters: the batch size, and for each link the MB/s sent and the measured bandwidth."""
     pid = rank.rank + 1
     time_s, lbs = rank.steps["time_s"], rank.steps["lbs"]
     if not len(time_s):
@@ -178,7 +179,7 @@ def counters(events: Events, rank: Rank, on: Grid, window: Window) -> None:
 def _link_counter(
     events: Events, pid: int, peer: int, on: Grid, window: Window, time_s: Array, sent: Array, measured: Array
 ) -> None:
-    """One link's, on a grid; 0 after the last step."""
+    """Draw the counter of one link, on a grid; 0 after the last step."""
     starts = micros(on.width_s * np.arange(on.count))
     rates = np.nan_to_num(on.rates(time_s, sent)) / 1e6
     bandwidth = on.means(time_s, measured) / 1e6

@@ -1,4 +1,4 @@
-"""The messages of a run: from the sender's posting to the arrival, from there to their use, and an arrow between."""
+"""Draw the messages of a run: from posting to arrival at the sender, and from arrival to use at the receiver."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.metrics.reader import Array, Rank, Run
+from dlion_mpi.metrics.files import Array
+from dlion_mpi.metrics.rank import Rank
+from dlion_mpi.metrics.reader import Run
 from dlion_mpi.metrics.timeline import FIRST_PIECE, PIECE, RECORDS
 from dlion_mpi.trace.events import Events, Lanes, Micros, Window, micros, number
 from dlion_mpi.wire import Kind
 
 NAMES = {int(kind): kind.name.lower() for kind in Kind} | {PIECE: "piece of a sum"}
 CARRYING = (int(Kind.GRADIENT), int(Kind.WEIGHTS))
-"""Kinds that wait for the loop to use them."""
+"""Kinds of messages that the loop applies."""
 MOST_OPEN = 16
-"""Of a link's messages whose arrival was not recorded, so many newest ones are drawn to the end of the run."""
+"""At most this many of a link's messages are drawn as in flight at the end of the run: the newest."""
 PLACE = 10
-"""Of the links' tracks: below the loop's and those beside it."""
+"""Place of the links' tracks, below the others."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What was shown of messages. ``early``: arrived before they were posted, by at most ``early_us``."""
+    """Counts of messages. ``cut_off``: without an arrival. ``early``: arrived before they were posted."""
 
     messages: int = 0
     cut_off: int = 0
@@ -34,9 +36,9 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One link's messages by sequence, (M,) each. NaN: it has not arrived, or was not applied, as far as is known.
+    """The messages of one link by sequence, (M,) each. NaN stands for an arrival or a use that was not recorded.
 
-    ``heard``: whether the receiver's file says what has arrived at all.
+    ``known``: whether the receiver's file records arrivals.
     """
 
     sender: int
@@ -45,11 +47,11 @@ class Link:
     arrived_s: npt.NDArray[np.float64]
     applied_s: npt.NDArray[np.float64]
     applied_step: npt.NDArray[np.int64]
-    heard: bool
+    known: bool
 
 
 def draw(events: Events, run: Run, window: Window, end: int) -> Tally:
-    """All messages of the run. ``end``: of the run, in microseconds."""
+    """Draw all messages of the run. ``end``: of the run, in microseconds."""
     tally = Tally()
     senders = set()
     for sender in run.ranks:
@@ -64,7 +66,7 @@ def draw(events: Events, run: Run, window: Window, end: int) -> Tally:
 
 
 def _links(run: Run, sender: Rank, sent: Array) -> Iterator[Link]:
-    """The links of one sender that have carried something; the receivers' files are read one after the other."""
+    """The links of one sender that carried messages. The receivers' files are read one after the other."""
     ranks = {rank.rank: rank for rank in run.ranks}
     for peer in np.unique(sent["peer"]).tolist():
         own = sent[sent["peer"] == peer]
@@ -81,7 +83,7 @@ def _links(run: Run, sender: Rank, sent: Array) -> Iterator[Link]:
             arrived_s=_joined(own["sequence"], found["sequence"], found["arrived_s"], np.nan),
             applied_s=_joined(own["sequence"], used["sequence"], used["applied_s"], np.nan),
             applied_step=_joined(own["sequence"], used["sequence"], used["step"], -1).astype(np.int64),
-            heard=arrived is not None,
+            known=arrived is not None,
         )
 
 
@@ -93,7 +95,7 @@ def _of_peer(name: str, records: Array | None, peer: int) -> Array:
 
 
 def _joined(wanted: Array, keys: Array, values: Array, missing: float) -> npt.NDArray[np.float64]:
-    """The value of each wanted key. ``keys``: ascending."""
+    """The value of each wanted key, or ``missing``. ``keys``: ascending."""
     result = np.full(len(wanted), missing, np.float64)
     if len(keys):
         at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
@@ -110,14 +112,14 @@ def _draw(events: Events, run: Run, link: Link, window: Window, end: int, tally:
     tally.early += int(early.sum())
     tally.early_us = max(tally.early_us, int((posted - there).max(initial=0)))
     there = np.maximum(there, posted)
-    if link.heard:
+    if link.known:
         open_ = np.flatnonzero(~arrived & np.isin(sent["kind"], CARRYING))[-MOST_OPEN:]
         there[open_] = np.maximum(end, posted[open_])
     used = np.isfinite(link.applied_s) & arrived
     gone = np.maximum(micros(np.where(used, link.applied_s, sent["posted_s"])), there)
     shown = np.flatnonzero(window.shows(posted, gone))
     tally.messages += len(shown)
-    tally.cut_off += int((~arrived[shown]).sum()) if link.heard else 0
+    tally.cut_off += int((~arrived[shown]).sum()) if link.known else 0
     _write(events, run, link, shown, posted, there, gone, arrived)
 
 
@@ -131,11 +133,12 @@ def _write(
     gone: Micros,
     arrived: npt.NDArray[np.bool_],
 ) -> None:
-    """The slices: at the sender while the message is under way, at the receiver until it is used."""
+    """Write two slices per message: in flight at the sender, and waiting to be used at the receiver."""
     outgoing = Lanes(events, link.sender + 1, f"to rank {link.receiver}", PLACE + link.receiver)
     incoming = _incoming(events, run, link.receiver, link.sender)
     first = (link.sender * run.workers + link.receiver) << 32
-    lost = '"arrival":"not recorded, cut off"' if link.heard else f'"arrival":"unknown: rank {link.receiver} lacks it"'
+    no_file = f"unknown, no metrics of rank {link.receiver}"
+    lost = f'"arrival":"{"in flight at the end" if link.known else no_file}"'
     columns = zip(
         posted[shown].tolist(),
         there[shown].tolist(),
@@ -170,7 +173,7 @@ def _incoming(events: Events, run: Run, receiver: int, sender: int) -> Lanes:
 
 
 def _draw_unsent(events: Events, run: Run, receiver: Rank, senders: set[int], window: Window, tally: Tally) -> None:
-    """What came from ranks whose own files are missing: when it arrived, and until when it waited to be used."""
+    """Draw messages from ranks whose files are missing: from their arrival until they were used."""
     arrived, applied = receiver.timeline("arrived"), receiver.timeline("applied")
     if arrived is None:
         return
@@ -184,5 +187,5 @@ def _draw_unsent(events: Events, run: Run, receiver: Rank, senders: set[int], wi
         tally.messages += len(shown)
         for row in shown.tolist():
             a, b = int(start[row]), int(end[row])
-            args = f'"sequence":{int(found["sequence"][row])},"sender":"unknown: rank {peer} lacks it"'
+            args = f'"sequence":{int(found["sequence"][row])},"sender":"unknown, no metrics of rank {peer}"'
             events.slice(receiver.rank + 1, lanes.take(a, b), a, b, "message", args)

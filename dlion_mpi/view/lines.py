@@ -1,96 +1,45 @@
-"""What a run says while it goes on and at its end, on stderr."""
+"""Plain lines on stderr: the progress of a rank, and the summary at the end of the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
 from typing import Any
 
-from dlion_mpi.log import say
-from dlion_mpi.metrics.records import StepRecord
+import numpy as np
+
+from dlion_mpi.metrics.gauges import summary_gauges, summary_names
+from dlion_mpi.view.forms import text_of
+from dlion_mpi.view.snapshot import RankSnapshot
 
 
-def progress_line(
-    *,
-    rank: int,
-    time_s: float,
-    step: int,
-    batch: str,
-    loss: float,
-    samples_per_s: float,
-    accuracy: float | None,
-    links: Sequence[tuple[int, float, float]],
-) -> str:
-    """How a rank is getting on, in a line. ``links``: per peer its number, N and the bytes sent so far."""
-    tested = f"  accuracy {accuracy:.1%}" if accuracy is not None else ""
-    sent = "".join(f"  ->{peer} N {quality:.1f} {count / 1e6:.1f} MB" for peer, quality, count in links)
+def progress_line(rank: RankSnapshot) -> str:
+    """The progress of a rank in one line."""
+    tested = f"  accuracy {rank['accuracy']:.1%}" if math.isfinite(rank["accuracy"]) else ""
+    quality = np.nan_to_num(rank.links["quality"])
+    sent = "".join(
+        f"  ->{peer} N {quality[peer]:.1f} {count / 1e6:.1f} MB"
+        for peer, count in enumerate(rank.links["bytes_sent"])
+        if peer != rank.rank and math.isfinite(count)
+    )
+    batch = "/".join(text_of(rank[size], ".0f") for size in ("lbs", "gbs"))
     return (
-        f"[{rank}] {time_s:6.1f} s  step {step}  batch {batch}  loss {loss:.3f}  {samples_per_s:.0f} samples/s"
-        f"{tested}{sent}"
+        f"[{rank.rank}] {np.nan_to_num(rank['time_s']):6.1f} s  step {np.nan_to_num(rank['step']):.0f}  batch {batch}  "
+        f"loss {rank['loss']:.3f}  {rank['samples_per_s']:.0f} samples/s{tested}{sent}"
     )
 
 
-@dataclass(slots=True)
-class Progress:
-    """Prints one line per rank every ``every_s`` seconds (0: never)."""
-
-    rank: int
-    every_s: float
-    accuracy: Callable[[], float | None]
-    _printed_s: float = 0.0
-    _samples: int = 0
-    _quality: dict[int, float] = field(default_factory=dict)
-
-    def __call__(self, record: StepRecord) -> None:
-        """After every step."""
-        self._samples += record.lbs
-        self._quality.update(record.quality)
-        elapsed_s = record.time_s - self._printed_s
-        if not self.every_s or elapsed_s < self.every_s:
-            return
-        say(
-            progress_line(
-                rank=self.rank,
-                time_s=record.time_s,
-                step=record.step + 1,
-                batch=f"{record.lbs}/{record.gbs}",
-                loss=record.loss,
-                samples_per_s=self._samples / elapsed_s,
-                accuracy=self.accuracy(),
-                links=[(peer, self._quality.get(peer, 0), sent) for peer, sent in sorted(record.bytes_sent.items())],
-            )
-        )
-        self._printed_s, self._samples = record.time_s, 0
-
-
-SUMMARY_COLUMNS = (
-    "steps",
-    "accuracy",
-    "loss",
-    "samples",
-    "compute_s",
-    "select_encode_s",
-    "wait_s",
-    "apply_s",
-    "seconds",
-    "bytes_sent",
-)
-
-
 def summary(result: dict[str, Any], rows: Sequence[Sequence[float]]) -> str:
-    """The table at the end. ``rows``: per rank the numbers of SUMMARY_COLUMNS."""
-    head = f"{'rank':>4} {'steps':>6} {'accuracy':>8} {'loss':>7} {'samples/s':>9}"
-    head += f" {'compute':>8} {'select':>7} {'waiting':>7} {'apply':>6} {'MB sent':>8}"
-    lines = ["", head]
+    """The summary at the end: a table with a row per rank, and how the run ended.
+
+    ``result``: the run's JSON object. ``rows``: the numbers of `metrics.gauges.summary_names` by rank.
+    """
+    table = [["rank", *(gauge.head for gauge in summary_gauges())]]
     for rank, row in enumerate(rows):
-        v = dict(zip(SUMMARY_COLUMNS, row, strict=True))
-        total_s = max(v["seconds"], 1e-9)
-        shares = [v[name] / total_s for name in ("compute_s", "select_encode_s", "wait_s", "apply_s")]
-        lines.append(
-            f"{rank:>4} {v['steps']:>6.0f} {v['accuracy']:>8.2%} {v['loss']:>7.3f} {v['samples'] / total_s:>9.0f}"
-            f" {shares[0]:>8.1%} {shares[1]:>7.1%} {shares[2]:>7.1%} {shares[3]:>6.1%}"
-            f" {v['bytes_sent'] / 1e6:>8.1f}"
-        )
+        numbers = dict(zip(summary_names(), row, strict=True))
+        table.append([str(rank), *(text_of(numbers[gauge.key], gauge.form) for gauge in summary_gauges())])
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
     accuracy, ranks = f"{result['accuracy_mean']:.2%}", "1 rank"
     if result["ranks"] > 1:
         accuracy += f", standard deviation between ranks {result['accuracy_std']:.2%}"
@@ -100,4 +49,4 @@ def summary(result: dict[str, Any], rows: Sequence[Sequence[float]]) -> str:
         lines.append(f"stopped early: {result['stopped']}")
     if result["out"]:
         lines.append(f"metrics: {result['out']}")
-    return "\n".join(lines)
+    return "\n".join(["", *lines])

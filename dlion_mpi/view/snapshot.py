@@ -1,7 +1,7 @@
-"""A run at one moment: per rank and per link what somebody who looks wants to know, and how much is left. Pure.
+"""A run at one moment: the latest numbers of each rank and link, and how much of the run is left. Pure functions.
 
-A rank counts its steps up in a `Tally`; what it takes from there is a `RankSnapshot`, which also travels as a vector
-of numbers. `view.from_files` makes the same from metrics files. All ranks together are a `Snapshot`.
+A rank adds its steps to a `Tally` and takes a `RankSnapshot` from it, which it can send as a vector. `view.from_files`
+makes the same snapshot from metrics files. All ranks together are a `Snapshot`.
 """
 
 from __future__ import annotations
@@ -15,131 +15,100 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.metrics.records import StepRecord
+from dlion_mpi.metrics.gauges import link_gauges, rank_gauges, reduced
+from dlion_mpi.metrics.records import LINKS, STEPS, StepRecord
 
 Numbers = npt.NDArray[np.float64]
 
-RANK_NUMBERS = ("time_s", "step", "lbs", "gbs", "loss", "step_s", "waiting", "samples_per_s", "accuracy")
-LINK_NUMBERS = ("quality", "bytes_sent", "bytes_per_s", "age_s")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RankSnapshot:
-    """One rank. ``step``: how many are done; ``loss``, ``step_s``, ``waiting`` (share of the time, 0..1) and
-    ``samples_per_s``: over the last moments; ``accuracy``: latest test, 0..1; NaN where nothing is known.
+    """The latest numbers of one rank, by gauge. NaN stands for what is not known.
 
-    By peer, (n,): N of what was sent last, bytes sent so far, measured bytes per second, and the mean age in seconds
-    of what was applied last from there.
+    ``numbers``: over the latest steps. ``links``: by peer, (n,), of the latest message.
     """
 
     rank: int
-    time_s: float
-    step: float
-    lbs: float
-    gbs: float
-    loss: float
-    step_s: float
-    waiting: float
-    samples_per_s: float
-    accuracy: float
-    quality: Numbers
-    bytes_sent: Numbers
-    bytes_per_s: Numbers
-    age_s: Numbers
+    numbers: Mapping[str, float]
+    links: Mapping[str, Numbers]
+
+    def __getitem__(self, gauge: str) -> float:
+        return self.numbers[gauge]
 
     def to_vector(self) -> Numbers:
-        """All numbers but the rank's own: (`vector_length` of n,) float64."""
-        own = [getattr(self, name) for name in RANK_NUMBERS]
-        return np.concatenate([own, *(getattr(self, name) for name in LINK_NUMBERS)])
+        """All numbers except ``rank``, as float64; see `vector_length`."""
+        return np.concatenate([list(self.numbers.values()), *self.links.values()])
 
     @classmethod
     def from_vector(cls, rank: int, vector: Numbers) -> RankSnapshot:
-        """What `to_vector` of that rank gave. Raises ValueError if it has not that shape."""
-        own, links = vector[: len(RANK_NUMBERS)], vector[len(RANK_NUMBERS) :]
-        rows = links.reshape(len(LINK_NUMBERS), -1)
-        numbers: dict[str, Any] = dict(zip(RANK_NUMBERS, own.tolist(), strict=True))
-        numbers |= dict(zip(LINK_NUMBERS, rows, strict=True))
-        return cls(rank=rank, **numbers)
+        """Inverse of `to_vector`. Raises ValueError for a vector of another length."""
+        own, links = [gauge.key for gauge in rank_gauges()], [gauge.key for gauge in link_gauges()]
+        rows = vector[len(own) :].reshape(len(links), -1)
+        numbers = dict(zip(own, vector[: len(own)].tolist(), strict=True))
+        return cls(rank, numbers, dict(zip(links, rows, strict=True)))
 
 
 def vector_length(workers: int) -> int:
-    """Numbers of a rank's vector."""
-    return len(RANK_NUMBERS) + len(LINK_NUMBERS) * workers
+    """Length of a rank's vector."""
+    return len(rank_gauges()) + len(link_gauges()) * workers
 
 
 @dataclass(slots=True)
 class Tally:
-    """Counts up one rank's steps until somebody looks."""
+    """Collects the steps of one rank between two snapshots."""
 
     rank: int
     workers: int
-    _last: StepRecord | None = None
-    _steps: int = 0
-    _samples: int = 0
-    _seconds: float = 0.0
-    _wait_s: float = 0.0
-    _loss: float = 0.0
-    _quality: dict[int, float] = field(default_factory=dict)
-    _age_s: dict[int, float] = field(default_factory=dict)
+    _steps: list[StepRecord] = field(default_factory=list)
+    _links: dict[str, Numbers] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._links = {gauge.key: np.full(self.workers, np.nan) for gauge in link_gauges()}
+
+    def __len__(self) -> int:
+        return len(self._steps)
 
     def add(self, record: StepRecord) -> None:
-        """One more step."""
-        self._last = record
-        self._steps += 1
-        self._samples += record.lbs
-        self._seconds += record.step_s
-        self._wait_s += record.wait_s
-        self._loss += record.loss
-        self._quality.update(record.quality)
-        self._age_s.update(record.age_s)
+        """Add a step."""
+        self._steps.append(record)
+        for gauge in link_gauges():
+            for peer, value in getattr(record, gauge.measure).items():
+                self._links[gauge.key][peer] = value
 
     def take(self, accuracy: float | None) -> RankSnapshot:
-        """Where the rank is, with means over the steps since the last call. There must have been one at least."""
-        last = self._last
-        assert last is not None
-        assert self._steps
-        seconds = self._seconds or math.nan
-        snapshot = RankSnapshot(
-            rank=self.rank,
-            time_s=last.time_s,
-            step=last.step + 1,
-            lbs=last.lbs,
-            gbs=last.gbs,
-            loss=self._loss / self._steps,
-            step_s=self._seconds / self._steps,
-            waiting=self._wait_s / seconds,
-            samples_per_s=self._samples / seconds,
-            accuracy=math.nan if accuracy is None else accuracy,
-            quality=self._by_peer(self._quality),
-            bytes_sent=self._by_peer(last.bytes_sent),
-            bytes_per_s=self._by_peer(last.bytes_per_s),
-            age_s=self._by_peer(self._age_s),
-        )
-        self._steps, self._samples, self._seconds, self._wait_s, self._loss = 0, 0, 0.0, 0.0, 0.0
-        return snapshot
+        """Reduce the steps since the last call to a snapshot. ``accuracy``: of the latest evaluation, 0 to 1."""
+        columns = {name: [getattr(record, name) for record in self._steps] for name in STEPS}
+        self._steps = []
+        links = {name: values.copy() for name, values in self._links.items()}
+        return snapshot_of(self.rank, columns, accuracy, links)
 
-    def _by_peer(self, values: Mapping[int, float]) -> Numbers:
-        row = np.full(self.workers, np.nan)
-        for peer, value in values.items():
-            row[peer] = value
-        return row
+
+def snapshot_of(
+    rank: int,
+    columns: Mapping[str, Sequence[float] | npt.NDArray[Any]],
+    accuracy: float | None,
+    links: Mapping[str, Numbers],
+) -> RankSnapshot:
+    """The snapshot of a rank. ``columns``: measures of its latest steps, (T,). ``links``: gauges by peer, (n,)."""
+    known = reduced(columns) | {"accuracy": math.nan if accuracy is None else accuracy}
+    return RankSnapshot(rank, {gauge.key: known[gauge.key] for gauge in rank_gauges()}, links)
 
 
 @dataclass(frozen=True, slots=True)
 class LinkSnapshot:
-    """The link from ``source`` to ``target``; NaN where nothing is known."""
+    """The latest numbers of the link from ``source`` to ``target``, by gauge. NaN stands for what is not known."""
 
     source: int
     target: int
-    quality: float
-    bytes_sent: float
-    bytes_per_s: float
-    age_s: float
+    numbers: Mapping[str, float]
+
+    def __getitem__(self, gauge: str) -> float:
+        return self.numbers[gauge]
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """When a run ends: whichever comes first. ``steps`` is infinite, the others None, where nothing is said."""
+    """The end of a run: whatever comes first. Without a limit, ``steps`` is infinite and the others are None."""
 
     steps: float = math.inf
     seconds: float | None = None
@@ -148,10 +117,11 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A whole run. ``ranks``: those that are known of ``workers``; ``elapsed_s``: since training began.
+    """A whole run.
 
-    ``virtual``: whether those are seconds of a simulation, of which ``real_s_per_s`` real seconds each have passed.
-    ``state``: in words, if there is something to say; ``notes``: more lines.
+    ``ranks``: those that are known, of ``workers``. ``elapsed_s``: since training began. ``virtual``: whether these are
+    seconds of a simulation, which take ``real_s_per_s`` real seconds each. ``state``: a remark on the run.
+    ``notes``: further lines.
     """
 
     title: str
@@ -166,35 +136,36 @@ class Snapshot:
 
     @property
     def accuracy(self) -> float:
-        """Mean over the ranks that have been tested; NaN before the first."""
-        known = [rank.accuracy for rank in self.ranks if math.isfinite(rank.accuracy)]
+        """Mean accuracy of the ranks that were evaluated; NaN before the first evaluation."""
+        known = [rank["accuracy"] for rank in self.ranks if math.isfinite(rank["accuracy"])]
         return float(np.mean(known)) if known else math.nan
 
     def share(self) -> float | None:
-        """How much of the run is done, in 0..1, by its steps or its seconds; None if it has neither as an end."""
+        """Fraction of the run that is done (0 to 1), by steps or seconds; None if neither is limited."""
         shares = []
         if math.isfinite(self.goal.steps):
-            done = min((rank.step for rank in self.ranks), default=0.0)
+            done = min((rank["step"] for rank in self.ranks), default=0.0)
             shares.append(done / self.goal.steps)
         if self.goal.seconds is not None:
             shares.append(self.elapsed_s / self.goal.seconds)
         return min(1.0, max(shares)) if shares else None
 
     def left_s(self) -> float | None:
-        """Real seconds that are left at the pace of the last moments, if no target is reached before; None: unknown.
+        """Real seconds that are left at the current pace; None if unknown.
 
-        By steps, the rank that has longest to go decides: the others wait for it before they leave.
+        The slowest rank decides, since the others wait for it before they leave. A target accuracy may end the run
+        earlier.
         """
         left = []
         if math.isfinite(self.goal.steps) and self.ranks:
-            left.append(max(max(0.0, self.goal.steps - rank.step) * rank.step_s for rank in self.ranks))
+            left.append(max(max(0.0, self.goal.steps - rank["step"]) * rank["step_s"] for rank in self.ranks))
         if self.goal.seconds is not None:
             left.append(max(0.0, self.goal.seconds - self.elapsed_s))
         known = [seconds for seconds in left if math.isfinite(seconds * self.real_s_per_s)]
         return min(known) * self.real_s_per_s if known else None
 
     def to_json(self) -> dict[str, Any]:
-        """As what JSON can write; `from_json` reads it back."""
+        """Convert to values that JSON can represent."""
         ranks = [[rank.rank, *rank.to_vector().tolist()] for rank in self.ranks]
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {
             "ranks": ranks,
@@ -203,12 +174,12 @@ class Snapshot:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Snapshot:
-        """What `to_json` gave."""
+        """Inverse of `to_json`."""
         ranks = [RankSnapshot.from_vector(int(rank), np.array(numbers)) for rank, *numbers in values["ranks"]]
         return cls(**{**values, "ranks": ranks, "goal": Goal(**values["goal"])})
 
     def links(self) -> list[LinkSnapshot]:
-        """Every link over which something went, by source and target."""
+        """The links that carried something, by source and target."""
         return list(self._links())
 
     def _links(self) -> Iterator[LinkSnapshot]:
@@ -216,16 +187,16 @@ class Snapshot:
         for source in range(self.workers):
             for target in range(self.workers):
                 sender, receiver = by_rank.get(source), by_rank.get(target)
-                numbers = (
-                    _at(sender, "quality", target),
-                    _at(sender, "bytes_sent", target),
-                    _at(sender, "bytes_per_s", target),
-                    _at(receiver, "age_s", source),
-                )
-                if source != target and any(number > 0 for number in numbers):  # NaN is not
-                    yield LinkSnapshot(source, target, *numbers)
+                numbers = {
+                    gauge.key: _at(sender, gauge.key, target)
+                    if LINKS[gauge.measure].link == "to"
+                    else _at(receiver, gauge.key, source)
+                    for gauge in link_gauges()
+                }
+                if source != target and any(number > 0 for number in numbers.values()):  # NaN is not
+                    yield LinkSnapshot(source, target, numbers)
 
 
-def _at(rank: RankSnapshot | None, name: str, peer: int) -> float:
-    row = getattr(rank, name, ())
-    return float(row[peer]) if peer < len(row) else math.nan
+def _at(rank: RankSnapshot | None, gauge: str, peer: int) -> float:
+    values = () if rank is None else rank.links[gauge]
+    return float(values[peer]) if peer < len(values) else math.nan

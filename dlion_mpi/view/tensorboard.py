@@ -1,7 +1,7 @@
-"""`--tensorboard`: what the metrics files hold, as scalars that TensorBoard shows, one of its runs per rank.
+"""`--tensorboard`: the gauges of each rank as TensorBoard scalars; each rank is one of TensorBoard's runs.
 
-The loop only counts; once a second it hands an event to TensorFlow's own writer, whose thread writes it. Fifty steps
-a second would else be fifty points a second, of which TensorBoard shows a thousand in all.
+The loop only counts steps. Once a second it passes an event to TensorFlow's writer, which has a thread of its own: at
+fifty steps a second, a point per step would be far more than the thousand points that TensorBoard shows.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from typing import Any
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner import tensorflow
 from dlion_mpi.log import say
+from dlion_mpi.metrics.gauges import link_gauges, rank_gauges
 from dlion_mpi.metrics.recorder import NoRecorder, Recorder
-from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
+from dlion_mpi.metrics.records import GAUGES, LINKS, STEPS, Evaluation, StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.view.snapshot import RankSnapshot, Tally
 from dlion_mpi.wire import Header
 
 EVERY_S = 1.0
-"""Between two points, by the run's clock: virtual in a simulation."""
+"""Seconds between two points on the run's clock, which is virtual in a simulation."""
 FLUSH_S = 2
 QUEUE = 10_000
-"""Events that may wait for the file before the loop would wait for them."""
+"""Events that may be queued before the loop waits for the disk."""
 
 
 def check_unused(path: str | None) -> None:
-    """Refuse a folder of ``--tensorboard`` that holds something: two runs in one would be drawn as one.
+    """Refuse a ``--tensorboard`` folder that is not empty, since TensorBoard would draw two runs as one.
 
     Raises UserError.
     """
@@ -45,29 +46,25 @@ def check_unused(path: str | None) -> None:
 
 
 def scalars(snapshot: RankSnapshot) -> dict[str, float]:
-    """The values by tag, of what is known."""
-    values = {
-        "training/loss": snapshot.loss,
-        "training/samples_per_s": snapshot.samples_per_s,
-        "batch/lbs": snapshot.lbs,
-        "batch/gbs": snapshot.gbs,
-        "time/step_s": snapshot.step_s,
-        "time/waiting_share": snapshot.waiting,
-    }
-    for peer in range(len(snapshot.bytes_sent)):
-        values |= {
-            f"link_N/to_{peer}": float(snapshot.quality[peer]),
-            f"link_bytes_per_s/to_{peer}": float(snapshot.bytes_per_s[peer]),
-            f"link_bytes_sent/to_{peer}": float(snapshot.bytes_sent[peer]),
-            f"link_age_s/from_{peer}": float(snapshot.age_s[peer]),
-        }
+    """The known gauges of a snapshot by tag."""
+    values = {gauge.tag: snapshot[gauge.key] for gauge in rank_gauges() if gauge.tag}
+    for gauge in link_gauges():
+        if gauge.tag:
+            for peer, value in enumerate(snapshot.links[gauge.key]):
+                values[f"{gauge.tag}/{LINKS[gauge.measure].link}_{peer}"] = float(value)
     return {tag: value for tag, value in values.items() if not math.isnan(value)}
 
 
-class TensorBoard:
-    """Writes one rank's events, and hands all on to another recorder.
+def event_scalars(record: Evaluation | Transfer) -> dict[str, float]:
+    """The gauges of an evaluation or a transfer by tag."""
+    shown = [gauge for gauge in GAUGES if gauge.tag and gauge.measure not in STEPS and hasattr(record, gauge.measure)]
+    return {gauge.tag: float(getattr(record, gauge.measure)) for gauge in shown}
 
-    ``now_s``: when, in seconds since the epoch. Raises UserError if it cannot write there.
+
+class TensorBoard:
+    """Writes the events of one rank, and passes everything on to another recorder.
+
+    ``now_s``: the current time in seconds since the epoch. Raises UserError if the folder cannot be written.
     """
 
     def __init__(
@@ -90,79 +87,76 @@ class TensorBoard:
         self._event, self._summary = tf.compat.v1.Event, tf.compat.v1.Summary
         self._now_s, self._begun_s = now_s, math.nan
         self._written_s, self._last_s = -EVERY_S, 0.0
-        self._pending = False
-        with tf.Graph().as_default():  # of TensorFlow's writers the one that takes events as they are wants a graph
+        with tf.Graph().as_default():  # the only writer of TensorFlow that accepts whole events needs a graph
             self._writer: Any = tf.compat.v1.summary.FileWriter(str(own), max_queue=QUEUE, flush_secs=FLUSH_S)
 
     def step(self, record: StepRecord) -> None:
-        """Count a step; a point if it is time for one."""
+        """Count a step. Write a point once a second."""
         self._recorder.step(record)
         self._tally.add(record)
-        self._pending = True
         if record.time_s - self._written_s >= EVERY_S:
             self._point(record.time_s)
         self._last_s = record.time_s
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """A point of the test accuracy."""
+        """Write a point for an evaluation."""
         self._recorder.evaluation(evaluation)
-        self._write(evaluation.step, evaluation.time_s, {"test/accuracy": evaluation.accuracy})
+        self._write(evaluation.step, evaluation.time_s, event_scalars(evaluation))
 
     def transfer(self, transfer: Transfer, time_s: float) -> None:
-        """A point for a finished knowledge transfer."""
+        """Write a point for a finished knowledge transfer."""
         self._recorder.transfer(transfer, time_s)
-        values = {"transfer/source": float(transfer.source), "transfer/merged": float(transfer.merged)}
-        self._write(transfer.step, time_s, values)
+        self._write(transfer.step, time_s, event_scalars(transfer))
 
     def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
-        """No scalar."""
+        """Pass on; there is no scalar for it."""
         self._recorder.span(phase, step, start_s, end_s)
 
     def applied(self, header: Header, step: int, applied_s: float) -> None:
-        """No scalar."""
+        """Pass on; there is no scalar for it."""
         self._recorder.applied(header, step, applied_s)
 
     def sent(self, peer: int, header: Header, size_bytes: int, posted_s: float) -> None:
-        """No scalar."""
+        """Pass on; there is no scalar for it."""
         self._recorder.sent(peer, header, size_bytes, posted_s)
 
     def arrived(self, peer: int, sequence: int, arrived_s: float) -> None:
-        """No scalar."""
+        """Pass on; there is no scalar for it."""
         self._recorder.arrived(peer, sequence, arrived_s)
 
     def piece(self, peer: int, sent_bytes: int, received_bytes: int, began_s: float, ended_s: float) -> None:
-        """No scalar."""
+        """Pass on; there is no scalar for it."""
         self._recorder.piece(peer, sent_bytes, received_bytes, began_s, ended_s)
 
     def flush(self) -> None:
-        """What the metrics file is still to be told; the events are flushed by their own thread."""
+        """Flush the other recorder. The writer's thread flushes the events."""
         self._recorder.flush()
 
     def close(self, *, complete: bool) -> None:
-        """The last steps, and the end of the file."""
-        if self._pending:
+        """Write a point for the last steps, and close the file."""
+        if len(self._tally):
             self._point(self._last_s)
-        self._writing(lambda: self._writer.close())
+        self._try(lambda: self._writer.close())
         self._recorder.close(complete=complete)
 
     def _point(self, time_s: float) -> None:
         snapshot = self._tally.take(None)
-        self._written_s, self._pending = time_s, False
-        self._write(int(snapshot.step), time_s, scalars(snapshot))
+        self._written_s = time_s
+        self._write(int(snapshot["step"]), time_s, scalars(snapshot))
 
     def _write(self, step: int, time_s: float, values: Mapping[str, float]) -> None:
         if math.isnan(self._begun_s):
             self._begun_s = self._now_s() - time_s
         summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
         event = self._event(wall_time=self._begun_s + time_s, step=step, summary=summary)
-        self._writing(lambda: self._writer.add_event(event))
+        self._try(lambda: self._writer.add_event(event))
 
-    def _writing(self, what: Callable[[], None]) -> None:
-        """A disk that is full, or gone, must not end a run for this: it is said once, then nothing is written."""
+    def _try(self, write: Callable[[], None]) -> None:
+        """Write unless that failed before: a full disk must not end the run. The failure is printed once."""
         if self._writer is None:
             return
         try:
-            what()
+            write()
         except Exception as error:  # TensorFlow's own kinds
             self._writer = None
             say(f"dlion: --tensorboard: nothing more is written ({str(error).splitlines()[0]})")

@@ -1,6 +1,6 @@
-"""A terminal to draw in: which one, how large, and frames that replace each other in it.
+"""A terminal to draw in: which one, its size, and frames that replace each other in it.
 
-The cursor stays visible and below the frame, so a program that is killed leaves a terminal that works.
+The cursor stays visible, below the frame. So a program that is killed leaves a terminal that works.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ LAUNCHERS = frozenset(
 )
 """Programs that start ranks, as the kernel names them (15 characters at most). `dlion` is `dlion launch`."""
 SIZE = (80, 24)
-"""Characters and lines where nobody knows."""
+"""Columns and lines where the size is unknown."""
 LAST_FRAME_S = 2.0
-"""A terminal that was stopped (Ctrl-S) takes nothing: nobody waits longer than this for it at the end."""
+"""Longest wait for the last frame: a stopped terminal (Ctrl-S) accepts nothing."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, slots=True)
 class Terminal:
-    """Where to draw. ``job``: the process whose job must stand in the foreground, else nothing is drawn; 0: always."""
+    """A terminal. ``job``: a process; nothing is drawn while its job is in the background. 0: always draw."""
 
     descriptor: int
     encoding: str
     job: int
 
     def size(self) -> tuple[int, int]:
-        """Characters and lines at this moment: at least 1 each."""
+        """The current columns and lines, at least 1 each."""
         try:
             columns, rows = os.get_terminal_size(self.descriptor)
         except OSError:
@@ -48,37 +48,37 @@ class Terminal:
         return max(1, columns or known[0]), max(1, rows or known[1])
 
     def foreground(self) -> bool:
-        """Whether what is drawn disturbs nobody: false for a job that was put in the background."""
+        """Whether the job is in the foreground, or its state is unknown."""
         found = _process(self.job)
         return found is None or found.foreground
 
     def write(self, text: str) -> None:
-        """All of it in one piece if the terminal takes it so. Raises OSError for a terminal that is gone."""
+        """Write the text, in one piece if the terminal accepts that. Raises OSError if the terminal is gone."""
         data = text.encode(self.encoding, errors="replace")
         while data:
             data = data[os.write(self.descriptor, data) :]
 
 
 def terminal_of(stream: TextIO) -> Terminal | None:
-    """The terminal that a stream goes to, None if it goes elsewhere or cannot place its cursor."""
+    """The terminal of a stream; None if the stream is redirected or the terminal cannot place its cursor."""
     if os.environ.get("TERM", "dumb") == "dumb":
         return None
     try:
-        return on(stream, _launcher() or os.getpid()) if stream.isatty() else None
+        return terminal_on(stream, _launcher() or os.getpid()) if stream.isatty() else None
     except (OSError, ValueError):  # closed, or has no descriptor
         return None
 
 
-def on(stream: TextIO, job: int = 0) -> Terminal:
-    """A stream as a terminal, whatever it is. Raises OSError for one without a descriptor."""
+def terminal_on(stream: TextIO, job: int = 0) -> Terminal:
+    """Treat a stream as a terminal, whatever it is. Raises OSError for a stream without a descriptor."""
     return Terminal(stream.fileno(), stream.encoding or "utf-8", job)
 
 
 def launchers_terminal() -> Terminal | None:
-    """The terminal to which the error output of `mpirun` goes, if that has started this process.
+    """The terminal of the `mpirun` that started this process; None if its error output is redirected.
 
-    `mpirun` reads its ranks' output through pipes, so a rank cannot see by its own whether somebody looks on. Only
-    where /proc shows it, and on the launcher's own node.
+    `mpirun` reads the output of its ranks through pipes, so a rank's own streams do not tell. This needs /proc, and
+    works only on the node of the launcher.
     """
     launcher = _launcher()
     if os.environ.get("TERM", "dumb") == "dumb" or not launcher:
@@ -94,7 +94,7 @@ def launchers_terminal() -> Terminal | None:
 
 
 def _launcher() -> int:
-    """The outermost launcher above this process, 0 if there is none."""
+    """The outermost launcher above this process; 0 if there is none."""
     pid, launcher = os.getppid(), 0
     while (process := _process(pid)) is not None and process.name in LAUNCHERS:
         pid, launcher = process.parent, pid
@@ -109,7 +109,7 @@ class _Process:
 
 
 def _process(pid: int) -> _Process | None:
-    """What /proc says of a process; None without it."""
+    """A process as /proc describes it; None if it is not there."""
     try:
         name, _, rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").partition("(")[2].rpartition(")")
     except OSError:
@@ -119,7 +119,7 @@ def _process(pid: int) -> _Process | None:
 
 
 class Painter:
-    """Draws frames over each other at the end of what a terminal shows. For several threads."""
+    """Draws frames over each other below the other output of a terminal. Safe for several threads."""
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
@@ -127,7 +127,7 @@ class Painter:
         self._lock = threading.Lock()
 
     def paint(self, frame: str) -> None:
-        """Replace the frame. Its lines fit the terminal. Raises OSError for a terminal that is gone."""
+        """Replace the frame. Its lines must fit the terminal. Raises OSError if the terminal is gone."""
         if not self._terminal.foreground():
             return
         with self._lock:
@@ -135,18 +135,18 @@ class Painter:
             self._frame = frame
 
     def clear(self) -> None:
-        """Take the frame away."""
+        """Erase the frame."""
         with self._lock:
             self._terminal.write(self._erase())
             self._frame = ""
 
-    def above(self, text: str) -> None:
-        """Whole lines that stay, above the frame."""
+    def print_above(self, text: str) -> None:
+        """Print complete lines above the frame. They stay."""
         with self._lock:
             self._terminal.write(f"{self._erase()}{text}{self._frame}\n" if self._frame else text)
 
     def _erase(self) -> str:
-        """What takes the frame away. In a terminal that has become narrower its lines have been broken meanwhile."""
+        """The characters that erase the frame. A terminal that became narrower has wrapped its lines."""
         if not self._frame:
             return ""
         width, height = self._terminal.size()
@@ -156,9 +156,9 @@ class Painter:
 
     @contextlib.contextmanager
     def below_messages(self) -> Iterator[None]:
-        """What this process says on stderr meanwhile goes above the frame."""
+        """Print what this process writes to stderr during the block above the frame."""
         before = sys.stderr
-        own: Any = _Above(before, self)
+        own: Any = _LinesAbove(before, self)
         sys.stderr = own
         try:
             yield
@@ -168,8 +168,8 @@ class Painter:
             own.finish()
 
 
-class _Above:
-    """In place of stderr: hands whole lines to a painter; in all else it is the stream that it stands for."""
+class _LinesAbove:
+    """Replaces stderr: gives complete lines to a painter, and behaves like the stream otherwise."""
 
     def __init__(self, stream: TextIO, painter: Painter) -> None:
         self._stream, self._painter, self._rest = stream, painter, ""
@@ -178,30 +178,30 @@ class _Above:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Draw what has become a line."""
+        """Print the lines that are complete."""
         lines, newline, self._rest = (self._rest + text).rpartition("\n")
         if newline:
             try:
-                self._painter.above(lines + newline)
+                self._painter.print_above(lines + newline)
             except OSError:
                 self._stream.write(lines + newline)
         return len(text)
 
     def flush(self) -> None:
-        """Lines are drawn at once; the rest of one waits for its end."""
+        """Do nothing: complete lines are printed at once, an incomplete one waits for its end."""
 
     def finish(self) -> None:
-        """The rest of a line that was never ended."""
+        """Print an incomplete last line."""
         if self._rest:
             self._stream.write(self._rest)
             self._stream.flush()
 
 
 class View:
-    """Draws what ``frame`` gives, every so often, in a thread of its own.
+    """Draws frames in a thread of its own.
 
-    ``frame``: of a width and a height; the last one ``stays`` or is taken away. If it fails, or the terminal is gone,
-    drawing ends; `failure` says why.
+    ``frame``: makes a frame for a width and a height. ``every_s``: seconds between frames. ``stays``: whether the last
+    frame remains. Drawing ends when a frame cannot be made or the terminal is gone; then `failure` is set.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class View:
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
-        """From here to the end."""
+        """Draw during the block."""
         with self.painter.below_messages():
             self._thread.start()
             try:
@@ -234,7 +234,7 @@ class View:
                 self._draw()
             else:
                 self.painter.clear()
-        except Exception as failure:  # it must not end a run that goes well
+        except Exception as failure:  # it must not end a healthy run
             self.failure = failure
 
     def _draw(self) -> None:

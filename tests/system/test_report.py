@@ -157,7 +157,7 @@ def test_switching_the_run_switches_its_figures(browser: Any, page: Path) -> Non
 def test_what_a_run_has_nothing_of_is_said(browser: Any) -> None:
     browser.find_elements("css selector", "#runs label")[1].click()  # the Baseline transfers nothing
     assert charts(browser)["transfers"] == ""
-    assert "nothing of this" in browser.find_element("css selector", "#figure-transfers").text
+    assert "no such data" in browser.find_element("css selector", "#figure-transfers").text
 
 
 def test_the_target_can_be_chosen(browser: Any) -> None:

@@ -20,7 +20,8 @@ pytest.importorskip("matplotlib", reason=f"matplotlib is missing: {EXTRA}")
 
 import analysis  # noqa: E402
 from analysis import figures  # noqa: E402
-from dlion_mpi.metrics.reader import COLUMNS, Run  # noqa: E402
+from dlion_mpi.metrics.reader import Run  # noqa: E402
+from dlion_mpi.metrics.records import LINKS, STEPS  # noqa: E402
 
 Captured = pytest.CaptureFixture[str]
 
@@ -44,7 +45,7 @@ def runs(folders: list[Path]) -> list[Run]:
 
 def test_a_row_for_each_step_of_each_rank(runs: list[Run]) -> None:
     table = analysis.steps(runs)
-    assert list(table.columns) == ["run", "rank", *COLUMNS["steps"]]
+    assert list(table.columns) == ["run", "rank", *STEPS]
     assert table.groupby(["run", "rank"], observed=True).size().to_dict() == {
         **{("dlion", rank): 40 for rank in range(3)},
         **{("baseline", rank): 12 for rank in range(2)},
@@ -55,7 +56,7 @@ def test_a_row_for_each_step_of_each_rank(runs: list[Run]) -> None:
 
 def test_a_row_for_each_link_and_step(runs: list[Run]) -> None:
     table = analysis.links(runs)
-    assert list(table.columns) == ["run", "rank", "peer", "step", "time_s", *COLUMNS["links"]]
+    assert list(table.columns) == ["run", "rank", "peer", "step", "time_s", *LINKS]
     assert len(table) == 3 * 2 * 40 + 2 * 1 * 12
     assert (table["rank"] != table["peer"]).all()
     for row in table.sample(30, random_state=1).itertuples():

@@ -18,7 +18,8 @@ from dlion_mpi.cli import main
 from dlion_mpi.config.options import Every
 from dlion_mpi.errors import UserError
 from dlion_mpi.metrics import reader as runs
-from dlion_mpi.metrics.recorder import Recorder, next_part
+from dlion_mpi.metrics.files import next_part
+from dlion_mpi.metrics.recorder import Recorder
 from tests import runfiles
 from tests.unit.test_checkpoint_files import write_checkpoint
 
@@ -169,7 +170,7 @@ def test_a_run_resumed_with_fewer_ranks_shows_those_that_were_there(tmp_path: Pa
     whole = runs.load(tmp_path)
     assert (whole.workers, whole.ended) == (3, True)
     assert [len(rank.steps["step"]) for rank in whole.ranks] == [50, 50, 20]
-    assert whole.notes == ("rank 2: took part only until the run was resumed without them",)
+    assert whole.notes == ("rank 2: took part only until the run was resumed with fewer ranks",)
     links = whole.ranks[0].links()["quality"]
     assert links.shape == (50, 3)
     assert np.isnan(links[20:, 2]).all()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +19,11 @@ from dlion_mpi.cli import main
 from dlion_mpi.config.options import Config, flag
 from dlion_mpi.config.parsing import config_of
 from dlion_mpi.errors import UserError
+from dlion_mpi.metrics.gauges import Totals
 from dlion_mpi.metrics.records import StepRecord
 from dlion_mpi.strategies.registry import STRATEGIES
-from dlion_mpi.view.lines import SUMMARY_COLUMNS, Progress, summary
+from dlion_mpi.view import live
+from dlion_mpi.view.lines import summary
 
 Captured = pytest.CaptureFixture[str]
 
@@ -270,34 +274,40 @@ def test_the_module_is_the_program(tmp_path: Path) -> None:
 
 
 def record(step: int, time_s: float, **more: Any) -> StepRecord:
-    zero: dict[str, Any] = dict.fromkeys(
-        ("compute_s", "paced_s", "select_encode_s", "wait_s", "apply_s", "step_s"), 0.0
-    )
-    return StepRecord(step=step, time_s=time_s, loss=0.51234, lbs=32, gbs=96, **zero, **more)
+    zero: dict[str, Any] = dict.fromkeys(("compute_s", "paced_s", "select_encode_s", "wait_s", "apply_s"), 0.0)
+    return StepRecord(step=step, time_s=time_s, loss=0.51234, lbs=32, gbs=96, step_s=1.0, **zero, **more)
 
 
-def test_progress_is_one_line_now_and_then(capsys: Captured) -> None:
-    progress = Progress(2, 5.0, lambda: None)
-    for step in range(12):
-        links = {"quality": {0: 12.34} if step < 3 else {}, "bytes_sent": {0: step * 10**6, 1: 0}}
-        progress(record(step, float(step + 1), **links))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
+@pytest.fixture
+def report_every(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """The lines that a reporter prints for twelve steps of a second each."""
+
+    def report(capsys: Captured, every_s: float, accuracy: float | None = None) -> list[str]:
+        now_s = [0.0]
+        monkeypatch.setattr(live.time, "monotonic", lambda: now_s[0])
+        reporter = live.Reporter(2, 3, every_s, lambda: accuracy, live.print_line)
+        for step in range(12):
+            now_s[0] += 1.0
+            links = {"quality": {0: 12.34} if step < 3 else {}, "bytes_sent": {0: step * 10**6, 1: 0}}
+            reporter(record(step, float(step + 1), **links))
+        return capsys.readouterr().err.splitlines()
+
+    return report
+
+
+def test_progress_is_one_line_now_and_then(report_every: Callable[..., list[str]], capsys: Captured) -> None:
+    assert report_every(capsys, 5.0) == [
         "[2]    5.0 s  step 5  batch 32/96  loss 0.512  32 samples/s  ->0 N 12.3 4.0 MB  ->1 N 0.0 0.0 MB",
         "[2]   10.0 s  step 10  batch 32/96  loss 0.512  32 samples/s  ->0 N 12.3 9.0 MB  ->1 N 0.0 0.0 MB",
     ]
 
 
-def test_progress_knows_the_latest_test_accuracy(capsys: Captured) -> None:
-    Progress(0, 1.0, lambda: 0.823)(record(0, 2.0))
-    assert "  accuracy 82.3%" in capsys.readouterr().err
+def test_progress_knows_the_latest_test_accuracy(report_every: Callable[..., list[str]], capsys: Captured) -> None:
+    assert all("  accuracy 82.3%" in line for line in report_every(capsys, 5.0, 0.823))
 
 
-def test_no_progress_when_it_is_not_wanted(capsys: Captured) -> None:
-    progress = Progress(0, 0.0, lambda: None)
-    for step in range(5):
-        progress(record(step, 100.0 * step))
-    assert capsys.readouterr().err == ""
+def test_no_progress_when_it_is_not_wanted(report_every: Callable[..., list[str]], capsys: Captured) -> None:
+    assert report_every(capsys, 0.0) == []
 
 
 def test_the_summary_has_a_row_per_rank_and_how_it_ended() -> None:
@@ -310,11 +320,31 @@ def test_the_summary_has_a_row_per_rank_and_how_it_ended() -> None:
         "stopped": None,
         "out": None,
     }
-    values = {"steps": 100, "accuracy": 0.81, "loss": 0.5, "samples": 5000, "compute_s": 25.0, "select_encode_s": 5.0}
-    values |= {"wait_s": 10.0, "apply_s": 2.5, "seconds": 50.0, "bytes_sent": 3.21e6}
-    rows = [[values[name] for name in SUMMARY_COLUMNS]] * 2
+    totals = Totals()
+    for step in range(100):
+        totals.add(
+            StepRecord(
+                step=step,
+                time_s=0.5 * step,
+                compute_s=0.25,
+                paced_s=0.0,
+                select_encode_s=0.05,
+                wait_s=0.1,
+                apply_s=0.025,
+                step_s=0.5,
+                loss=9.0 if step < 90 else 0.5,
+                lbs=50,
+                gbs=100,
+                bytes_sent={1: 32_100 * (step + 1)},
+            )
+        )
+    rows = [totals.row(50.0, accuracy=0.81)] * 2
     lines = summary(result, rows).splitlines()
-    assert lines[2].split() == ["0", "100", "81.00%", "0.500", "100", "50.0%", "10.0%", "20.0%", "5.0%", "3.2"]
+    assert re.split("  +", lines[1]) == [
+        *("rank", "steps", "accuracy", "loss", "samples/s", "compute", "select", "waiting", "apply", "sent")
+    ]
+    expected = ["0", "100", "81.00%", "0.500", "100", "50.0%", "10.0%", "20.0%", "5.0%", "3.2", "MB"]
+    assert lines[2].split() == expected
     assert lines[3].split()[0] == "1"
     assert lines[4:] == ["dlion, 2 ranks, 50.0 s: test accuracy 80.00%, standard deviation between ranks 1.00%"]
     text = summary(result | {"stopped": "SIGTERM", "out": "runs/a"}, rows)

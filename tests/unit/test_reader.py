@@ -18,9 +18,9 @@ import pytest
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.metrics import recorder as metrics
-from dlion_mpi.metrics.reader import COLUMNS, labels, load, load_all
+from dlion_mpi.metrics.reader import labels, load, load_all
 from dlion_mpi.metrics.recorder import Recorder
+from dlion_mpi.metrics.records import LINKS, STEPS
 from tests import runfiles
 
 ROOT = Path(__file__).parents[2]
@@ -39,13 +39,6 @@ def change(folder: Path, rank: int, how: Callable[[h5py.File], None]) -> None:
 # ---- what is there
 
 
-def test_the_loader_knows_every_data_set_that_is_written() -> None:
-    """Else a new column would silently stay out of tables and reports."""
-    written = {"steps": metrics._STEP, "links": metrics._LINK}
-    written |= {"evaluations": metrics._EVALUATION, "transfers": metrics._TRANSFER}
-    assert {group: set(columns) for group, columns in written.items()} == {g: set(c) for g, c in COLUMNS.items()}
-
-
 def test_all_values_come_back(folder: Path) -> None:
     run = load(folder)
     assert run.notes == ()
@@ -53,10 +46,10 @@ def test_all_values_come_back(folder: Path) -> None:
     assert (run.workers, [rank.rank for rank in run.ranks]) == (3, [0, 1, 2])
     for rank in run.ranks:
         expected = [runfiles.record(rank.rank, 3, step) for step in range(40)]
-        for name in COLUMNS["steps"]:
+        for name in STEPS:
             np.testing.assert_allclose(rank.steps[name], [getattr(r, name) for r in expected], rtol=1e-6)
         links = rank.links()
-        assert set(links) == set(COLUMNS["links"])
+        assert set(links) == set(LINKS)
         for name, values in links.items():
             assert values.shape == (40, 3)
             for peer in set(range(3)) - {rank.rank}:
@@ -117,7 +110,7 @@ def test_a_run_that_is_still_going(folder: Path) -> None:
         assert run.ranks[1].links()["quality"].shape == (30, 3)
         assert not run.ended
         assert len(run.notes) == 1
-        assert run.notes[0].startswith("rank 1: not ended: still going (last written ")
+        assert run.notes[0].startswith("rank 1: not ended: still running (last written ")
         process.kill()
 
 
@@ -154,7 +147,7 @@ def test_missing_ranks_are_named(folder: Path) -> None:
         (folder / f"metrics-{rank:05d}.h5").unlink()
     run = load(folder)
     assert (run.workers, [rank.rank for rank in run.ranks], run.ended) == (3, [2], False)
-    assert run.notes == ("ranks 0, 1: no metrics file, so nothing is shown of what happened there",)
+    assert run.notes == ("ranks 0, 1: no metrics file",)
 
 
 def test_another_version_gives_what_both_know(folder: Path) -> None:
@@ -169,8 +162,8 @@ def test_another_version_gives_what_both_know(folder: Path) -> None:
     change(folder, 1, newer)
     run = load(folder)
     assert run.notes == (
-        "rank 1: written in format 9, this program knows 1: what both know is shown",
-        "rank 1: without links/quality, steps/wait_s, steps/loss: left empty",
+        "rank 1: file format 9, this version reads format 1: only common columns are shown",
+        "rank 1: links/quality, steps/wait_s, steps/loss missing: left empty",
     )
     rank = run.ranks[1]
     assert np.isnan(rank.steps["wait_s"]).all()
@@ -186,7 +179,7 @@ def test_without_times_nothing_of_a_rank_can_be_placed(folder: Path) -> None:
     change(folder, 0, no_times)
     run = load(folder)
     assert [rank.rank for rank in run.ranks] == [1, 2]
-    assert run.notes == ("rank 0: metrics-00000.h5 has no steps/time_s, so nothing of it can be shown",)
+    assert run.notes == ("rank 0: metrics-00000.h5 has no valid steps/time_s, so the rank is left out",)
 
 
 def read_apart(folder: Path) -> tuple[list[int], list[str]]:
@@ -209,7 +202,7 @@ def read_apart(folder: Path) -> tuple[list[int], list[str]]:
 def test_a_file_that_was_cut_off_is_left_out_and_does_not_hang(folder: Path, size: int) -> None:
     """HDF5 would try again and again to read what is not there."""
     os.truncate(folder / "metrics-00001.h5", size)
-    said = "rank 1: metrics-00001.h5 cannot be read: it is no HDF5 file, or was cut off"
+    said = "rank 1: metrics-00001.h5 cannot be read: it is not an HDF5 file, or is truncated"
     assert read_apart(folder) == ([0, 2], [said])
 
 
@@ -241,7 +234,7 @@ def test_a_file_that_vanishes_between_steps_and_links_leaves_them_empty(folder: 
 )
 def test_attributes_that_are_not_what_they_should_be(tmp_path: Path, attributes: dict[str, Any]) -> None:
     run = load(runfiles.make_run(tmp_path / "run", **attributes))
-    assert run.notes == (("its configuration cannot be read",) if attributes.get("config") == "[run" else ())
+    assert run.notes == (("the configuration cannot be read",) if attributes.get("config") == "[run" else ())
     assert run.strategy == ("dlion" if "config" not in attributes else "unknown")
 
 
@@ -269,7 +262,7 @@ def refusal(path: Path) -> str:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "no") == f"{tmp_path / 'no'}: there is no such folder; {GIVE}"
+    assert refusal(tmp_path / "no") == f"{tmp_path / 'no'}: no such folder; {GIVE}"
 
 
 def test_a_file(folder: Path) -> None:

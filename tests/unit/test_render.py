@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 
-from dlion_mpi.view.render import clock, lines, render, size, span
+from dlion_mpi.view.forms import clock, duration, size, text_of
+from dlion_mpi.view.render import lines, render
 from dlion_mpi.view.snapshot import Goal, RankSnapshot, Snapshot, Tally, vector_length
 from tests import runfiles
 
@@ -49,8 +50,8 @@ def test_everything_is_there_where_there_is_room() -> None:
     shown = plain(snapshot(), 100, 30)
     assert shown[0] == "dlion: dlion, bounded, 3 ranks, cipher, fashion-mnist, runs/a"
     assert shown[1].endswith("25%; 2:05; 0:22 left; accuracy 51.0% of 80.0% wanted")  # 15 steps of 1.5 s
-    assert words(shown[2]) == ["rank", "step", "batch", "step time", "loss", "samples/s", "accuracy", "waiting"]
-    assert words(shown[3]) == ["0", "5", "32/96", "0.50 s", "0.913", "64", "50.0%", "25%"]
+    assert words(shown[2]) == ["rank", "steps", "accuracy", "loss", "batch", "step time", "samples/s", "waiting"]
+    assert words(shown[3]) == ["0", "5", "50.00%", "0.913", "32/96", "0.50 s", "64", "25.0%"]
     assert words(shown[6]) == ["link", "bandwidth", "N", "sent", "age"]
     assert words(shown[7]) == ["0->1", "8.0 kB/s", "11.0", "10.0 kB", "0.25 s"]
     assert [words(line)[0] for line in shown[7:]] == ["0->1", "0->2", "1->0", "1->2", "2->0", "2->1"]
@@ -60,7 +61,7 @@ def test_everything_is_there_where_there_is_room() -> None:
 @pytest.mark.parametrize("height", [1, 2, 5, 6, 9, 24, 60])
 @pytest.mark.parametrize("width", [1, 8, 20, 40, 79, 200])
 def test_it_fits(width: int, height: int, workers: int) -> None:
-    notes = ["rank 7: no metrics file, so nothing is shown of what happened there"] * 3
+    notes = ["rank 7: no metrics file, in a note that is longer than a narrow line"] * 3
     for colour in (False, True):
         text = render(snapshot(workers, notes=notes), width, height, colour=colour)
         shown = re.sub(r"\x1b\[[0-9;]*m", "", text).split("\n")
@@ -71,7 +72,7 @@ def test_it_fits(width: int, height: int, workers: int) -> None:
 def test_a_narrow_terminal_keeps_what_matters_most() -> None:
     shown = plain(snapshot(), 30, 30)
     assert [words(line) for line in shown if line.lstrip().startswith("rank ")] == [
-        ["rank", "step", "loss", "accuracy"]
+        ["rank", "steps", "accuracy", "loss"]
     ]
     assert any(words(line)[:2] == ["link", "bandwidth"] for line in shown)
 
@@ -87,8 +88,8 @@ def test_a_low_terminal_says_what_it_leaves_out() -> None:
 
 def test_of_many_links_the_slowest_are_shown() -> None:
     made = snapshot(12)
-    made.ranks[7].bytes_per_s[3] = 10.0
-    made.ranks[2].bytes_per_s[9] = 20.0
+    made.ranks[7].links["bytes_per_s"][3] = 10.0
+    made.ranks[2].links["bytes_per_s"][9] = 20.0
     shown = [words(line)[0] for line in plain(made, 100, 20) if "->" in line]
     assert {"2->9", "7->3"} <= set(shown)
     assert shown == sorted(shown, key=lambda name: [int(end) for end in name.split("->")])
@@ -103,7 +104,7 @@ def test_one_rank_alone_has_no_links() -> None:
 def test_what_is_not_known_is_a_dash() -> None:
     made = snapshot(ranks=[unknown(0, 3)])
     row = next(line for line in plain(made, 100, 30) if line.lstrip().startswith("0"))
-    assert words(row) == ["0", "-", "-/-", "-", "-", "-", "-", "-"]
+    assert words(row) == ["0", "-", "-", "-", "-/-", "-", "-", "-"]
     assert "no accuracy yet, 80.0% wanted" in plain(made, 100, 30)[1]
     assert "nan" not in "\n".join([*plain(made, 100, 30)])
 
@@ -145,9 +146,10 @@ def test_plain_lines_are_those_that_training_prints() -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        *((span(value), text) for value, text in ((0.0031, "3.1 ms"), (0.0997, "0.10 s"), (0.0996e-1, "10 ms"))),
-        *((span(value), text) for value, text in ((9.96, "10 s"), (0.214, "0.21 s"), (math.nan, "-"))),
+        *((duration(value), text) for value, text in ((0.0031, "3.1 ms"), (0.0997, "0.10 s"), (0.0996e-1, "10 ms"))),
+        *((duration(value), text) for value, text in ((9.96, "10 s"), (0.214, "0.21 s"))),
         *((size(value), text) for value, text in ((512, "512 B"), (999.6, "1.0 kB"), (1.2e9, "1.2 GB"), (0, "0 B"))),
+        *((text_of(math.nan, form), "-") for form in ("time", "bytes", "bytes/s", ".3f")),
         *((clock(value), text) for value, text in ((42.4, "0:42"), (3723, "1:02:03"), (183_840, "2 d 03:04"))),
     ],
 )

@@ -82,9 +82,9 @@ def test_what_cannot_be_shown_is_said_on_the_page_and_on_stderr(tmp_path: Path, 
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert said[0].startswith("dlion report: dlion: rank 1: no metrics file")
-    assert said[1].startswith("dlion report: dlion: ranks 0, 2: not ended: still going")
+    assert said[1].startswith("dlion report: dlion: ranks 0, 2: not ended: still running")
     page = out.read_text(encoding="utf-8")
-    assert "What cannot be shown" in page
+    assert "Missing data" in page
     assert "rank 1: no metrics file" in page
 
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_shown_is_said_on_the_page_and_on_stderr(tmp_path: Path, 
     ("arguments", "said"),
     [
         (["{tmp}"], "holds no run"),
-        (["{tmp}/none"], "there is no such folder"),
+        (["{tmp}/none"], "no such folder"),
         (["{run}", "{tmp}"], "holds no run"),
         (["{run}/metrics-00000.h5"], "is a file"),
         (["{run}", "-o", "{run}/metrics-00000.h5"], "must end in .html"),

@@ -10,19 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlion_mpi.learner.evaluate import target_reached_s
-from dlion_mpi.metrics.reader import Rank, Run, load
+from dlion_mpi.metrics.grid import Grid, grid, nanmean
+from dlion_mpi.metrics.rank import Rank
+from dlion_mpi.metrics.reader import Run, load
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.metrics.series import (
-    PARTS,
-    Grid,
     accuracy,
-    asked_s,
     bytes_matrix,
     evaluation_period_s,
-    grid,
     links,
-    nanmean,
+    part_names,
     per_worker,
+    requested_s,
     step_parts,
 )
 from tests import runfiles
@@ -159,7 +158,7 @@ def test_the_parts_of_a_step_are_what_was_recorded_and_sum_to_it(run: Run) -> No
         parts = step_parts(rank)
         step_s = runfiles.STEP_S * (rank.rank + 1)
         np.testing.assert_allclose(parts / step_s, [0.3, 0.2, 0.1, 0.25, 0.1, 0.05], rtol=1e-6)
-        assert len(parts) == len(PARTS)
+        assert len(parts) == len(part_names())
 
 
 def test_in_virtual_time_all_computing_is_computing(tmp_path: Path) -> None:
@@ -170,13 +169,14 @@ def test_in_virtual_time_all_computing_is_computing(tmp_path: Path) -> None:
 def test_links_of_a_rank(run: Run) -> None:
     on = grid(run, 10)
     own = links(run.ranks[0], on)
-    assert np.isnan(own.quality[0]).all()  # to itself
-    inside = np.isfinite(own.quality[1])
-    assert set(own.quality[1][inside]) == {11.0}
-    np.testing.assert_allclose(own.bytes_per_s[2][inside], 3000 / runfiles.STEP_S)
+    quality = own.over_time["quality"]
+    assert np.isnan(quality[0]).all()  # to itself
+    inside = np.isfinite(quality[1])
+    assert set(quality[1][inside]) == {11.0}
+    np.testing.assert_allclose(own.over_time["bytes_sent"][2][inside], 3000 / runfiles.STEP_S)
     np.testing.assert_allclose(own.utilisation[2][inside], 3000 / runfiles.STEP_S / 8000)
-    np.testing.assert_allclose(own.age_s[inside], 0.25)
-    np.testing.assert_allclose(own.age_steps[inside], 1.5)
+    np.testing.assert_allclose(own.over_time["age_s"][inside], 0.25)
+    np.testing.assert_allclose(own.over_time["age_steps"][inside], 1.5)
     np.testing.assert_array_equal(own.bytes_sent, [np.nan, 80_000, 120_000])
 
 
@@ -192,11 +192,11 @@ def test_bytes_from_whom_to_whom_are_the_senders_or_else_the_receivers_count(tmp
         np.testing.assert_array_equal(matrix, expected)
 
 
-def test_a_transfer_was_asked_for_at_the_end_of_a_step(run: Run) -> None:
+def test_a_transfer_is_requested_at_the_end_of_a_step(run: Run) -> None:
     rank = run.ranks[1]
-    # Asked for after `started_step` steps, so at the end of the step with the number before.
+    # Requested after `started_step` steps, so at the end of the step with the number before.
     expected = [rank.steps["time_s"][s - 1] for s in rank.transfers["started_step"]]
-    np.testing.assert_allclose(asked_s(rank), expected)
+    np.testing.assert_allclose(requested_s(rank), expected)
 
 
 def test_the_mean_of_nothing_is_not_a_number_and_no_warning() -> None:

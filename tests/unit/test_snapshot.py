@@ -1,4 +1,4 @@
-"""What a rank counts up, what it becomes on its way, and how far a run is."""
+"""Snapshots of ranks, their transport as vectors and JSON, and the progress of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORKERS = 3
 NO_GOAL = Goal()
 
 
-def rank_glance(rank: int = 1, steps: int = 4) -> RankSnapshot:
+def rank_snapshot(rank: int = 1, steps: int = 4) -> RankSnapshot:
     tally = Tally(rank, WORKERS)
     for step in range(steps):
         tally.add(runfiles.record(rank, WORKERS, step))
@@ -37,13 +37,14 @@ def test_a_tally_gives_means_since_it_was_last_asked_and_the_newest_of_what_has_
     for record in records[2:]:
         tally.add(record)
     found = tally.take(0.75)
-    assert (found.rank, found.step, found.time_s, found.lbs, found.gbs) == (1, 5, records[-1].time_s, 16, 96)
-    assert found.loss == pytest.approx(np.mean([record.loss for record in records[2:]]))
-    assert (found.step_s, found.waiting, found.samples_per_s) == pytest.approx((1.0, 0.25, 16.0))
-    assert found.accuracy == 0.75
-    np.testing.assert_array_equal(found.bytes_sent, [5000, np.nan, 15000])
-    np.testing.assert_array_equal(found.quality, [10, np.nan, 12])
-    np.testing.assert_array_equal(found.age_s, [0.25, np.nan, 0.25])
+    assert found.rank == 1
+    assert [found[name] for name in ("step", "time_s", "lbs", "gbs")] == [5, records[-1].time_s, 16, 96]
+    assert found["loss"] == pytest.approx(np.mean([record.loss for record in records[2:]]))
+    assert (found["step_s"], found["waiting"], found["samples_per_s"]) == pytest.approx((1.0, 0.25, 16.0))
+    assert found["accuracy"] == 0.75
+    np.testing.assert_array_equal(found.links["bytes_sent"], [5000, np.nan, 15000])
+    np.testing.assert_array_equal(found.links["quality"], [10, np.nan, 12])
+    np.testing.assert_array_equal(found.links["age_s"], [0.25, np.nan, 0.25])
 
 
 def test_what_was_sent_in_an_earlier_step_is_still_known() -> None:
@@ -52,17 +53,19 @@ def test_what_was_sent_in_an_earlier_step_is_still_known() -> None:
     tally.take(None)
     tally.add(runfiles.record(0, WORKERS, 1))  # sends nothing
     found = tally.take(None)
-    assert found.quality[2] == 12
-    assert math.isnan(found.accuracy)
+    assert found.links["quality"][2] == 12
+    assert math.isnan(found["accuracy"])
 
 
 def test_a_rank_comes_back_from_its_vector() -> None:
-    before = rank_glance()
+    before = rank_snapshot()
     vector = before.to_vector()
     assert vector.shape == (vector_length(WORKERS),)
     after = RankSnapshot.from_vector(1, vector)
-    for name in RankSnapshot.__dataclass_fields__:
-        np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
+    assert (after.rank, after.numbers) == (before.rank, before.numbers)
+    assert list(after.links) == list(before.links)
+    for name, values in before.links.items():
+        np.testing.assert_array_equal(after.links[name], values)
 
 
 @pytest.mark.parametrize("length", [0, 8, vector_length(WORKERS) - 1])
@@ -71,8 +74,8 @@ def test_a_vector_of_another_length_is_refused(length: int) -> None:
         RankSnapshot.from_vector(1, np.zeros(length))
 
 
-def test_a_glance_comes_back_from_json() -> None:
-    before = snapshot(rank_glance(0), rank_glance(2), goal=Goal(seconds=9.0))
+def test_a_snapshot_comes_back_from_json() -> None:
+    before = snapshot(rank_snapshot(0), rank_snapshot(2), goal=Goal(seconds=9.0))
     after = Snapshot.from_json(json.loads(json.dumps(before.to_json())))
     assert after.goal == before.goal
     assert [rank.rank for rank in after.ranks] == [0, 2]
@@ -80,15 +83,15 @@ def test_a_glance_comes_back_from_json() -> None:
 
 
 def test_a_link_has_its_senders_numbers_and_its_receivers_ages() -> None:
-    links = {(link.source, link.target): link for link in snapshot(rank_glance(0), rank_glance(1)).links()}
+    links = {(link.source, link.target): link for link in snapshot(rank_snapshot(0), rank_snapshot(1)).links()}
     assert set(links) == {(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)}
-    assert (links[0, 1].bytes_sent, links[0, 1].quality, links[0, 1].age_s) == (8000, 11, 0.25)
-    assert math.isnan(links[1, 2].age_s)  # rank 2 has not told
-    assert (links[2, 1].age_s, math.isnan(links[2, 1].bytes_sent)) == (0.25, True)
+    assert [links[0, 1][name] for name in ("bytes_sent", "quality", "age_s")] == [8000, 11, 0.25]
+    assert math.isnan(links[1, 2]["age_s"])  # rank 2 has not reported
+    assert (links[2, 1]["age_s"], math.isnan(links[2, 1]["bytes_sent"])) == (0.25, True)
 
 
 def test_the_share_is_that_of_the_end_that_comes_first() -> None:
-    ranks = rank_glance(0, 4), rank_glance(1, 2)
+    ranks = rank_snapshot(0, 4), rank_snapshot(1, 2)
     assert snapshot(*ranks).share() is None
     assert snapshot(*ranks, goal=Goal(steps=8)).share() == 0.25  # of the slowest
     assert snapshot(*ranks, goal=Goal(steps=8, seconds=5.0)).share() == 0.8
@@ -98,7 +101,7 @@ def test_the_share_is_that_of_the_end_that_comes_first() -> None:
 
 
 def test_the_time_that_is_left_is_that_of_whoever_has_longest_to_go() -> None:
-    fast, slow = rank_glance(0, 4), rank_glance(1, 4)  # steps of 0.5 s and of 1 s
+    fast, slow = rank_snapshot(0, 4), rank_snapshot(1, 4)  # steps of 0.5 s and of 1 s
     assert snapshot(fast, slow).left_s() is None
     assert snapshot(fast, slow, goal=Goal(steps=10)).left_s() == pytest.approx(6.0)
     assert snapshot(fast, slow, goal=Goal(steps=10, seconds=5.0)).left_s() == pytest.approx(1.0)
@@ -111,5 +114,5 @@ def test_the_time_that_is_left_is_that_of_whoever_has_longest_to_go() -> None:
 def test_the_accuracy_is_that_of_those_who_were_tested() -> None:
     tally = Tally(2, WORKERS)
     tally.add(runfiles.record(2, WORKERS, 0))
-    assert snapshot(rank_glance(), tally.take(None)).accuracy == 0.5
+    assert snapshot(rank_snapshot(), tally.take(None)).accuracy == 0.5
     assert math.isnan(snapshot().accuracy)

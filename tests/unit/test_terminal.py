@@ -51,9 +51,9 @@ def test_a_frame_takes_the_place_of_the_one_before(screen: Screen) -> None:
 def test_messages_stay_above_the_frame(screen: Screen) -> None:
     painter = Painter(of(screen))
     painter.paint("frame\nof two lines")
-    painter.above("a message\n")
+    painter.print_above("a message\n")
     painter.paint("another frame")
-    painter.above("another message\n")
+    painter.print_above("another message\n")
     assert read(screen) == ["a message", "another message", "another frame"]
 
 

@@ -51,7 +51,7 @@ TraceOf = Callable[..., tuple[Trace, list[str]]]
 
 def test_everything_that_was_recorded_is_where_it_was(folder: Path, trace_of: TraceOf) -> None:
     trace, notes = trace_of(folder)
-    assert [note for note in notes if "arrival" not in note] == []
+    assert [note for note in notes if "in flight" not in note] == []
     assert trace.processes == {rank: f"rank {rank} (edge)" for rank in range(3)}
     step = trace.named("step 7", rank=1)[0]
     assert (step.start, step.end) == (7_000_000, 8_000_000)
@@ -95,14 +95,12 @@ def test_messages_under_way_at_the_end_are_marked(folder: Path, trace_of: TraceO
     cut = [s for s in sent if "arrival" in s.args]
     assert len(sent) == STEPS
     assert cut
-    assert all(s.args["arrival"] == "not recorded, cut off" and s.out is None for s in cut)
+    assert all(s.args["arrival"] == "in flight at the end" and s.out is None for s in cut)
     assert {s.args["sequence"] for s in cut} == {s.args["sequence"] for s in sent} - {
         s.args["sequence"] for s in trace.received(2, 0)
     }
     every = sum("arrival" in s.args for s in trace.slices)
-    assert notes == [
-        f"dlion trace: {every} messages whose arrival was not recorded: under way when the run or its files end"
-    ]
+    assert notes == [f"dlion trace: {every} messages were in flight when the run or its files ended"]
     longest = max(s.end for s in trace.slices if s.track == "loop")
     assert max(s.end for s in cut) == longest
 
@@ -197,12 +195,12 @@ def test_a_run_that_ended_before_its_first_step(tmp_path: Path, trace_of: TraceO
 def test_a_rank_that_is_missing_is_named_on_both_sides(folder: Path, trace_of: TraceOf) -> None:
     (folder / "metrics-00001.h5").unlink()
     trace, notes = trace_of(folder)
-    assert "rank 1: no metrics file, so nothing is shown of what happened there" in notes[0]
+    assert "rank 1: no metrics file" in notes[0]
     assert trace.processes[1] == "rank 1 (no metrics file)"
-    assert {s.args["arrival"] for s in trace.sent(0, 1)} == {"unknown: rank 1 lacks it"}
+    assert {s.args["arrival"] for s in trace.sent(0, 1)} == {"unknown, no metrics of rank 1"}
     came = trace.received(1, 0)
     assert came
-    assert {s.args["sender"] for s in came} == {"unknown: rank 1 lacks it"}
+    assert {s.args["sender"] for s in came} == {"unknown, no metrics of rank 1"}
     assert trace.sent(0, 2)[0].out is not None
 
 
@@ -212,8 +210,8 @@ def test_a_run_of_a_version_that_recorded_no_timeline(tmp_path: Path, trace_of: 
         with h5py.File(path, "r+") as file:
             del file["timeline"]
     trace, notes = trace_of(run)
-    assert [note.split(",")[0] for note in notes] == [
-        f"dlion trace: ranks 0 to 2: without timeline/{name}" for name in RECORDS
+    assert [note.split(" (")[0] for note in notes] == [
+        f"dlion trace: ranks 0 to 2: timeline/{name} missing" for name in RECORDS
     ]
     assert {s.name.split(" ")[0] for s in trace.slices} == {"step", "evaluate", "knowledge"}
     assert all(s.start == s.end for s in trace.named("evaluate"))  # when it ended is not known

@@ -1,14 +1,14 @@
-// Puts figures and their tables into the page, and draws them anew when run, colours, width or paper change.
+// Adds figures and their tables to the page, and redraws them when the run, the colours, the width or the medium changes.
 (() => {
   const PAPER = 690, COLUMN = 335; // CSS pixels between the margins of A4 and of Letter; half of it, with a gap
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const dark = matchMedia("(prefers-color-scheme: dark)"), print = matchMedia("print");
   const theme = document.getElementById("theme");
-  const places = []; // { figure, box, chart } of all that is in the page
+  const places = []; // { figure, box, chart } of every chart in the page
   let paper = false;
 
-  function look() {
+  function style() {
     const styles = getComputedStyle(root);
     const value = (name) => styles.getPropertyValue(`--${name}`).trim();
     const kind = !paper && (theme.value === "dark" || (!theme.value && dark.matches)) ? "dark" : "light";
@@ -33,14 +33,14 @@
     if (figure.kind === "targets") choice(place, caption);
     element("p", caption, unit(figure), { className: "says" });
     if (charts.empty(figure)) {
-      element("p", holder, "There is nothing of this in the run.", { className: "empty" });
+      element("p", holder, "This run has no such data.", { className: "empty" });
       return;
     }
     place.box = element("div", holder, "", { className: "chart", role: "img" });
     place.box.setAttribute("aria-label", `${figure.title}. ${figure.says}`);
     numbers(figure, holder);
     places.push(place);
-    draw(place, look());
+    draw(place, style());
   }
 
   function unit(figure) {
@@ -48,20 +48,20 @@
     return `${quantity} ${figure.says}`.trim();
   }
 
-  // The targets that can be compared.
+  // A menu of targets.
   function choice(place, caption) {
     const label = element("label", caption, "target ");
     const select = element("select", label, "", { id: "target" });
     place.figure.targets.forEach((target, n) => element("option", select, `${target} %`, { value: n, selected: n === place.figure.chosen }));
     select.addEventListener("change", () => {
       place.figure.chosen = Number(select.value);
-      draw(place, look());
+      draw(place, style());
     });
   }
 
   function numbers(figure, parent) {
     const details = element("details", parent);
-    element("summary", details, "The numbers");
+    element("summary", details, "Data");
     details.addEventListener("toggle", () => {
       if (!details.open || details.children.length > 1) return;
       const [head, rows] = charts.table(figure);
@@ -103,7 +103,7 @@
   }
 
   function redraw() {
-    const colours = look();
+    const colours = style();
     for (const key of document.querySelectorAll(".key[data-colour]")) {
       key.style.background = colours.colours[key.dataset.colour % colours.colours.length];
     }
@@ -148,7 +148,7 @@
     redraw();
   });
   dark.addEventListener("change", redraw);
-  // Of these two, Firefox knows only the events when it prints, and Safari only the media query.
+  // When printing, Firefox only sends the events, and Safari only changes the media query.
   print.addEventListener("change", () => onPaper(print.matches));
   addEventListener("beforeprint", () => onPaper(true));
   addEventListener("afterprint", () => onPaper(false));
