@@ -30,10 +30,10 @@ class LinkRate:
     """The rate of one outgoing link in bytes per second, measured from acknowledgements.
 
     A message occupies the link from the later of two moments, when it was posted and when the message before it
-    arrived, until it arrives itself. Its acknowledgement states the time of arrival: a completed `Isend` means only that
-    the bytes are in a local buffer, and the acknowledgement itself may be delayed by other traffic. The latency, measured
-    by the fastest small message with nothing before it, does not occupy the link. Times are seconds of the run's common
-    clock. Source: DLion (HPDC 2021), per-link prioritized gradient exchange.
+    arrived, until it arrives itself. Its acknowledgement states the time of arrival: a completed `Isend` means only
+    that the bytes are in a local buffer, and the acknowledgement itself may be delayed by other traffic. The latency,
+    measured by the fastest small message with nothing before it, does not occupy the link. Times are seconds of the
+    run's common clock. Source: DLion (HPDC 2021), per-link prioritized gradient exchange.
     """
 
     in_flight: deque[tuple[int, int, float]] = field(default_factory=deque)  # sequence, bytes, posted at
@@ -102,8 +102,8 @@ class LinkRate:
     def room_bytes(self, step_s: float, now_s: float) -> float:
         """The bytes that the link can take now so that it is busy until the next step, but not much longer.
 
-        HORIZON steps' bytes less those in flight; 0 if that is not worth a message; infinite if nothing is in flight. So
-        the queue never grows, however the messages of many steps are spread.
+        HORIZON steps' bytes less those in flight; 0 if that is not worth a message; infinite if nothing is in flight.
+        So the queue never grows, however the messages of many steps are spread.
         """
         large = [message for message in self.in_flight if message[1] >= SMALL_BYTES]
         if not large:
@@ -135,7 +135,7 @@ def uplink_bytes_per_s(rates: Iterable[LinkRate], now_s: float) -> float | None:
 
 
 def rooms_bytes(rates: Mapping[int, LinkRate], step_s: float, now_s: float) -> dict[int, float]:
-    """By peer, the bytes that its link can take now so that all links are busy until the next step, but not much longer.
+    """The bytes that each peer's link can take now so that all links are busy until the next step, and not much longer.
 
     Links may share an uplink, and then each is faster while others are idle. So together they get no more than all of
     them have carried together, in equal parts, except for links that cannot take their part (max-min fairness).

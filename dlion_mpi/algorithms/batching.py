@@ -113,7 +113,7 @@ def solve_lbs(
     alpha = np.array([a if policy == "auto" else 0.0 for a, _ in fits])
     beta = np.array([b for _, b in fits])
     low, high = np.ones(n), np.array(limits, dtype=np.float64)
-    # sum_k clamp((T - alpha_k)/beta_k) grows with T. Bisection finds the T that meets GBS, and thereby shares the clamped
+    # sum_k clamp((T - alpha_k)/beta_k) grows with T. Bisection finds the T that meets GBS, and so shares the clamped
     # amount as well.
     t_low, t_high = 0.0, float(np.max(alpha + beta * high))
     for _ in range(200):
