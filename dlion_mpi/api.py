@@ -44,5 +44,5 @@ def fit(model: Any, train: tuple[Any, Any], test: tuple[Any, Any], options: dict
         startup.end_if_shared(1)
         raise
     if outcome.exit_code:
-        raise RunError(str(outcome.result["stopped"]))
-    return outcome.result
+        raise RunError(str(outcome.summary["stopped"]))
+    return outcome.summary

@@ -138,10 +138,10 @@ def _train(args: argparse.Namespace) -> int:
             signal.signal(number, signal.SIG_IGN)
     if outcome.rank == 0:
         if outcome.exit_code == EXIT_CODE:
-            say(f"dlion: {outcome.result['stopped']}")
+            say(f"dlion: {outcome.summary['stopped']}")
         elif outcome.exit_code:
-            complain(str(outcome.result["stopped"]))
-        print(json.dumps(outcome.result), flush=True)
+            complain(str(outcome.summary["stopped"]))
+        print(json.dumps(outcome.summary), flush=True)
     return outcome.exit_code
 
 

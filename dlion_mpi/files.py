@@ -18,17 +18,17 @@ from dlion_mpi.view import tensorboard
 from dlion_mpi.view.tensorboard import TensorBoard
 
 AnyRecorder = Recorder | NoRecorder | TensorBoard
-"""What keeps a rank's metrics."""
+"""Records a rank's metrics."""
 
 
-def new_folder(config: Config) -> Path | None:
-    """Make the folder of ``--out``, which must be new: no run overwrites another. Raises UserError.
+def new_folder(config: Config) -> None:
+    """Make the folder of ``--out``. Raises UserError if it exists: no run overwrites another.
 
-    That of ``--tensorboard`` must be unused too; each rank makes its own in it.
+    The folder of ``--tensorboard`` must be unused too. Each rank makes its own folder in it.
     """
     tensorboard.check_unused(config.tensorboard)
     if config.out is None:
-        return None
+        return
     folder = Path(config.out)
     try:
         folder.mkdir(parents=True)
@@ -37,36 +37,33 @@ def new_folder(config: Config) -> Path | None:
         raise UserError(f"--out {folder}: exists already; give a new folder, or move that one away") from None
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
-    return folder
 
 
 def new_recorder(
-    config: Config, folder: Path | None, rank: int, workers: int, shard: Shard, about: Mapping[str, Any], part: int = 0
+    config: Config, rank: int, workers: int, shard: Shard, about: Mapping[str, Any], part: int = 0
 ) -> AnyRecorder:
-    """The recorder of a rank's metrics. ``about``: attributes besides those of every run. Raises UserError."""
-    recorder = _metrics(config, folder, rank, workers, shard, about, part)
+    """Make the recorder of a rank's metrics, in the folders of ``--out`` and ``--tensorboard``.
+
+    ``about``: attributes of this run, besides those of every run. ``part``: 0, or the number of times that the run
+    was resumed. Raises UserError.
+    """
+    recorder: Recorder | NoRecorder = NoRecorder()
+    if config.out is not None:
+        attributes = {
+            "config": config.to_toml(),
+            "versions": json.dumps(versions()),
+            "commit": commit(),
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "python": platform.python_version(),
+            "data_source": shard.source,
+            "samples": shard.samples,
+            **about,
+        }
+        try:
+            recorder = Recorder(Path(config.out), rank, workers, attributes, part)
+        except OSError as error:
+            raise UserError(f"--out {config.out}: rank {rank} cannot write its metrics there ({error})") from None
     if config.tensorboard is None:
         return recorder
     return TensorBoard(recorder, Path(config.tensorboard), rank, workers)
-
-
-def _metrics(
-    config: Config, folder: Path | None, rank: int, workers: int, shard: Shard, about: Mapping[str, Any], part: int
-) -> Recorder | NoRecorder:
-    if folder is None:
-        return NoRecorder()
-    attributes = {
-        "config": config.to_toml(),
-        "versions": json.dumps(versions()),
-        "commit": commit(),
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "python": platform.python_version(),
-        "data_source": shard.source,
-        "samples": shard.samples,
-        **about,
-    }
-    try:
-        return Recorder(folder, rank, workers, attributes, part)
-    except OSError as error:
-        raise UserError(f"--out {folder}: rank {rank} cannot write its metrics there ({error})") from None

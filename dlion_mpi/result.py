@@ -1,56 +1,83 @@
-"""What a run leaves behind, whether its micro-cloud is real or simulated: its folder, its metrics, its result."""
+"""The result of a run, whether its micro-cloud is real or simulated."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.learner.evaluate import target_reached_s
+from dlion_mpi.log import say
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.gauges import summary_names
 from dlion_mpi.metrics.records import Evaluation
+from dlion_mpi.view.lines import summary
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a run ended; but for ``rank`` the same on every rank.
+    """How a run ended; the same on every rank but for ``rank``.
 
-    ``result``: its JSON object. ``exit_code``: 0, 1 if it failed on any rank, 75 if it is to be started again and will
-    go on, 128 + the signal that ended it.
+    ``summary``: the run's JSON object. ``exit_code``: 0; 1 if a rank failed; 75 if the run can be started again and
+    resumes; 128 + the signal that ended it.
     """
 
     rank: int
-    result: dict[str, Any]
+    summary: dict[str, Any]
     exit_code: int
 
 
-def exit_code(codes: Sequence[float]) -> int:
-    """The run's exit code from everyone's: a failure counts before a signal."""
-    return 1 if 1 in codes else int(max(codes))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """How one worker ended. ``row``: its numbers of `metrics.gauges.summary_names`."""
+
+    row: list[float]
+    evaluations: list[Evaluation]
+    stop_reason: str | None
+    exit_code: int
+
+    @classmethod
+    def of(cls, worker: Worker, seconds: float) -> Finish:
+        """After ``seconds`` of training, in which the worker has been evaluated at least once."""
+        return cls(
+            row=worker.history.totals.row(
+                seconds,
+                step=worker.step,
+                accuracy=worker.history.evaluations[-1].accuracy,
+                bytes_sent=sum(link.bytes_sent for link in worker.links.totals().values()),
+            ),
+            evaluations=worker.history.evaluations,
+            stop_reason=worker.stop_reason,
+            exit_code=worker.exit_code,
+        )
+
+    def to_text(self) -> str:
+        """As JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> Finish:
+        """Return the finish of which `to_text` made this text."""
+        fields = json.loads(text)
+        return cls(**{**fields, "evaluations": [Evaluation(**evaluation) for evaluation in fields["evaluations"]]})
 
 
-def summary_row(worker: Worker, seconds: float) -> list[float]:
-    """A worker's numbers of `summary_names` after ``seconds`` of training. It has been evaluated once at least."""
-    return worker.history.totals.row(
-        seconds,
-        step=worker.step,
-        accuracy=worker.history.evaluations[-1].accuracy,
-        bytes_sent=sum(link.bytes_sent for link in worker.links.totals().values()),
-    )
+def sum_up(config: Config, finishes: Sequence[Finish], *, rank: int = 0, report: bool) -> Result:
+    """Return the run's result, given every worker's finish by rank; with ``report``, rank 0 prints it in a line."""
+    found = _summary(config, finishes)
+    if report and rank == 0:
+        say(summary(found, [finish.row for finish in finishes]))
+    codes = [finish.exit_code for finish in finishes]
+    return Result(rank, found, 1 if 1 in codes else max(codes))  # a failure counts before a signal
 
 
-def result_of(
-    config: Config,
-    rows: npt.NDArray[np.float64],
-    reasons: Sequence[str],
-    evaluations: Sequence[Sequence[Evaluation]],
-) -> dict[str, Any]:
-    """The run's JSON object. By rank: ``rows`` (n, columns) of `summary_names`, why it stopped, its evaluations."""
+def _summary(config: Config, finishes: Sequence[Finish]) -> dict[str, Any]:
+    rows = np.array([finish.row for finish in finishes], np.float64)
     column = dict(zip(summary_names(), rows.T, strict=True))
     losses = column["loss"]
     return {
@@ -63,7 +90,7 @@ def result_of(
         "accuracy_per_rank": [round(float(a), 6) for a in column["accuracy"]],
         "loss": round(float(losses.mean()), 6) if np.isfinite(losses).all() else None,
         "bytes_sent": int(column["bytes_sent"].sum()),
-        "target_reached_s": target_reached_s(evaluations, config.target_accuracy),
-        "stopped": next((reason for reason in reasons if reason), None),
+        "target_reached_s": target_reached_s([f.evaluations for f in finishes], config.target_accuracy),
+        "stopped": next((f.stop_reason for f in finishes if f.stop_reason), None),
         "out": config.out,
     }

@@ -12,48 +12,54 @@ from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.log import say
 from dlion_mpi.loop.ports import Replica
-from dlion_mpi.mpi import startup
-from dlion_mpi.mpi.startup import Ranks
+from dlion_mpi.loop.worker import Worker
+from dlion_mpi.mpi.ranks import Ranks
 
 
-def check(config: Config, ranks: Ranks) -> None:
-    """Rank 0 can write there. Raises UserError, before an hour of training rather than after it."""
-    if config.save_model is None or ranks.rank != 0:
-        return
-    path = Path(config.save_model)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = _partial(path)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--save-model {path}: cannot be written ({error.strerror})") from None
+def check(ranks: Ranks, config: Config) -> None:
+    """Check that rank 0 can write there, before an hour of training rather than after it. Raises UserError."""
+
+    def probe() -> None:
+        if config.save_model is None or ranks.rank != 0:
+            return
+        path = Path(config.save_model)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _partial(path).touch()
+            _partial(path).unlink()
+        except OSError as error:
+            raise UserError(f"--save-model {path}: cannot be written ({error.strerror})") from None
+
+    ranks.together(probe)
 
 
-def save(config: Config, ranks: Ranks, replica: Replica, accuracy: float, *, report: bool) -> None:
-    """Bring the best worker's knowledge, or the mean of all, to rank 0, which writes it; on all ranks together.
+def save(ranks: Ranks, worker: Worker, *, report: bool) -> None:
+    """Write the model of the best worker, or the mean of all, on rank 0, if no rank has failed.
 
-    ``accuracy``: of this worker's last test. The replicas stay as they are. Raises RunError on rank 0.
+    All ranks call this together. The replicas stay as they are. If the file cannot be written, rank 0 has failed.
     """
-    assert config.save_model is not None
+    config, replica = worker.config, worker.replica
+    if config.save_model is None or ranks.gather_numbers(worker.exit_code).any():
+        return
     own = replica.knowledge()
     if config.save_model_of == "mean":
-        whose, knowledge = f"the mean of {ranks.size} workers", startup.mean_of_all(ranks, own)
+        whose, knowledge = f"the mean of {ranks.size} workers", ranks.mean(own)
     else:
-        accuracies = startup.gather_numbers(ranks.communicator, accuracy)[:, 0]
+        accuracies = ranks.gather_numbers(worker.history.evaluations[-1].accuracy)[:, 0]
         best = int(np.argmax(accuracies))
         whose = f"rank {best}, test accuracy {accuracies[best]:.2%}"
-        knowledge = startup.share_from_root(ranks, own.copy(), best)
+        knowledge = ranks.share(own.copy(), best)
     if ranks.rank != 0:
         return
-    path = Path(config.save_model)
     replica.set_knowledge(knowledge)
     try:
-        _write(replica, path)
+        _write(replica, Path(config.save_model))
+        if report:
+            say(f"dlion: {config.save_model} has the model of {whose}")
+    except RunError as error:
+        worker.stop_reason, worker.exit_code = str(error), 1
     finally:
         replica.set_knowledge(own)
-    if report:
-        say(f"dlion: {path} has the model of {whose}")
 
 
 def _write(replica: Replica, path: Path) -> None:

@@ -15,7 +15,6 @@ from dlion_mpi.checkpoint.rounds import CheckpointRounds
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.log import say
-from dlion_mpi.loop.ports import Collectives, Replica
 from dlion_mpi.loop.worker import Recorder, Worker
 from dlion_mpi.metrics.recorder import Recorder as FileRecorder
 from dlion_mpi.provenance import versions
@@ -42,20 +41,22 @@ def check(strategy: Strategy, plan: Plan) -> None:
         raise UserError(f"--checkpoint-every: strategy {strategy.name}: {error}") from None
 
 
+@contextlib.contextmanager
+def checkpoints(
+    worker: Worker, preemption: Preemption | None, loaded: Loaded | None, *, report: bool
+) -> Iterator[None]:
+    """While the worker trains, take checkpoints, if the run takes any."""
+    session = Session(worker, preemption, loaded, report=report) if preemption is not None else None
+    yield
+    if session is not None:
+        session.close()
+
+
 class Session:
     """Rounds of checkpoints for a worker, and the thread that writes them."""
 
-    def __init__(
-        self,
-        config: Config,
-        worker: Worker,
-        replica: Replica,
-        collectives: Collectives,
-        preemption: Preemption,
-        loaded: Loaded | None,
-        *,
-        report: bool,
-    ) -> None:
+    def __init__(self, worker: Worker, preemption: Preemption, loaded: Loaded | None, *, report: bool) -> None:
+        config, replica = worker.config, worker.replica
         assert config.out is not None
         self._worker = worker
         self._executor = ThreadPoolExecutor(1, "checkpoint")
@@ -64,7 +65,7 @@ class Session:
             worker.rank,
             len(worker.members),
             run=Path(config.out),
-            collectives=collectives,
+            collectives=worker.collectives,
             executor=self._executor,
             preemption=preemption,
             texts={

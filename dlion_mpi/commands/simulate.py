@@ -48,6 +48,6 @@ def main(args: argparse.Namespace) -> int:
     environment = micro_cloud(args.env, args.workers)
     outcome = simulate(config, environment)
     if outcome.exit_code:
-        complain(str(outcome.result["stopped"]))
-    print(json.dumps(outcome.result), flush=True)
+        complain(str(outcome.summary["stopped"]))
+    print(json.dumps(outcome.summary), flush=True)
     return outcome.exit_code

@@ -47,6 +47,11 @@ class Shard:
         """Training rows of this rank (m)."""
         return len(self.y_train)
 
+    @property
+    def kind(self) -> str:
+        """Shape and type of the samples."""
+        return f"{self.input_shape} {self.x_train.dtype}"
+
     def with_facts(self, classes: int, train_samples_global: int) -> Shard:
         """The same shard, knowing what ``merge_facts`` found over all ranks."""
         return replace(self, classes=classes, train_samples_global=train_samples_global)
@@ -55,6 +60,13 @@ class Shard:
 def merge_facts(facts: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """(classes, samples) of each rank -> (most classes, all samples together)."""
     return max(classes for classes, _ in facts), sum(samples for _, samples in facts)
+
+
+def check_alike(kinds: Sequence[str]) -> None:
+    """Raise UserError unless the samples of all ranks are of the same kind (shape and type)."""
+    for rank, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise UserError(f"--data: rank {rank} has samples of {kind}, rank 0 of {kinds[0]}: they must be alike")
 
 
 def load(spec: str, *, rank: int, ranks: int, partition: str = "iid", alpha: float = 0.5, seed: int = 0) -> Shard:

@@ -87,7 +87,7 @@ class EncodedBatch:
 
 
 class BackgroundEncoder(Protocol):
-    """Encodes messages in the background, one batch after the other; see `mpi.driver.EncoderThread`."""
+    """Encodes messages in the background, one batch after the other; see `mpi.encoder.EncoderThread`."""
 
     def begin(self, work: Callable[[], EncodedBatch]) -> None:
         """Queue ``work``."""

@@ -14,9 +14,9 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-from mpi4py import MPI
 
 from dlion_mpi.algorithms.ring import chunk_bounds, chunk_sent
+from dlion_mpi.mpi.startup import MPI
 from dlion_mpi.vector.layout import Vector
 
 CHUNK = 1 << 16

@@ -1,6 +1,6 @@
 """Bytes from rank to rank by non-blocking MPI; see `loop.links.Transport`.
 
-Any thread calls `send`. Only the thread that owns MPI calls `start`, `progress` and `close`.
+Any thread calls `send`. Only the thread that owns MPI calls `progress` and `close`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-from mpi4py import MPI
 
 from dlion_mpi.errors import RunError
 from dlion_mpi.loop.links import Channel, Done
+from dlion_mpi.mpi.startup import MPI
 from dlion_mpi.wire import Bytes
 
 SLACK_BYTES = 1 << 16
@@ -75,20 +75,16 @@ class MpiTransport:
         """Processor seconds of the thread that owns MPI."""
         return self._cpu_s
 
-    def start(self) -> None:
-        """Post the receives."""
+    def progress(self) -> bool:
+        """Post a receive for each free buffer, send what is queued, complete what is done. True if anything moved."""
+        self._cpu_s = time.thread_time()
         while self._free:
             self._receive(*self._free.popleft())
-
-    def progress(self) -> bool:
-        """Send what is queued, receive where a buffer is free, and complete what is done. True if anything moved."""
-        self._cpu_s = time.thread_time()
         moved = bool(self._outbox)
         while self._outbox:
             peer, channel, parcel, done = self._outbox.popleft()
             request = self._communicator.Isend([parcel, MPI.BYTE], peer, channel)
             self._add(request, partial(_sent, done))
-        self.start()
         return self._complete() or moved
 
     def close(self) -> None:

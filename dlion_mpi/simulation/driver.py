@@ -16,12 +16,12 @@ from dlion_mpi.loop.sums import SUM
 from dlion_mpi.loop.train import train
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import StepRecord
-from dlion_mpi.result import summary_row
+from dlion_mpi.result import Finish
 from dlion_mpi.signals import stopped_by_signals
 from dlion_mpi.simulation.collectives import Operations, VirtualCollectives
 from dlion_mpi.simulation.links import Processor, VirtualEncoder, VirtualLinks
 from dlion_mpi.simulation.network import Events, Network
-from dlion_mpi.simulation.run import Finish, VirtualRun
+from dlion_mpi.simulation.run import VirtualRun
 from dlion_mpi.strategies.registry import find
 from dlion_mpi.vector.gradient import Gradient
 
@@ -157,9 +157,4 @@ def _finish(process: Process) -> Finish:
     for evaluation in worker.evaluator.poll(wait=True):
         worker.history.evaluations.append(evaluation)
         worker.recorder.evaluation(evaluation)
-    return Finish(
-        row=summary_row(worker, process.ended_s),
-        evaluations=worker.history.evaluations,
-        stop_reason=worker.stop_reason,
-        exit_code=worker.exit_code,
-    )
+    return Finish.of(worker, process.ended_s)

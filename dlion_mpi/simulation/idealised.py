@@ -22,9 +22,10 @@ from dlion_mpi.metrics.gauges import Totals
 from dlion_mpi.metrics.records import Evaluation, StepRecord
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.microcloud.environments import Environment, Pace
+from dlion_mpi.result import Finish
 from dlion_mpi.signals import stopped_by_signals
 from dlion_mpi.simulation.network import payload_bytes_per_s
-from dlion_mpi.simulation.run import Finish, VirtualRun
+from dlion_mpi.simulation.run import VirtualRun
 from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.registry import STRATEGIES
 from dlion_mpi.vector.layout import Vector

@@ -15,18 +15,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dlion_mpi.config.options import Config
-from dlion_mpi.errors import UserError
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
 from dlion_mpi.learner import backend, models
 from dlion_mpi.learner.batches import Batch, Batches
 from dlion_mpi.learner.evaluate import rows_to_test
-from dlion_mpi.learner.shards import Shard, load_shards
+from dlion_mpi.learner.shards import Shard, check_alike, load_shards
 from dlion_mpi.log import say
 from dlion_mpi.metrics.records import Evaluation, StepRecord
 from dlion_mpi.microcloud.environments import Environment
@@ -35,17 +33,6 @@ from dlion_mpi.vector.layout import Vector
 from dlion_mpi.view.live import EVERY_S, Reporter, draw, goal_of, terminal_for, title_of
 from dlion_mpi.view.snapshot import RankSnapshot, Snapshot
 from dlion_mpi.view.terminal import Terminal
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finish:
-    """How a worker ended. ``row``: its numbers of `metrics.gauges.summary_names`."""
-
-    row: list[float]
-    evaluations: list[Evaluation]
-    stop_reason: str | None
-    exit_code: int
-
 
 MOST_SNAPSHOTS = 3
 """Snapshots of one worker that wait to be tested."""
@@ -123,11 +110,11 @@ def prepare(
             alpha=config.dirichlet_alpha,
             seed=config.seed,
         )
-    _check_alike(shards)
+    check_alike([shard.kind for shard in shards])
     backend.start(1, concurrent=threads)  # one thread for each operation: its sums then have one order only
     own, optimizer = models.trainable(config, shards[0].input_shape, shards[0].classes, model)
     shared = SharedReplica(own, optimizer, shards[0].x_train.dtype)
-    folder = new_folder(config)
+    new_folder(config)
     if report:
         say(
             f"dlion simulate: {config.strategy}, {config.sync}, {workers} worker{'s' * (workers > 1)} of "
@@ -143,7 +130,7 @@ def prepare(
         shared=shared,
         replicas=[VirtualReplica(shared, rank) for rank in range(workers)],
         batches=[Batches(shard, seed=config.seed, rank=rank) for rank, shard in enumerate(shards)],
-        recorders=_recorders(config, environment, folder, shards),
+        recorders=_recorders(config, environment, shards),
         pool=ThreadPoolExecutor(threads, thread_name_prefix="compute"),
         test_pool=ThreadPoolExecutor(threads, thread_name_prefix="test"),
         meter=Meter(
@@ -156,18 +143,9 @@ def prepare(
     )
 
 
-def _check_alike(shards: Sequence[Shard]) -> None:
-    kinds = [f"{shard.input_shape} {shard.x_train.dtype}" for shard in shards]
-    for rank, kind in enumerate(kinds):
-        if kind != kinds[0]:
-            raise UserError(f"--data: rank {rank} has samples of {kind}, rank 0 of {kinds[0]}: they must be alike")
-
-
-def _recorders(
-    config: Config, environment: Environment, folder: Path | None, shards: Sequence[Shard]
-) -> list[AnyRecorder]:
+def _recorders(config: Config, environment: Environment, shards: Sequence[Shard]) -> list[AnyRecorder]:
     about = {"mpi": "none: simulated", "environment": json.dumps(dataclasses.asdict(environment))}
-    return [new_recorder(config, folder, rank, len(shards), shard, about) for rank, shard in enumerate(shards)]
+    return [new_recorder(config, rank, len(shards), shard, about) for rank, shard in enumerate(shards)]
 
 
 def _cores() -> int:

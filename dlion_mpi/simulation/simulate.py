@@ -70,15 +70,11 @@ def simulate(
     ``model``: a Keras model to use instead of the Config's. ``shards``: data by rank to use instead of the Config's.
     ``report``: print progress on stderr. Raises UserError.
     """
-    import numpy as np
-
-    from dlion_mpi.log import say
-    from dlion_mpi.result import Result, exit_code, result_of
+    from dlion_mpi.result import sum_up
     from dlion_mpi.simulation import idealised
     from dlion_mpi.simulation.driver import drive
     from dlion_mpi.simulation.run import prepare
     from dlion_mpi.strategies import registry as strategies
-    from dlion_mpi.view.lines import summary
 
     for name in ("checkpoint_every", "save_model"):
         if getattr(config, name) is not None:
@@ -97,11 +93,5 @@ def simulate(
     run = prepare(config, environment, model=model, shards=shards, report=report)
     with run, run.meter.shown():
         finishes = idealised.train_together(run) if ideal else drive(run)
-        code = exit_code([finish.exit_code for finish in finishes])
-        run.complete = code == 0
-    rows = np.array([finish.row for finish in finishes], dtype=np.float64)
-    reasons = [finish.stop_reason or "" for finish in finishes]
-    result = result_of(config, rows, reasons, [finish.evaluations for finish in finishes])
-    if report:
-        say(summary(result, rows.tolist()))
-    return Result(0, result, code)
+        run.complete = not any(finish.exit_code for finish in finishes)
+    return sum_up(config, finishes, report=report)

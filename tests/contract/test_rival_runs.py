@@ -30,7 +30,7 @@ def simulated(environment: Environment, **options: Any) -> dict[str, Any]:
     settings = {"data": "digits", "model": "tests.nets:dense", "evaluate_every": Every(steps=1000), **options}
     outcome = simulate(Config(**settings), environment, report=False)
     assert outcome.exit_code == 0
-    return outcome.result
+    return outcome.summary
 
 
 @pytest.mark.parametrize(("sync", "mbit"), [("async", 100.0), ("async", 0.1), ("bounded", 0.1)])

@@ -93,7 +93,7 @@ def test_the_same_run_twice_is_the_same_to_the_last_byte(strategy: str, tmp_path
     results = []
     for name in ("a", "b"):
         outcome = simulate(config(strategy=strategy, out=str(tmp_path / name), **options), environment, report=False)
-        results.append(outcome.result | {"out": None})
+        results.append(outcome.summary | {"out": None})
     assert results[0] == results[1]
     first, second = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert len(first) == 3
@@ -212,9 +212,9 @@ def _train(run: Any) -> None:
 
 def test_one_worker_alone_is_plain_training() -> None:
     outcome = simulate(config(steps=100), cloud((24.0,)), report=False)
-    assert outcome.result["bytes_sent"] == 0
-    assert outcome.result["accuracy_mean"] > 0.6
-    assert outcome.result["seconds"] == pytest.approx(100 * 0.2, abs=1e-3)
+    assert outcome.summary["bytes_sent"] == 0
+    assert outcome.summary["accuracy_mean"] > 0.6
+    assert outcome.summary["seconds"] == pytest.approx(100 * 0.2, abs=1e-3)
 
 
 # ---- how long it takes
@@ -228,7 +228,7 @@ def test_a_step_of_baseline_takes_computing_and_sending(latency_s: float, tmp_pa
         np.testing.assert_allclose(own["steps/compute_s"], 0.2, rtol=1e-6)
         np.testing.assert_allclose(own["steps/wait_s"], exchange_s, rtol=1e-5)
         np.testing.assert_allclose(own["steps/time_s"], np.arange(1, 5) * (0.2 + exchange_s), rtol=1e-4)
-    assert outcome.result["seconds"] >= 4 * (0.2 + exchange_s)
+    assert outcome.summary["seconds"] >= 4 * (0.2 + exchange_s)
 
 
 def test_what_messages_cost_a_processor_takes_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,8 +360,8 @@ def test_a_free_network_costs_nothing_and_balances(tmp_path: Path) -> None:
     assert sum(int(own["steps/lbs"][0]) for own in ranks) == 96
     compute_s = [own["steps/compute_s"][0] for own in ranks]
     assert max(compute_s) - min(compute_s) < 0.035  # a sample on 4 cores
-    assert outcome.result["seconds"] == pytest.approx(3 * max(compute_s), rel=1e-3)
-    assert outcome.result["bytes_sent"] == 0
+    assert outcome.summary["seconds"] == pytest.approx(3 * max(compute_s), rel=1e-3)
+    assert outcome.summary["bytes_sent"] == 0
 
 
 def test_paces_and_rates_change_with_the_phase(tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_hop_s_laggard_skips_and_the_others_do_not_wait(tmp_path: Path) -> None:
     for skip in (0, 20):
         options = {"strategy": "hop", "staleness": 5, "backup": 0, "hop_max_gap": 20, "hop_skip": skip, "steps": 60}
         outcome, ranks = recorded(tmp_path / str(skip), cloud((24.0, 24.0, 4.0), mbit=100.0), **options)
-        seconds[skip], done[skip] = outcome.result["seconds"], [len(own["steps/step"]) for own in ranks]
+        seconds[skip], done[skip] = outcome.summary["seconds"], [len(own["steps/step"]) for own in ranks]
         assert {int(own["steps/step"][-1]) for own in ranks} == {59}
     assert done[0] == [60, 60, 60]
     assert done[20][2] < 30
@@ -459,16 +459,16 @@ def test_hop_s_laggard_skips_and_the_others_do_not_wait(tmp_path: Path) -> None:
 
 def test_a_target_ends_the_run() -> None:
     outcome = simulate(config(target_accuracy=0.5), cloud(), report=False)
-    assert outcome.result["stopped"] == "target accuracy reached"
-    assert outcome.result["target_reached_s"] is not None
-    assert outcome.result["target_reached_s"] <= outcome.result["seconds"]
+    assert outcome.summary["stopped"] == "target accuracy reached"
+    assert outcome.summary["target_reached_s"] is not None
+    assert outcome.summary["target_reached_s"] <= outcome.summary["seconds"]
 
 
 @pytest.mark.parametrize("strategy", ["dlion", "baseline", "free-network"])
 def test_a_loss_that_is_not_finite_ends_the_run_everywhere(strategy: str, tmp_path: Path) -> None:
     outcome, ranks = recorded(tmp_path, cloud(), strategy=strategy, learning_rate=1e30)
     assert outcome.exit_code == 1
-    assert "--learning-rate" in outcome.result["stopped"]
+    assert "--learning-rate" in outcome.summary["stopped"]
     assert [int(own["ended"]) for own in ranks] == [0, 0, 0]
 
 
@@ -496,8 +496,8 @@ def test_a_loss_that_is_not_finite_on_one_worker_ends_the_run_everywhere(mode: s
     shards[1] = dataclasses.replace(shards[1], x_train=broken)
     outcome = simulate(config(sync=mode, steps=200, batching="fixed"), cloud(), shards=shards, report=False)
     assert outcome.exit_code == 1
-    assert outcome.result["stopped"].startswith("rank 1, step 0")
-    assert outcome.result["steps"] < 10
+    assert outcome.summary["stopped"].startswith("rank 1, step 0")
+    assert outcome.summary["steps"] < 10
 
 
 def test_a_folder_that_exists_is_refused_before_anything_is_trained(tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(
     world.Barrier()
     resumed, weights = train(shared_folder, start, steps=config.steps, checkpoint_every="20", **options)
     np.testing.assert_array_equal(weights, expected)
-    assert resumed.result["accuracy_per_rank"] == whole.result["accuracy_per_rank"]
-    assert resumed.result["steps"] == 40
+    assert resumed.summary["accuracy_per_rank"] == whole.summary["accuracy_per_rank"]
+    assert resumed.summary["steps"] == 40
 
 
 @pytest.mark.mpi
@@ -90,7 +90,7 @@ def test_a_loose_strategy_goes_on(world: MPI.Intracomm, shared_folder: Path) -> 
     world.Barrier()
     resumed, _ = train(shared_folder, start, strategy="hop", steps=config.steps, checkpoint_every="20")
     assert resumed.exit_code == 0
-    assert resumed.result["steps"] >= 60
+    assert resumed.summary["steps"] >= 60
     world.Barrier()
     newest = folder.read_manifest(folder.complete(shared_folder)[-1])
     assert newest.step >= 60 - 10, "hop leaves steps out"

@@ -43,7 +43,7 @@ class Exchange:
         )
         self.collectives = Collectives(self.communicator, ["test"], self.progress.wake, self.links.carried)
         self.peers = [r for r in range(world.Get_size()) if r != world.Get_rank()]
-        self.progress.start(self.transport, self.collectives)
+        self.progress.start(self.transport.progress, self.collectives.progress)
 
     def wait(self, ready: Callable[[], bool]) -> None:
         assert self.progress.wait_until(ready, timeout_s=60), "nothing arrived for 60 s"

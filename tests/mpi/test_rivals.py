@@ -44,15 +44,15 @@ def slow(world: MPI.Intracomm, folder: Path, monkeypatch: pytest.MonkeyPatch, sa
 def test_it_learns_and_ends_in_good_order(world: MPI.Intracomm, options: dict[str, object]) -> None:
     outcome = train(**options, steps=200)
     assert outcome.exit_code == 0
-    assert outcome.result["stopped"] is None
+    assert outcome.summary["stopped"] is None
     # Workers of `async` that are done before the others have begun have learnt from their own data only.
-    assert min(outcome.result["accuracy_per_rank"]) > (0.5 if options.get("sync", "bounded") != "sync" else 0.8)
+    assert min(outcome.summary["accuracy_per_rank"]) > (0.5 if options.get("sync", "bounded") != "sync" else 0.8)
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("strategy", ["ako", "gaia", "hop"])
 def test_a_time_limit_ends_all_ranks_together(world: MPI.Intracomm, strategy: str, shared_folder: Path) -> None:
-    result = train(strategy=strategy, steps=None, seconds=1.5, out=str(shared_folder)).result
+    result = train(strategy=strategy, steps=None, seconds=1.5, out=str(shared_folder)).summary
     assert result["stopped"] is None
     assert result["seconds"] < 20
     world.Barrier()
@@ -67,13 +67,13 @@ def test_a_time_limit_ends_all_ranks_together(world: MPI.Intracomm, strategy: st
 def test_a_loss_that_is_not_finite_ends_all(world: MPI.Intracomm, strategy: str) -> None:
     outcome = train(strategy=strategy, learning_rate=1e30, steps=50)
     assert outcome.exit_code == 1
-    assert "not finite" in outcome.result["stopped"]
+    assert "not finite" in outcome.summary["stopped"]
 
 
 @pytest.mark.mpi(min_size=2)
 def test_ako_sends_a_partition_a_step(world: MPI.Intracomm) -> None:
     """In all no more than the steps' partitions, their headers and the acknowledgements; a busy link gets less."""
-    result = train(strategy="ako", ako_partitions=5, steps=40).result
+    result = train(strategy="ako", ako_partitions=5, steps=40).summary
     links = world.Get_size() * (world.Get_size() - 1)
     most = 40 * (4 * PARAMETERS / 5 + 4 + 2 * HEADER_BYTES) + 4 * HEADER_BYTES
     assert 0.2 * links * most < result["bytes_sent"] <= 1.02 * links * most
@@ -115,7 +115,7 @@ def test_nobody_is_further_ahead_than_the_clock_or_the_tokens_allow(
 
 @pytest.mark.mpi(min_size=2)
 def test_gaia_sends_less_with_a_higher_threshold(world: MPI.Intracomm) -> None:
-    sent = [train(strategy="gaia", gaia_threshold=s, steps=60, staleness=0).result["bytes_sent"] for s in (0.0, 5.0)]
+    sent = [train(strategy="gaia", gaia_threshold=s, steps=60, staleness=0).summary["bytes_sent"] for s in (0.0, 5.0)]
     assert sent[1] < 0.7 * sent[0]
 
 

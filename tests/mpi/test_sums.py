@@ -55,7 +55,7 @@ def test_with_equal_batches_all_give_the_same_weights_after_50_steps(world: MPI.
 @pytest.mark.mpi
 @both
 def test_a_run_has_whole_metrics_and_a_ring_s_bytes(world: MPI.Intracomm, strategy: str, shared_folder: Path) -> None:
-    result = train(strategy=strategy, steps=20, out=str(shared_folder)).result
+    result = train(strategy=strategy, steps=20, out=str(shared_folder)).summary
     rank, size = world.Get_rank(), world.Get_size()
     assert (result["strategy"], result["ranks"], result["steps"]) == (strategy, size, 20)
     with h5py.File(shared_folder / f"metrics-{rank:05d}.h5", "r", swmr=True) as file:
@@ -81,5 +81,5 @@ def test_a_rank_that_fails_and_can_say_why_ends_all_in_good_order(
     monkeypatch.setattr(AllReduce, "outgoing", outgoing)
     outcome = train(strategy=strategy, seconds=60.0)
     assert outcome.exit_code == 1
-    assert outcome.result["stopped"] == "planted"
-    assert outcome.result["steps"] == 7
+    assert outcome.summary["stopped"] == "planted"
+    assert outcome.summary["steps"] == 7

@@ -110,21 +110,21 @@ def test_where_gradients_are_summed_all_end_after_the_same_step(
 ) -> None:
     outcome = train(strategy="allreduce", out=str(shared_folder), **options)
     assert outcome.exit_code == (1 if "learning_rate" in options else 0)
-    assert (outcome.result["target_reached_s"] is not None) == ("target_accuracy" in options)
-    assert outcome.result["seconds"] < 60
+    assert (outcome.summary["target_reached_s"] is not None) == ("target_accuracy" in options)
+    assert outcome.summary["seconds"] < 60
     world.Barrier()
     steps = set()
     for rank in range(world.Get_size()):
         with metrics(shared_folder, rank) as file:
             steps.add(len(file["steps/step"]))
-    assert steps == {outcome.result["steps"]}
+    assert steps == {outcome.summary["steps"]}
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("sync", ["sync", "bounded", "async"])
 def test_every_synchronisation_mode_learns(world: MPI.Intracomm, sync: str) -> None:
     share = {} if sync == "sync" else {"exchange_share": 0}
-    result = train(sync=sync, steps=300, transfer_period=20, **share).result
+    result = train(sync=sync, steps=300, transfer_period=20, **share).summary
     assert result["steps"] == 300
     # A worker of `async` that is done before the others have begun has learnt from its own data only.
     assert min(result["accuracy_per_rank"]) > (0.5 if sync == "async" else 0.8)
@@ -154,7 +154,7 @@ def test_accumulate_sends_later_what_drop_forgets(world: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi(min_size=2)
 def test_n_decides_what_is_sent(world: MPI.Intracomm) -> None:
-    sent = [train(**{**PLAIN, "max_n": n}).result["bytes_sent"] for n in (10, 60, 100)]
+    sent = [train(**{**PLAIN, "max_n": n}).summary["bytes_sent"] for n in (10, 60, 100)]
     assert sent[0] < sent[1] < sent[2]
 
 
@@ -175,9 +175,9 @@ def test_knowledge_transfer_brings_the_best_workers_weights(world: MPI.Intracomm
             assert (file["transfers/payload_bytes"][0] == 0) == (rank == source)
             sources.add(source)
     assert len(sources) == 1
-    merged = [a for rank, a in enumerate(outcome.result["accuracy_per_rank"]) if rank not in sources]
+    merged = [a for rank, a in enumerate(outcome.summary["accuracy_per_rank"]) if rank not in sources]
     without = train(**{**options, "transfer": "none", "transfer_period": None, "transfer_merge": None}, steps=12)
-    apart = [a for rank, a in enumerate(without.result["accuracy_per_rank"]) if rank not in sources]
+    apart = [a for rank, a in enumerate(without.summary["accuracy_per_rank"]) if rank not in sources]
     assert len(set(merged)) == 1
     assert merged != apart
 
@@ -231,9 +231,9 @@ def test_gbs_grows_by_its_schedule(world: MPI.Intracomm, shared_folder: Path) ->
 @pytest.mark.mpi
 def test_adam_momentum_batch_norm_and_dropout_go_through_the_same_update(world: MPI.Intracomm) -> None:
     for options in ({"optimizer": "adam", "learning_rate": 0.003}, {"momentum": 0.9, "learning_rate": 0.02}):
-        result = train(**{"steps": 120, **options, "transfer_period": 20, "seed": 3, "exchange_share": 0}).result
+        result = train(**{"steps": 120, **options, "transfer_period": 20, "seed": 3, "exchange_share": 0}).summary
         assert min(result["accuracy_per_rank"]) > 0.8
-    result = train(model="tests.nets:normalised", steps=150, transfer_period=10, exchange_share=0).result
+    result = train(model="tests.nets:normalised", steps=150, transfer_period=10, exchange_share=0).summary
     assert min(result["accuracy_per_rank"]) > 0.8
 
 
@@ -241,8 +241,8 @@ def test_adam_momentum_batch_norm_and_dropout_go_through_the_same_update(world: 
 def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_a_peer(world: MPI.Intracomm) -> None:
     outcome = train(learning_rate=1e30, steps=50)
     assert outcome.exit_code == 1
-    assert "not finite" in outcome.result["stopped"]
-    assert outcome.result["steps"] < 50
+    assert "not finite" in outcome.summary["stopped"]
+    assert outcome.summary["steps"] < 50
 
 
 @pytest.mark.mpi(min_size=2)
@@ -256,22 +256,24 @@ def test_a_loss_that_is_not_finite_on_one_rank_only_ends_all(world: MPI.Intracom
     options = {"data": "arrays", "model": MODEL, "seconds": 60, "sync": sync, "batching": "fixed"}
     outcome = run(config_of(options), own_data=lambda: shard, report=False)
     assert outcome.exit_code == 1
-    assert "rank 1, step" in outcome.result["stopped"]
-    assert outcome.result["seconds"] < 50
+    assert "rank 1, step" in outcome.summary["stopped"]
+    assert outcome.summary["seconds"] < 50
 
 
 @pytest.mark.mpi
 def test_skip_leaves_such_a_gradient_out_and_goes_on(world: MPI.Intracomm) -> None:
     outcome = train(learning_rate=1e30, steps=10, non_finite="skip")
     assert outcome.exit_code == 0
-    assert outcome.result["steps"] == 10
-    assert outcome.result["loss"] is None
+    assert outcome.summary["steps"] == 10
+    assert outcome.summary["loss"] is None
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("sync", ["sync", "bounded", "async"])
 def test_a_time_limit_ends_all_ranks_together(world: MPI.Intracomm, sync: str, shared_folder: Path) -> None:
-    result = train(steps=None, seconds=1.5, sync=sync, transfer_period=3, transfer="all", out=str(shared_folder)).result
+    result = train(
+        steps=None, seconds=1.5, sync=sync, transfer_period=3, transfer="all", out=str(shared_folder)
+    ).summary
     assert result["stopped"] is None
     assert result["seconds"] < 20
     world.Barrier()
@@ -286,7 +288,7 @@ def test_a_time_limit_ends_all_ranks_together(world: MPI.Intracomm, sync: str, s
 
 @pytest.mark.mpi
 def test_a_target_ends_the_run_and_says_when(world: MPI.Intracomm) -> None:
-    result = train(steps=2000, target_accuracy=0.6, evaluate_every="10").result
+    result = train(steps=2000, target_accuracy=0.6, evaluate_every="10").summary
     assert result["stopped"] == "target accuracy reached"
     assert result["steps"] < 2000
     assert 0 < result["target_reached_s"] <= result["seconds"]
@@ -301,7 +303,7 @@ def test_metrics_have_every_step_and_link(world: MPI.Intracomm, shared_folder: P
         assert list(file["steps/step"]) == list(range(30))
         parts = sum(file[f"steps/{name}"][:] for name in ("compute_s", "select_encode_s", "wait_s", "apply_s"))
         assert np.all(parts <= file["steps/step_s"][:] + 1e-3)
-        assert file["evaluations/accuracy"][-1] == pytest.approx(outcome.result["accuracy_per_rank"][rank], abs=1e-6)
+        assert file["evaluations/accuracy"][-1] == pytest.approx(outcome.summary["accuracy_per_rank"][rank], abs=1e-6)
         sent = file["links/bytes_sent"][:]
         assert sent.shape == (30, size)
         assert np.all(np.diff(sent.astype(np.int64), axis=0) >= 0)

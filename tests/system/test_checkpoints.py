@@ -54,7 +54,7 @@ def test_a_preempted_job_ends_with_75_and_goes_on_when_it_is_requeued(tmp_path: 
     steps = max(part.step for part in newest.parts)
     again = run(2, "dlion", "train", *options, "--steps", str(steps + 100))
     assert again.code == 0, again.err
-    assert "goes on from" in again.err
+    assert "resumes from" in again.err
     assert result_of(again)["steps"] == steps + 100
     whole = runs.load(out)
     assert whole.ended

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from dlion_mpi.loop.ports import EncodedBatch
-from dlion_mpi.mpi.driver import EncoderThread
+from dlion_mpi.mpi.encoder import EncoderThread
 
 
 def made(number: int) -> EncodedBatch:

@@ -152,8 +152,8 @@ def test_a_sum_by_a_library_cannot_be_simulated() -> None:
 
 def test_a_sum_over_all_is_simulated() -> None:
     done = simulate(Config(strategy="brought:Sum", data="digits", steps=2), micro_cloud("homo-b"), report=False)
-    assert done.result["steps"] == 2
-    assert done.result["bytes_sent"] > 0
+    assert done.summary["steps"] == 2
+    assert done.summary["bytes_sent"] > 0
 
 
 @pytest.mark.parametrize("mode", ["bounded", "async"])

@@ -100,6 +100,11 @@ def test_only_mpi_imports_mpi4py_and_only_the_learner_imports_keras() -> None:
     assert not importers("tensorflow", "keras", "torch", "jax", "horovod", top=True)
 
 
+def test_nobody_outside_mpi_is_handed_a_communicator() -> None:
+    knowing = {room(file) for file, path in FILES.items() if "communicator" in path.read_text(encoding="utf-8").lower()}
+    assert knowing == {"mpi"}
+
+
 @pytest.mark.parametrize("folder", ["loop", "strategies", "algorithms", "wire", "vector"])
 def test_the_algorithm_knows_no_clock_no_thread_and_no_backend(folder: str) -> None:
     foreign = {"time", "datetime", "threading", "socket", "mpi4py", "tensorflow", "keras", "torch", "jax"}

@@ -11,18 +11,21 @@ import pytest
 from mpi4py import MPI
 
 from dlion_mpi.errors import UserError
-from dlion_mpi.mpi import startup
+from dlion_mpi.mpi.clock import CommonClock
+from dlion_mpi.mpi.cores import share_of_cores
+from dlion_mpi.mpi.ranks import Ranks
 
 
 @pytest.mark.mpi
 def test_text_of_any_length_and_script_reaches_everyone(world: MPI.Intracomm) -> None:
-    own = "größe " * world.Get_rank()
-    assert startup.gather_text(world, own) == ["größe " * r for r in range(world.Get_size())]
+    ranks = Ranks(world)
+    assert ranks.gather_text("größe " * ranks.rank) == ["größe " * r for r in range(ranks.size)]
+    ranks.free()
 
 
 @pytest.mark.mpi
 def test_a_mistake_on_the_last_rank_is_raised_on_all_and_said_by_it(world: MPI.Intracomm) -> None:
-    ranks = startup.begin(world)
+    ranks = Ranks(world)
 
     def check() -> int:
         if ranks.rank == ranks.size - 1:
@@ -30,35 +33,35 @@ def test_a_mistake_on_the_last_rank_is_raised_on_all_and_said_by_it(world: MPI.I
         return 1
 
     with pytest.raises(UserError, match=r"shard-3\.h5 is missing") as caught:
-        startup.together(ranks, check)
+        ranks.together(check)
     assert caught.value.quiet == (ranks.rank != ranks.size - 1)
-    assert startup.together(ranks, lambda: ranks.rank) == ranks.rank
-    ranks.communicator.Free()
+    assert ranks.together(lambda: ranks.rank) == ranks.rank
+    ranks.free()
 
 
 @pytest.mark.mpi(min_size=2)
 def test_different_options_are_named(world: MPI.Intracomm) -> None:
-    ranks = startup.begin(world)
+    ranks = Ranks(world)
     options = "strategy = dlion\nseed = " + ("7" if ranks.rank == 1 else "0")
     with pytest.raises(UserError, match="rank 1 has 'seed = 7' where rank 0 has 'seed = 0'"):
-        startup.agree(ranks, options)
-    startup.agree(ranks, "seed = 0")
-    ranks.communicator.Free()
+        ranks.agree(options)
+    ranks.agree("seed = 0")
+    ranks.free()
 
 
 @pytest.mark.mpi
 def test_the_common_clock_reads_alike_everywhere(world: MPI.Intracomm) -> None:
-    ranks = startup.begin(world)
-    clock = startup.CommonClock(ranks)
+    ranks = Ranks(world)
+    clock = CommonClock(ranks)
     clock.start()
     time.sleep(0.05)
-    world.Barrier()
-    times = startup.gather_numbers(ranks.communicator, clock.now_s())[:, 0]
+    ranks.barrier()
+    times = ranks.gather_numbers(clock.now_s())[:, 0]
     assert np.all(times > 0.04)
     # One machine has one monotonic clock, so what differs is the measured offset and the barrier's own spread.
-    offsets = startup.gather_numbers(ranks.communicator, clock._offset_s)[:, 0]
+    offsets = ranks.gather_numbers(clock._offset_s)[:, 0]
     assert np.abs(offsets).max() < 0.05
-    ranks.communicator.Free()
+    ranks.free()
 
 
 @pytest.mark.mpi
@@ -69,9 +72,9 @@ def test_threads_divide_the_cores_that_ranks_share(
     """Also where ranks on one machine have host names of their own, as in containers and in emulations."""
     if host_names == "own":
         monkeypatch.setattr(platform, "node", lambda: f"worker-{world.rank}")
-    ranks = startup.begin(world)
-    own = startup.gather_numbers(ranks.communicator, startup.threads(ranks))[:, 0]
+    ranks = Ranks(world)
+    own = ranks.gather_numbers(share_of_cores(ranks))[:, 0]
     cores = os.cpu_count() or 1
     assert own.min() >= 1
     assert own.sum() <= max(cores, ranks.size)
-    ranks.communicator.Free()
+    ranks.free()

@@ -1,0 +1,107 @@
+"""The ranks of a run, and what they tell each other before and after training.
+
+These are the only blocking MPI calls of a run. Nothing is pickled: ranks tell each other numbers and text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from dlion_mpi.errors import UserError
+from dlion_mpi.mpi import jobenv
+from dlion_mpi.mpi.startup import MPI
+from dlion_mpi.vector.layout import Vector
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """A run's private communicator, and this rank's place in it. Every method but `free` is called by all ranks.
+
+    ``local_rank``, ``local_size``: among the ranks of this node. ``communicator``: for the modules of `mpi` alone.
+    """
+
+    def __init__(self, communicator: MPI.Intracomm | None = None) -> None:
+        """Duplicate ``communicator`` (COMM_WORLD), so that the run's messages are kept apart from all others.
+
+        Raises UserError if a launcher started several processes and MPI knows of one.
+        """
+        if problem := jobenv.alone_by_mistake(os.environ, MPI.COMM_WORLD.Get_size()):
+            place = jobenv.place(os.environ)
+            raise UserError(problem, quiet=place is not None and place.rank != 0)
+        self.communicator = (communicator or MPI.COMM_WORLD).Dup()
+        self.rank, self.size = self.communicator.Get_rank(), self.communicator.Get_size()
+        node = self.communicator.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
+        self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
+        node.Free()
+
+    def gather_text(self, text: str) -> list[str]:
+        """Return every rank's text, by rank."""
+        own = np.frombuffer(text.encode(), dtype=np.uint8)
+        lengths = np.empty(self.size, dtype=np.int64)
+        self.communicator.Allgather(np.array([len(own)], dtype=np.int64), lengths)
+        padded = np.zeros(max(1, int(lengths.max())), dtype=np.uint8)
+        padded[: len(own)] = own
+        texts = np.empty((self.size, len(padded)), dtype=np.uint8)
+        self.communicator.Allgather(padded, texts)
+        return [row[:length].tobytes().decode(errors="replace") for row, length in zip(texts, lengths, strict=True)]
+
+    def gather_numbers(self, *numbers: float) -> npt.NDArray[np.float64]:
+        """Return every rank's numbers: (n, k), row r from rank r."""
+        own = np.array(numbers, dtype=np.float64)
+        table = np.empty((self.size, len(own)), dtype=np.float64)
+        self.communicator.Allgather(own, table)
+        return table
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Call ``action`` on every rank. A UserError of one rank is raised on all, and one rank prints it."""
+        result, problem = None, ""
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+        problems = self.gather_text(problem)
+        first = next((rank for rank, text in enumerate(problems) if text), None)
+        if first is not None:
+            raise UserError(problems[first], quiet=self.rank != first)
+        return result  # type: ignore[return-value]
+
+    def agree(self, description: str) -> None:
+        """Check that ``description``, one ``name = value`` per line, is the same on all ranks.
+
+        Raises UserError naming the first line that differs, and the rank.
+        """
+        texts = self.gather_text(description)
+        for rank, text in enumerate(texts):
+            if text != texts[0]:
+                pairs = zip([*text.splitlines(), ""], [*texts[0].splitlines(), ""], strict=False)
+                mine, theirs = next((a, b) for a, b in pairs if a != b)
+                raise UserError(
+                    f"rank {rank} has '{mine}' where rank 0 has '{theirs}': "
+                    "start all ranks with the same options and versions",
+                    quiet=self.rank != 0,
+                )
+
+    def share(self, vector: Vector, root: int = 0) -> Vector:
+        """Overwrite ``vector`` (K,) float32 with rank ``root``'s, and return it."""
+        self.communicator.Bcast(vector, root=root)
+        return vector
+
+    def mean(self, vector: Vector) -> Vector:
+        """Return the mean of all ranks' ``vector`` (K,) float32."""
+        total = np.empty_like(vector)
+        self.communicator.Allreduce(vector, total)
+        return total / np.float32(self.size)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.communicator.Barrier()
+
+    def free(self) -> None:
+        """Free the communicator."""
+        self.communicator.Free()
