@@ -33,9 +33,9 @@ LIMIT_S = 600
 """Time limit of the measurement with one number of ranks."""
 WHOLE = {
     "sync": "sync",
-    "max_n": 100,
+    "dlion.max_n": 100,
     "batching": "fixed",
-    "gbs_schedule": "fixed",
+    "global_batch": "fixed",
     "transfer": "none",
     "value_type": "float32",
 }
@@ -87,8 +87,8 @@ def plain() -> list[float]:
 
 def trained(options: dict[str, Any], out: Path, rank: int) -> list[float]:
     """Return the seconds of each step of this rank in `dlion train`, which writes its metrics to ``out``."""
-    from dlion_mpi.config.parsing import config_of
     from dlion_mpi.run import run
+    from dlion_mpi.strategies.given import config_of
 
     config = config_of({"steps": STEPS, "threads": 1, "evaluate_every": "1000000", "out": str(out), **options})
     if code := run(config, report=False).exit_code:

@@ -26,9 +26,9 @@ from heading import heading
 
 from dlion_mpi import run as runner
 from dlion_mpi.checkpoint import file
-from dlion_mpi.config.parsing import config_of
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import StepRecord
+from dlion_mpi.strategies.given import config_of
 from dlion_mpi.view import live
 
 REPEATS = 7
@@ -77,7 +77,7 @@ def step_times(out: Path, weights: int, steps: int) -> dict[str, Any]:
             "momentum": 0.9,
             "learning_rate": 0.001,
             "steps": steps,
-            "lbs": 32,
+            "batch_size": 32,
             "threads": 1,
             "evaluate_every": "1000000",
             "test_samples": 100,

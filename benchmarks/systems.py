@@ -52,9 +52,9 @@ SYSTEMS = (
     "dlion",
     "dlion --preset paper",
     "baseline",
-    "ako --ako-partitions 16 --learning-rate 0.05",
-    "gaia --gaia-threshold 0.2",
-    "hop --hop-graph ring --staleness 20 --hop-max-gap 32",
+    "ako --ako.partitions 16 --learning-rate 0.05",
+    "gaia --gaia.threshold 0.2",
+    "hop --hop.graph ring --staleness 20 --hop.max-gap 32",
 )
 """Strategies with their options. The rivals have the best settings of a sweep over homo-b and hetero-sys-a
 (results/sweep.jsonl)."""

@@ -27,7 +27,7 @@ ROUNDS = 5
 STEPS = 300
 WARM_UP = 50
 PARTS = ("compute_s", "select_encode_s", "wait_s", "apply_s", "step_s")
-FIXED = ["--batching", "fixed", "--gbs-schedule", "fixed", "--evaluate-every", "1000000", "--progress-every", "0"]
+FIXED = ["--batching", "fixed", "--global-batch", "fixed", "--evaluate-every", "1000000", "--progress-every", "0"]
 
 PLAIN = """
 import os, sys, time, json
@@ -105,7 +105,7 @@ def step() -> dict[str, Any]:
     cases = {
         "one_rank": (1, ()),
         "two_ranks": (2, ()),
-        "two_ranks_all_entries": (2, ("--max-n", "100", "--exchange-share", "0")),
+        "two_ranks_all_entries": (2, ("--dlion.max-n", "100", "--exchange-share", "0")),
     }
     for _ in range(ROUNDS):
         for name, (ranks, options) in cases.items():

@@ -25,7 +25,7 @@ from training import trained
 from dlion_mpi.metrics.timeline import Phase
 
 ENVIRONMENTS = ("homo-b", "hetero-sys-a")
-OPTIONS = ("--unsent", "drop", "--transfer-period", "50")
+OPTIONS = ("--dlion.unsent", "drop", "--transfer-period", "50")
 SETTLED_S = 10.0
 """Seconds at the start of a run that are not counted, while bandwidth is measured."""
 

@@ -1,37 +1,50 @@
-"""Behind `dlion_mpi.fit`: arrays in place of a data set's name."""
+"""What ``import dlion_mpi`` offers: train from Python, with arrays in place of a data set's name."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
 
-from dlion_mpi.checkpoint.start import plan
-from dlion_mpi.config.options import Config
+from dlion_mpi.config.fields import declared
+from dlion_mpi.config.renamed import refusal
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.learner.shards import shard_of_arrays
-from dlion_mpi.mpi import startup
-from dlion_mpi.run import run
+from dlion_mpi.strategies.contract import Strategy
 
-OF_THE_CALL = {"model", "data", "partition", "dirichlet_alpha"}
-"""Options that the arguments of `fit` stand for."""
-BEGINNINGS = {"resume", "requeue", "resume_earlier"}
-"""Options of ``dlion train`` that are no setting of the run."""
+P = ParamSpec("P")
+R = TypeVar("R")
+Arrays = tuple[Any, Any]
 
 
-def fit(model: Any, train: tuple[Any, Any], test: tuple[Any, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """See `dlion_mpi.fit`."""
-    known = ({f.name for f in dataclasses.fields(Config)} - OF_THE_CALL) | BEGINNINGS
-    for name in options:
-        if name not in known:
-            raise UserError(f"fit() has no option {name}; it has {', '.join(sorted(known))}")
-    strategy = options.get("strategy")
-    if isinstance(strategy, type):
-        options = {**options, "strategy": f"{strategy.__module__}:{strategy.__qualname__}"}
-    if not options.get("resume"):  # else what the run has; whether the model fits, its checkpoint says
+def rank() -> int:
+    """This process's MPI rank, from 0: to choose its part of the data. Starts MPI as `fit` wants it."""
+    from dlion_mpi.mpi import startup
+
+    return startup.world()[0]
+
+
+def size() -> int:
+    """The number of MPI ranks. Starts MPI as `fit` wants it."""
+    from dlion_mpi.mpi import startup
+
+    return startup.world()[1]
+
+
+def _fit(model: Any, train: Arrays, test: Arrays, **options: Any) -> dict[str, Any]:
+    """Do what `fit` says, with the options that were given."""
+    from dlion_mpi.checkpoint.start import plan
+    from dlion_mpi.learner.shards import shard_of_arrays
+    from dlion_mpi.mpi import startup
+    from dlion_mpi.run import run
+
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= _options_of(options.get("strategy"))
+    if not options.get("resume"):  # a resumed run has these; its checkpoint knows whether the model fits
         options = {"model": model.name, "data": "arrays", **options}
     config, start = plan(options)
     try:
-        outcome = run(
+        done = run(
             config,
             model=model,
             own_data=lambda: shard_of_arrays(*train, *test),
@@ -43,6 +56,106 @@ def fit(model: Any, train: tuple[Any, Any], test: tuple[Any, Any], options: dict
     except Exception:
         startup.end_if_shared(1)
         raise
-    if outcome.exit_code:
-        raise RunError(str(outcome.summary["stopped"]))
-    return outcome.summary
+    if done.exit_code:
+        raise RunError(str(done.summary["stopped"]))
+    return done.summary
+
+
+def _options_of(strategy: Any) -> dict[str, Any]:
+    """What ``strategy=Gaia`` and ``strategy=Gaia(threshold=0.2)`` say, as options by full name."""
+    cls = strategy if isinstance(strategy, type) else type(strategy)
+    if not issubclass(cls, Strategy):
+        return {}
+    from dlion_mpi.strategies.registry import STRATEGIES
+
+    built_in = STRATEGIES.get(cls.name) is cls
+    chosen = {"strategy": cls.name if built_in else f"{cls.__module__}:{cls.__qualname__}"}
+    if isinstance(strategy, type):
+        return chosen
+    values = {f: getattr(strategy.options, f.name) for f in declared(strategy.options)}
+    return chosen | {f"{cls.Options.table}.{f.name}": value for f, value in values.items() if value != f.default}
+
+
+def _done_by(does: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Give a function its signature, for editors and `help`; what is called is ``does``, with what was given alone.
+
+    So an option that was not given stays apart from one that was given its default: a resumed run keeps its own.
+    """
+
+    def decorate(signature: Callable[P, R]) -> Callable[P, R]:
+        known = inspect.signature(signature).parameters
+
+        @functools.wraps(signature)
+        def call(*args: P.args, **options: P.kwargs) -> R:
+            for name in options:
+                if name not in known:
+                    has = ", ".join(sorted(known))
+                    raise UserError(refusal(name) or f"{signature.__name__}() has no option {name}; it has {has}")
+            return does(*args, **options)
+
+        return call
+
+    return decorate
+
+
+@_done_by(_fit)
+def fit(
+    model: Any,
+    train: Arrays,
+    test: Arrays,
+    *,
+    strategy: str | Strategy | type[Strategy] = "dlion",
+    preset: str | None = None,
+    sync: Literal["sync", "bounded", "async"] | None = None,
+    staleness: int | None = None,
+    backup: int | None = None,
+    patience: float | None = None,
+    steps: int | None = None,
+    seconds: float | None = None,
+    target_accuracy: float | None = None,
+    evaluate_every: int | str = "20s",
+    test_samples: int | None = None,
+    progress: Literal["auto", "live", "lines"] = "auto",
+    progress_every: float = 5.0,
+    non_finite: Literal["stop", "skip"] = "stop",
+    seed: int = 0,
+    out: str | None = None,
+    tensorboard: str | None = None,
+    optimizer: Literal["sgd", "adam"] = "sgd",
+    learning_rate: float = 0.05,
+    momentum: float = 0.0,
+    threads: int = 0,
+    batch_size: int = 32,
+    batching: Literal["auto", "proportional", "fixed"] | None = None,
+    batch_size_max: int | None = None,
+    global_batch: Literal["grow", "fixed"] | None = None,
+    value_type: Literal["float32", "float16", "bfloat16"] | None = None,
+    exchange_share: float | None = None,
+    transfer: Literal["all", "worse-than-mean", "worst", "none"] | None = None,
+    transfer_period: int | None = None,
+    transfer_merge: float | None = None,
+    checkpoint_every: int | str | None = None,
+    keep_checkpoints: int | None = None,
+    time_limit: str | None = None,
+    save_model: str | None = None,
+    save_model_of: Literal["best", "mean"] | None = None,
+    resume: str | None = None,
+    requeue: bool = False,
+    resume_earlier: bool = False,
+) -> dict[str, Any]:
+    """Train a Keras model on all MPI ranks, each with its own data. Afterwards ``model`` has the trained weights.
+
+    Args:
+        model: A Keras model. If it is compiled, its optimizer and loss are used.
+        train: This rank's (x, y): x (m, F), (m, H, W) or (m, H, W, C) of uint8 or float, y (m,) whole numbers.
+        test: The test data, alike.
+        strategy: A name, a class, or an instance with options of its own, such as ``Gaia(threshold=0.2)``. A class of
+            yours must be at the top level of a module.
+        resume: The folder of a run, which continues from its newest checkpoint with its options; those that are given
+            here win, where they may change.
+
+    The other options are those of ``dlion train``, see `the configuration <configuration.md>`_. One that is None, or is
+    left out, has the default of the strategy. Returns the run's JSON object, the same on every rank. Raises UserError
+    for a mistake in the options or the data, RunError if the run failed.
+    """
+    raise NotImplementedError("the decorator calls what does it")

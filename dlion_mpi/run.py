@@ -200,7 +200,7 @@ def _exchange(ranks: Ranks, config: Config, strategy: Strategy, replica: Replica
     return Exchange(
         ranks,
         size=replica.layout.size,
-        window=config.window or strategy.window,
+        window=strategy.window,
         summed_by=strategy.summed_by,
         channels=(*CHANNELS, *(() if config.checkpoint_every is None else rounds.CHANNELS)),
         log=recorder,

@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+GROW_EVERY = 500
+"""Steps between adjustments of the global batch. Fewer buy nothing at a fixed learning rate (benchmarks/README.md)."""
+WARMUP_SAMPLES = 32
+"""Samples that an adjustment adds during warm-up."""
+WARMUP_SHARE = 0.01
+"""Warm-up ends at this share of the training set [recalled from the paper]."""
+SPEEDUP = 1.5
+"""Factor of an adjustment after warm-up."""
+LARGEST_SHARE = 0.10
+"""The global batch stops at this share of the training set [recalled from the paper]."""
 DRIFT = 0.25
 """Relative error of a prediction above which the machine may have changed its speed."""
 DRIFT_RUN = 3
@@ -29,6 +39,18 @@ class GlobalBatchSchedule:
     warmup_limit: int
     speedup_factor: float
     limit: int
+
+    @classmethod
+    def usual(cls, start: int, training_samples: int) -> GlobalBatchSchedule:
+        """The schedule of every run, from ``start`` samples on."""
+        return cls(
+            start=start,
+            interval=GROW_EVERY,
+            warmup_step=WARMUP_SAMPLES,
+            warmup_limit=int(WARMUP_SHARE * training_samples),
+            speedup_factor=SPEEDUP,
+            limit=int(LARGEST_SHARE * training_samples),
+        )
 
     def at(self, step: int) -> int:
         """Return GBS at a step, after ``step // interval`` adjustments."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dlion_mpi.checkpoint import folder
-from dlion_mpi.config.options import Config, flag
-from dlion_mpi.config.parsing import config_of, values_of
+from dlion_mpi.config.fields import flag
+from dlion_mpi.config.options import FIELDS, Config
 from dlion_mpi.errors import UserError
+from dlion_mpi.strategies.given import config_of, values_of
 
 ENDS = ("steps", "seconds", "target_accuracy")
 CHANGEABLE = {
     *ENDS,
     *("evaluate_every", "test_samples", "progress_every", "non_finite", "threads", "learning_rate"),
     *("checkpoint_every", "keep_checkpoints", "time_limit", "save_model", "save_model_of"),
-    *("exchange_share", "exchange_thread", "window", "lbs_max", "patience"),
+    *("exchange_share", "batch_size_max", "patience"),
 }
 """Options that may change when a run resumes."""
 
@@ -45,7 +45,6 @@ def plan(options: dict[str, Any]) -> tuple[Config, Start]:
         raise UserError("--resume and --requeue exclude each other: give --resume RUN, or --requeue with --out RUN")
     if earlier and not (resume or requeue):
         raise UserError("--resume-earlier needs --resume or --requeue: add one of them")
-    given = values_of(options)
     if requeue:
         config = config_of(options)
         if config.checkpoint_every is None:
@@ -58,7 +57,7 @@ def plan(options: dict[str, Any]) -> tuple[Config, Start]:
         _check_run(run)
     else:
         return config_of(options), NEW
-    return _changed(run, given), Start(run=run, earlier=earlier, or_over=bool(requeue))
+    return _changed(run, options), Start(run=run, earlier=earlier, or_over=bool(requeue))
 
 
 def _check_run(run: Path) -> None:
@@ -72,13 +71,13 @@ def _check_run(run: Path) -> None:
         )
 
 
-def _changed(run: Path, given: dict[str, Any]) -> Config:
+def _changed(run: Path, options: dict[str, Any]) -> Config:
     """Return a run's Config with the options given now. Raises UserError for an option that may not change."""
     saved = values_of({"config": str(run / "config.toml")})
-    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    given = values_of(options, strategy=saved["strategy"])
     given.pop("out", None) if _same_folder(given.get("out"), run) else None
     for name, value in given.items():
-        before = saved.get(name, defaults[name])
+        before = saved.get(name, FIELDS[name].default if name in FIELDS else None)
         if name not in CHANGEABLE and value != before:
             raise UserError(
                 f"{flag(name)} {value}: the run in {run} was started with "
@@ -87,7 +86,7 @@ def _changed(run: Path, given: dict[str, Any]) -> Config:
             )
     if any(name in given for name in ENDS):  # a new end replaces the old one
         saved = {name: value for name, value in saved.items() if name not in ENDS}
-    return Config(**{**saved, **given, "out": str(run)})
+    return Config.of({**saved, **given, "out": str(run)})
 
 
 def _same_folder(out: Any, run: Path) -> bool:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dlion_mpi.config.options import convert
+from dlion_mpi.config.fields import convert
+from dlion_mpi.config.options import FIELDS
 from dlion_mpi.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def _partition(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "ranks": ranks,
         "partition": args.partition,
-        "alpha": convert("dirichlet_alpha", args.dirichlet_alpha),
-        "seed": convert("seed", args.seed),
+        "alpha": convert(FIELDS["dirichlet_alpha"], args.dirichlet_alpha),
+        "seed": convert(FIELDS["seed"], args.seed),
     }
 
 

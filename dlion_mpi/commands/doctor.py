@@ -6,6 +6,7 @@ processes with a time limit.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -64,6 +65,12 @@ class Answer:
     code: int | None
     out: str = ""
     problem: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `dlion doctor`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.set_defaults(action=lambda args: main(as_json=args.json))
 
 
 def main(as_json: bool = False) -> int:

@@ -189,6 +189,7 @@ def _end(mpirun: subprocess.Popen[bytes]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `run`, `check`, `up`, `status` and `down` to the parser of `dlion emulate`."""
+    parser.set_defaults(action=main)
     actions = parser.add_subparsers(dest="emulate_action", required=True, metavar="ACTION")
 
     def add(action: str, text: str, *, env: bool) -> argparse.ArgumentParser:

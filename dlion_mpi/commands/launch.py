@@ -37,8 +37,12 @@ PR_SET_PDEATHSIG = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `dlion launch`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Start the ranks of a run with the launcher that belongs to this Python's MPI: mpirun, or srun inside a Slurm "
+        "job. Prints the command that it runs; passes signals and the exit code on."
+    )
     parser.epilog = EXAMPLES
+    parser.set_defaults(action=main)
     parser.add_argument(
         "-n", "-np", dest="ranks", metavar="RANKS", help="number of ranks (default: what --hosts sum to)"
     )

@@ -10,6 +10,11 @@ from dlion_mpi.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `dlion report`."""
+    parser.description = (
+        "Write one self-contained HTML page about runs: results, time to target, what differs between them, and the "
+        "workers and links of each run. Also of a run that is still going, or was killed."
+    )
+    parser.set_defaults(action=main)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that --out of a run has made")
     parser.add_argument(
         "-o",
@@ -51,6 +56,7 @@ def target_of(text: str | None) -> float | None:
     """Parse ``--target-accuracy`` (0 to 1). Raises UserError."""
     if text is None:
         return None
-    from dlion_mpi.config.options import Config, convert
+    from dlion_mpi.config.fields import convert
+    from dlion_mpi.config.options import FIELDS, Config
 
-    return Config(target_accuracy=convert("target_accuracy", text)).target_accuracy
+    return Config(target_accuracy=convert(FIELDS["target_accuracy"], text)).target_accuracy

@@ -26,6 +26,11 @@ LIMIT_S = 30.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `dlion watch`."""
+    parser.description = (
+        "Follow a run of --out from its metrics files alone: in a terminal a live view, elsewhere lines. Ends when the "
+        "run ends; exit code 1 if it failed or was killed."
+    )
+    parser.set_defaults(action=main)
     parser.add_argument("run", metavar="RUN", help="folder that --out of a run makes, or will make")
     parser.add_argument("--once", action="store_true", help="show the run once, then exit")
     parser.add_argument(

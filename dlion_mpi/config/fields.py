@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,23 +36,43 @@ class Every:
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The lowest and the highest number that an option can be, and how a message says so."""
+
+    low: float
+    high: float
+    text: str
+
+
+def at_least(low: float, unit: str = "") -> Bounds:
+    """At least ``low``, in a unit such as "step"."""
+    return Bounds(low, math.inf, f"at least {low:g} {unit}".rstrip())
+
+
+ABOVE_0 = Bounds(1e-12, math.inf, "above 0")
+
+
 def option(
     default: Any,
     help_: str,
     *,
     table: str = "",
     choices: tuple[str, ...] = (),
-    low: float = -math.inf,
-    high: float = math.inf,
-    wanted: str = "",
+    bounds: Bounds | None = None,
+    idle: Mapping[str, tuple[Any, ...]] | None = None,
+    value: str = "",
+    common: bool = False,
 ) -> Any:
     """Declare a field of a dataclass as an option. A default of None stands for an option that was not given.
 
-    ``choices``: the texts that it can be. ``low``, ``high``: the lowest and highest number, which the message about
-    any other calls ``wanted``. ``table``: its TOML table and its group in ``--help``; a strategy's is its name.
+    ``choices``: the texts that it can be. ``bounds``: the numbers that it can be. ``idle``: other options, each with
+    the values beside which this one has no effect; without values, any. ``value``: what ``--help`` calls its value.
+    ``common``: whether ``--help`` shows it, and not ``--help-all`` alone. ``table``: its TOML table and its group in
+    ``--help``; for an option of a strategy's own that is the strategy's name.
     """
-    metadata = {"help": help_, "table": table, "choices": choices, "bounds": (low, high), "wanted": wanted}
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"help": help_, "table": table, "choices": choices, "bounds": bounds, "idle": idle or {}}
+    return dataclasses.field(default=default, metadata={**metadata, "value": value, "common": common})
 
 
 def declared(options: Any) -> Iterator[Field]:
@@ -67,17 +87,37 @@ def flag(name: str) -> str:
 
 def check(options: Any, prefix: str = "") -> None:
     """Raise UserError for an option that is not what its declaration says. ``prefix``: stands before its name."""
+    values = {f.name: getattr(options, f.name) for f in declared(options)}
     for f in declared(options):
-        value = getattr(options, f.name)
+        value = values[f.name]
         if value is None and f.default is None:
             continue
         name = flag(prefix + f.name)
         _check_text(name, value)
-        choices, (low, high) = f.metadata["choices"], f.metadata["bounds"]
+        choices, bounds = f.metadata["choices"], f.metadata["bounds"]
         if choices and value not in choices:
             raise UserError(f"{name} {value}: must be one of {', '.join(choices)}")
-        if f.metadata["wanted"] and not (math.isfinite(value) and low <= value <= high):
-            raise UserError(f"{name} {value:g}: must be {f.metadata['wanted']}")
+        if bounds is not None and not (math.isfinite(value) and bounds.low <= value <= bounds.high):
+            raise UserError(f"{name} {value:g}: must be {bounds.text}")
+        if value != f.default:
+            check_effect(f, values, prefix, prefix)
+
+
+def idle_due_to(f: Field, values: Mapping[str, Any]) -> str:
+    """The name of another option whose value leaves this one without effect; empty if there is none."""
+    for other, when in f.metadata["idle"].items():
+        value = values.get(other)
+        if value is not None and (not when or value in when):
+            return str(other)
+    return ""
+
+
+def check_effect(f: Field, values: Mapping[str, Any], prefix: str = "", others: str = "") -> None:
+    """Raise UserError if another option leaves this one without effect. ``others``: stands before the other's name."""
+    if other := idle_due_to(f, values):
+        raise UserError(
+            f"{flag(prefix + f.name)} has no effect with {flag(others + other)} {values[other]}: drop one of them"
+        )
 
 
 def _check_text(name: str, value: Any) -> None:

@@ -21,6 +21,8 @@ NO_LIMIT = 1 << 30
 EFFECT_STEPS = 2
 """Steps from the start of a round to its effect, except in lockstep. Most workers have the table by then. A worker that
 has not waits in `bounded` (`BatchSizeRounds.awaits`), and takes the new sizes later in `async`."""
+PERIOD = 10
+"""Steps between two gatherings of measured throughput."""
 LEFT = math.nan
 """The contribution of a worker that has left to a round that others have started."""
 
@@ -41,12 +43,12 @@ class BatchSizeRounds:
         self._config, self._rank = config, rank
         self._collectives = collectives
         self._awaited = config.mode.lockstep
-        self._period = config.rebalance_every or (10 if config.target_accuracy else None)
+        self._period = PERIOD if self.adapts or config.target_accuracy is not None else None
         self._ticket: Ticket | None = None
         self._record: list[float] = []
         self._asked_step = 0
         self._in_step = config.mode.bounded and not config.backup and self.adapts
-        self._schedule = _schedule(config, workers, training_samples)
+        self._schedule = growth(config, workers, training_samples)
         self.fit = ThroughputFit()
         self.started = 0
         self.accuracy = math.nan
@@ -137,7 +139,7 @@ class BatchSizeRounds:
 
     def _ask(self, step: int) -> None:
         alpha, beta = self.fit.solve() if self.fit.pairs else (LEFT, LEFT)
-        limit = self._config.lbs_max or NO_LIMIT
+        limit = self._config.batch_size_max or NO_LIMIT
         self._asked_step = step
         self._gather([alpha, beta, limit, self.accuracy])
 
@@ -161,18 +163,12 @@ class BatchSizeRounds:
         self.gbs = gbs
 
     def _gbs(self, step: int) -> int:
-        gbs = self._schedule.at(step) if self._schedule else self._config.lbs * self.workers
-        return min(gbs, (self._config.lbs_max or NO_LIMIT) * self.workers)
+        gbs = self._schedule.at(step) if self._schedule else self._config.batch_size * self.workers
+        return min(gbs, (self._config.batch_size_max or NO_LIMIT) * self.workers)
 
 
-def _schedule(config: Config, workers: int, training_samples: int) -> GlobalBatchSchedule | None:
-    if config.gbs_schedule != "grow":
+def growth(config: Config, workers: int, training_samples: int) -> GlobalBatchSchedule | None:
+    """Return the schedule of the global batch; None if it is fixed (``--global-batch fixed``)."""
+    if config.global_batch != "grow":
         return None
-    return GlobalBatchSchedule(
-        start=config.lbs * workers,
-        interval=config.gbs_interval or 1,
-        warmup_step=config.gbs_warmup_step or 0,
-        warmup_limit=int((config.gbs_warmup_limit or 0) * training_samples),
-        speedup_factor=config.gbs_speedup_factor or 1,
-        limit=int((config.gbs_limit or 0) * training_samples),
-    )
+    return GlobalBatchSchedule.usual(config.batch_size * workers, training_samples)

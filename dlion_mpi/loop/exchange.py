@@ -75,7 +75,7 @@ def encodes_in_background(w: Worker) -> bool:
 
 
 def _encoder(w: Worker) -> BackgroundEncoder | None:
-    return w.encoder if w.config.exchange_thread == "on" and not w.alone else None
+    return None if w.config.mode.lockstep or w.alone else w.encoder
 
 
 def _encode_and_queue(w: Worker, select: Callable[[], Messages], stamp: Stamp) -> None:

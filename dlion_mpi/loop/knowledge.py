@@ -15,6 +15,9 @@ from dlion_mpi.metrics.records import Transfer
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, array, column, integer, integers
 
+LOSSES = 10
+"""Number of recent losses whose mean decides which worker is the best."""
+
 
 class KnowledgeRounds:
     """Gathers everyone's mean recent loss, broadcasts the best worker's knowledge, merges it as the policy says."""
@@ -33,7 +36,7 @@ class KnowledgeRounds:
         self._collectives, self._now_s = collectives, now_s
         self._awaited = config.mode.lockstep
         self._on = config.transfer not in (None, "none") and workers > 1
-        self._losses: deque[float] = deque(maxlen=config.transfer_losses or 1)
+        self._losses: deque[float] = deque(maxlen=LOSSES)
         self._gathering: Ticket | None = None
         self._bringing: Ticket | None = None
         self._started_step, self._started_s = 0, 0.0

@@ -69,7 +69,7 @@ def profile(w: Worker) -> Loop:
     The sizes are small, since everyone waits for the slowest worker's timings.
     """
     with w.timed(Phase.PROFILE):
-        for size in (max(1, w.config.lbs // 8), max(1, w.config.lbs // 2)):
+        for size in (max(1, w.config.batch_size // 8), max(1, w.config.batch_size // 2)):
             for attempt in range(2):
                 computed = yield Compute(w.batches.take(size), size)
                 assert computed is not None

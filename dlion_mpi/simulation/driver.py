@@ -22,7 +22,7 @@ from dlion_mpi.simulation.collectives import Operations, VirtualCollectives
 from dlion_mpi.simulation.links import Processor, VirtualEncoder, VirtualLinks
 from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.simulation.run import VirtualRun
-from dlion_mpi.strategies.registry import find
+from dlion_mpi.strategies.registry import resolve
 from dlion_mpi.vector.gradient import Gradient
 
 
@@ -107,7 +107,7 @@ def drive(run: VirtualRun) -> list[Finish]:
     network = Network(run.environment, events, run.config.seconds)
     processes: list[Process] = []
     running = set(range(run.workers))
-    size, window = run.shared.layout.size, run.config.window or find(run.config.strategy).window
+    size, window = run.shared.layout.size, resolve(run.config)[0].window
     links = [
         VirtualLinks(rank, run.workers, network, events, size=size, window=window, log=recorder)
         for rank, recorder in enumerate(run.recorders)
@@ -119,7 +119,7 @@ def drive(run: VirtualRun) -> list[Finish]:
             config=run.config,
             rank=rank,
             members=Membership(tuple(range(run.workers))),
-            strategy=find(run.config.strategy)(),
+            strategy=resolve(run.config)[0],
             replica=run.replicas[rank],
             batches=run.batches[rank],
             links=own_links,

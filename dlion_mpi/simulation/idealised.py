@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from dlion_mpi.algorithms.batching import equal_lbs, solve_lbs
-from dlion_mpi.config.options import Config, flag
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.loop.batch_sizes import NO_LIMIT, _schedule
+from dlion_mpi.loop.batch_sizes import NO_LIMIT, growth
 from dlion_mpi.metrics.gauges import Totals
 from dlion_mpi.metrics.records import Evaluation, StepRecord
 from dlion_mpi.metrics.timeline import Phase
@@ -26,11 +26,12 @@ from dlion_mpi.result import Finish
 from dlion_mpi.signals import stopped_by_signals
 from dlion_mpi.simulation.network import payload_bytes_per_s
 from dlion_mpi.simulation.run import VirtualRun
-from dlion_mpi.strategies.dlion import Dlion
-from dlion_mpi.strategies.registry import STRATEGIES
+from dlion_mpi.strategies.contract import BATCHING
+from dlion_mpi.strategies.registry import refuse_unused
 from dlion_mpi.vector.layout import Vector
 
-BATCH_OPTIONS = ("lbs_max", *(name for name in Dlion.uses if name.startswith("gbs_")))
+BATCH_OPTIONS: dict[str, Any] = {"batch_size_max": BATCHING["batch_size_max"], "global_batch": "fixed"}
+"""The options that an ideal uses, and their defaults."""
 
 
 class Ideal(Protocol):
@@ -98,15 +99,9 @@ def resolve(config: Config) -> Config:
     ideal = IDEALS[config.strategy]
     if config.sync not in (None, "sync"):
         raise UserError(f"--strategy {ideal.name} does not support --sync {config.sync}: it supports sync")
-    for name in sorted({"preset", *(name for strategy in STRATEGIES.values() for name in strategy.uses)}):
-        if getattr(config, name) is not None and name not in BATCH_OPTIONS:
-            uses = ", ".join(flag(used) for used in BATCH_OPTIONS)
-            raise UserError(f"{flag(name)} is not used by --strategy {ideal.name}, which has {uses}: drop it")
-    values: dict[str, Any] = {"sync": "sync", "gbs_schedule": config.gbs_schedule or "fixed"}
-    for name in BATCH_OPTIONS:
-        if getattr(config, name) is None and (name == "lbs_max" or values["gbs_schedule"] == "grow"):
-            values.setdefault(name, Dlion.uses[name])
-    return dataclasses.replace(config, **values)
+    refuse_unused(config, ideal.name, uses=BATCH_OPTIONS)
+    given = {name: value for name in BATCH_OPTIONS if (value := getattr(config, name)) is not None}
+    return dataclasses.replace(config, sync="sync", **BATCH_OPTIONS | given)
 
 
 @dataclass(kw_only=True)
@@ -140,11 +135,11 @@ def train_together(run: VirtualRun) -> list[Finish]:
         totals=[Totals() for _ in range(workers)],
     )
     evaluator = run.evaluator()
-    schedule = _schedule(run.config, workers, run.shards[0].train_samples_global)
+    schedule = growth(run.config, workers, run.shards[0].train_samples_global)
     every = run.config.evaluate_every
     with stopped_by_signals([group]):
         while not group.ended():
-            gbs = schedule.at(group.step) if schedule else run.config.lbs * workers
+            gbs = schedule.at(group.step) if schedule else run.config.batch_size * workers
             _step(group, gbs)
             _take(group, evaluator.poll())
             due = group.now_s - group.evaluated_s >= (every.seconds or math.inf)
@@ -161,7 +156,7 @@ def _step(group: Group, gbs: int) -> None:
     """Do one step: divide the batch, compute all gradients, apply their mean, advance the time."""
     run, config, environment = group.run, group.run.config, group.run.environment
     paces = [environment.pace(rank, group.now_s, config.seconds) for rank in range(run.workers)]
-    shares = group.ideal.share(gbs, paces, config.lbs_max or NO_LIMIT)
+    shares = group.ideal.share(gbs, paces, config.batch_size_max or NO_LIMIT)
     futures = [
         run.pool.submit(replica.gradient, batches.take(lbs))
         for replica, batches, lbs in zip(run.replicas, run.batches, shares, strict=True)

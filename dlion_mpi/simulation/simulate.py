@@ -10,7 +10,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dlion_mpi.config.options import Config, flag
+from dlion_mpi.config.fields import flag
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.microcloud import environments
 from dlion_mpi.microcloud.environments import Environment

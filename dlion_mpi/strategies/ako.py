@@ -9,8 +9,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.config.fields import at_least, option
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.missed import Missed
+from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
 from dlion_mpi.strategies.types import Effect, LinkView, LocalGradient, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
@@ -43,12 +45,15 @@ class Ako(Strategy):
 
     name = "ako"
     modes = ("async", "bounded")
-    uses: ClassVar[Mapping[str, object]] = {
-        "staleness": 5,
-        "ako_partitions": 0,
-        "exchange_thread": "on",
-        "window": Strategy.window,
-    }
+    uses: ClassVar[Mapping[str, object]] = {"staleness": 5}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(StrategyOptions):
+        """The number of partitions."""
+
+        partitions: int = option(0, "parts of a gradient, one per step; 0: as links ask for", bounds=at_least(0))
+
+    options: Options
 
     def selects_in_background(self, plan: Plan) -> bool:
         return True
@@ -63,7 +68,7 @@ class Ako(Strategy):
             return {}
         state.accumulated += local.vector
         size = len(state.accumulated)
-        part = _partition(state.start, partitions(state.plan.config.ako_partitions, size, links), size)
+        part = _partition(state.start, partitions(self.options.partitions, size, links), size)
         entries = Entries(size, state.accumulated[part].copy(), np.arange(part.start, part.stop, dtype=np.uint32))
         state.accumulated[part] = 0
         state.start = part.stop % size

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from inspect import isgeneratorfunction
 from typing import Any, ClassVar
 
+from dlion_mpi.config.options import Config
 from dlion_mpi.strategies import state as state_as_arrays
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State
@@ -13,24 +14,9 @@ from dlion_mpi.strategies.types import Effect, Inbox, LinkView, LocalGradient, O
 from dlion_mpi.vector.named_arrays import Array, Arrays
 from dlion_mpi.wire import Message
 
-BATCHING: Mapping[str, object] = {
-    "batching": "auto",
-    "rebalance_every": 10,
-    "lbs_max": 1024,
-    "gbs_schedule": "grow",
-    "gbs_interval": 500,
-    "gbs_warmup_step": 32,
-    "gbs_warmup_limit": 0.01,
-    "gbs_speedup_factor": 1.5,
-    "gbs_limit": 0.10,
-}
+BATCHING: Mapping[str, object] = {"batching": "auto", "batch_size_max": 1024, "global_batch": "grow"}
 """To be put into ``uses`` by a strategy whose batch sizes follow the workers' speed. The loop does the rest."""
-TRANSFER: Mapping[str, object] = {
-    "transfer": "worse-than-mean",
-    "transfer_period": 25,
-    "transfer_merge": 0.75,
-    "transfer_losses": 10,
-}
+TRANSFER: Mapping[str, object] = {"transfer": "worse-than-mean", "transfer_period": 25, "transfer_merge": 0.75}
 """To be put into ``uses`` by a strategy whose workers merge the best worker's weights. The loop does the rest."""
 
 
@@ -47,6 +33,8 @@ class Strategy:
     """The synchronisation modes (``--sync``) that it supports, the default first."""
     uses: ClassVar[Mapping[str, object]] = {}
     """The shared options that it uses, by their Config name, with its defaults. Others are refused."""
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    """More sets of defaults by name, for ``--preset``: of options that it uses, and of its own."""
     restates: ClassVar[bool] = False
     """Whether its messages say what is (weights), not what has changed (gradients), so that a repeated one is harmless
     after a resume."""
@@ -61,15 +49,24 @@ class Strategy:
 
     def __init_subclass__(cls) -> None:
         """Give the options the name of their strategy, by which messages call them."""
-        name = getattr(cls, "name", "")
+        name, own = getattr(cls, "name", ""), cls.Options
+        if not (isinstance(own, type) and issubclass(own, StrategyOptions)):
+            return  # `strategies.user` refuses it
         if "Options" in vars(cls):
-            cls.Options.table = name
-        elif cls.Options.table != name:
-            cls.Options = type("Options", (cls.Options,), {"table": name})
+            own.table = name
+        elif own.table != name:
+            cls.Options = type("Options", (own,), {"table": name})
 
     def __init__(self, **options: Any) -> None:
         """Take the strategy's own options by name. Raises UserError for one that it lacks or that is wrong."""
         self.options = self.Options.of(options)
+
+    def derived(self, config: Config) -> Mapping[str, object]:
+        """Return defaults of shared options that depend on its own options, or on what ``config`` gives.
+
+        They take the place of those in ``uses``.
+        """
+        return {}
 
     def start(self, plan: Plan) -> State:
         """Return the state before the first step: a `State`, or a dataclass that inherits from it."""

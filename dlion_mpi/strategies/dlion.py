@@ -12,8 +12,10 @@ from dlion_mpi.algorithms.bandwidth import MEASURABLE_BYTES
 from dlion_mpi.algorithms.error_feedback import Budget, Choice, Rules, Unsent
 from dlion_mpi.algorithms.selection import Selection, Selector
 from dlion_mpi.algorithms.weighting import coefficient
+from dlion_mpi.config.fields import Bounds, option
 from dlion_mpi.config.options import Config
 from dlion_mpi.strategies.contract import BATCHING, TRANSFER, Strategy
+from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
 from dlion_mpi.strategies.types import Effect, LinkView, LocalGradient, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
@@ -30,35 +32,34 @@ class DlionState(State):
 
 
 LINK_SHARE = 0.05
-"""``--link-share`` where what is not sent is remembered."""
+"""Size of a message as a share of what its link can carry, if unsent entries are kept."""
 MESSAGE_LIMIT = 0.01
-"""``--message-limit`` there. On wide links larger messages cost the processor more than their entries bring."""
-
+"""Largest message then, as a share of the dense gradient. Larger messages cost more processor time than they gain."""
+N_MIN = 0.85
+"""Smallest N of a link [recalled from the paper]. Other values change little (benchmarks/README.md)."""
 PATIENCE = 0.5
-"""``--patience`` where messages can come in the same step, since they leave links most of their time."""
+"""``--patience`` if messages are short enough to arrive within the step."""
 LEAST = 0.0025
-"""Of a gradient's bytes: `--link-share` makes messages no smaller. Smaller ones save little time, and how fast a link
-is could not be told from them."""
+"""Smallest message that LINK_SHARE makes, as a share of the dense gradient. Smaller messages save little time, and a
+link's rate cannot be measured by them."""
 MOST = 0.4
-"""Of what a link can take: LEAST makes messages no larger. So they still come in time for PATIENCE."""
+"""Largest message that LEAST makes, as a share of what its link can carry: it still arrives in time for PATIENCE."""
 SLACK = 4.0
-"""Links that are up to so many times narrower than a wider one get the same entries, if they can take them: budgets
-that differ a little, as measured ones do, would leave every link something owed, and replicas would drift apart."""
+"""Links up to this factor narrower than a wider one get the same entries, if they can carry them. Otherwise measured
+budgets, which always differ a little, would leave a residual for every link, and replicas would drift apart."""
 
 PAPER: Mapping[str, object] = {
     "patience": 0.0,
     "batching": "proportional",
-    "weighting": "paper",
-    "unsent": "drop",
-    "link_share": 1.0,
-    "message_limit": 1.0,
-    "own_gradient": "whole",
     "value_type": "float32",
     "exchange_share": 0.0,
     "transfer": "all",
     "transfer_period": 100,
+    "weighting": "paper",
+    "unsent": "drop",
+    "link_share": 1.0,
 }
-"""What ``--preset paper`` has in the place of the defaults. Source: DLion (HPDC 2021), as far as it is known."""
+"""The defaults of ``--preset paper``. Source: DLion (HPDC 2021), as far as it is known."""
 
 
 class Dlion(Strategy):
@@ -77,27 +78,79 @@ class Dlion(Strategy):
         "patience": None,
         "backup": 0,
         **BATCHING,
-        "weighting": "global",
-        "max_n": None,
-        "n_min": 0.85,
-        "link_share": None,
-        "message_limit": None,
-        "unsent": "accumulate",
-        "own_gradient": None,
         "value_type": "bfloat16",
         "exchange_share": 0.15,
-        "exchange_thread": "on",
-        "window": window,
         **TRANSFER,
-        "transfer": "auto",
+        "transfer": None,
     }
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"paper": PAPER}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(StrategyOptions):
+        """The selection of what is sent, and the weight of a gradient."""
+
+        unsent: str = option(
+            "accumulate",
+            "keep unsent entries as a residual, and apply the local gradient as it is sent (accumulate; in async "
+            "whole); keep them, and apply the local gradient whole (accumulate-whole); or drop them",
+            choices=("accumulate", "accumulate-whole", "drop"),
+        )
+        link_share: float | None = option(
+            None,
+            "size of a message as a share of what its link can carry in a step (default: 0.05, at most 1 % of a "
+            "gradient; with drop 1)",
+            bounds=Bounds(1e-6, 1, "a share in (0, 1]"),
+            idle={"max_n": ()},
+            value="SHARE",
+        )
+        max_n: float | None = option(
+            None,
+            "send the entries within N % of the largest of their variable, 100: all (default: each link its own N)",
+            bounds=Bounds(1e-6, 100, "in (0, 100]"),
+            value="N",
+        )
+        weighting: str = option(
+            "global",
+            "weight of the gradient of worker j at worker k: LBS_j / GBS (global), or LBS_j / (n LBS_k) (paper)",
+            choices=("global", "paper"),
+        )
+
+    options: Options
+
+    @property
+    def remembers(self) -> bool:
+        """Whether unsent entries are kept."""
+        return self.options.unsent != "drop"
+
+    @property
+    def short(self) -> bool:
+        """Whether messages are short enough to arrive within the step: the default if unsent entries are kept."""
+        return self.remembers and self.options.link_share is None and self.options.max_n is None
+
+    @property
+    def link_share(self) -> float:
+        """The size of a message as a share of what its link can carry."""
+        return LINK_SHARE if self.short else self.options.link_share or 1.0
+
+    def applies_as_sent(self, config: Config) -> bool:
+        """Whether a worker applies entries of its local gradient when it sends them, so that replicas stay equal."""
+        return self.options.unsent == "accumulate" and config.mode.reports_progress
+
+    def derived(self, config: Config) -> Mapping[str, object]:
+        """Wait for short messages. Transfer knowledge if unsent entries are dropped, or if an option asks for it."""
+        asked = config.transfer_period is not None or config.transfer_merge is not None
+        return {
+            "patience": PATIENCE if self.link_share < 1 else 0.0,
+            "transfer": "all" if asked or not self.remembers else "none",
+        }
 
     def selects_in_background(self, plan: Plan) -> bool:
         """Unless the step applies what it sends: then it has to be selected before."""
-        return plan.config.own_gradient != "as-sent"
+        return not self.applies_as_sent(plan.config)
 
     def start(self, plan: Plan) -> DlionState:
-        unsent = Unsent(plan.layout, _rules(plan.config)) if plan.config.unsent == "accumulate" else None
+        rules = Rules(max_n=self.options.max_n, n_min=N_MIN, value_type=plan.config.value_type or "float32")
+        unsent = Unsent(plan.layout, rules) if self.remembers else None
         return DlionState(plan, unsent, Selector(plan.layout), np.empty(plan.layout.size, np.float32))
 
     def outgoing(self, state: DlionState, local: LocalGradient, links: Mapping[int, LinkView]) -> dict[int, Outgoing]:
@@ -106,14 +159,14 @@ class Dlion(Strategy):
         Where somebody may be waiting for this worker's step, any other link gets a header that tells it.
         """
         config = state.plan.config
-        budgets = {peer: _budget(link, config, state.plan.layout.size) for peer, link in links.items()}
+        budgets = {peer: self._budget(link, config, state.plan.layout.size) for peer, link in links.items()}
         told = [peer for peer, budget in budgets.items() if budget is not None or config.mode.reports_progress]
         messages = {peer: Outgoing() for peer in told}
         if state.unsent is not None:
             state.unsent.add(local.vector)
             choices = state.unsent.take(budgets)
         else:
-            choices = _largest(state, local.vector, budgets)
+            choices = self._largest(state, local.vector, budgets)
         for peer, choice in choices.items():
             messages[peer] = Outgoing(entries=choice.entries, quality=choice.quality, value_type=_value_type(state))
         return messages
@@ -129,11 +182,11 @@ class Dlion(Strategy):
         config, workers = state.plan.config, len(state.plan.ranks)
 
         def share(lbs: int, gbs: int) -> float:
-            return coefficient(config.weighting, lbs, gbs, own_lbs=local.lbs, workers=workers)
+            return coefficient(self.options.weighting, lbs, gbs, own_lbs=local.lbs, workers=workers)
 
         own = share(local.lbs, local.gbs)
         addends = [(m.header.sender, m.entries, share(m.header.lbs, m.header.gbs)) for m in messages]
-        if state.unsent is not None and config.own_gradient == "as-sent":
+        if state.unsent is not None and self.applies_as_sent(config):
             state.effective.fill(0)
             if state.unsent.sent is not None:
                 addends.append((state.plan.rank, state.unsent.sent, own))
@@ -143,50 +196,44 @@ class Dlion(Strategy):
             entries.add_to(state.effective, weight)
         return Effect(gradient=state.effective)
 
+    def _budget(self, link: LinkView, config: Config, size: int) -> Budget | None:
+        """Return the size of the next message of a gradient of ``size`` entries, or None for no message.
 
-def _rules(config: Config) -> Rules:
-    return Rules(max_n=config.max_n, n_min=config.n_min or 0.0, value_type=config.value_type or "float32")
+        The message uses a part of what the link can carry, so that it arrives soon. In `sync` a link has at most one
+        message in flight, since a step takes all messages of the one before: a late acknowledgement must not delay
+        this gradient.
+        """
+        if config.mode.lockstep:
+            can_bytes = link.budget_bytes
+        elif not link.ready or link.room_bytes <= 0:
+            return None
+        else:
+            can_bytes = min(link.budget_bytes, link.room_bytes)
+        gradient_bytes = 4 * size
+        wanted_bytes = max(self.link_share * can_bytes, min(LEAST * gradient_bytes, MOST * can_bytes))
+        if self.short:
+            wanted_bytes = min(wanted_bytes, MESSAGE_LIMIT * gradient_bytes)
+        wanted_bytes = min(max(wanted_bytes, min(MEASURABLE_BYTES, can_bytes)), link.affordable_bytes)
+        return Budget(wanted_bytes, min(SLACK * wanted_bytes, can_bytes))
+
+    def _largest(self, state: DlionState, gradient: Vector, budgets: Mapping[int, Budget | None]) -> dict[int, Choice]:
+        """Select from this gradient alone, for every link that takes a message now."""
+        selector = state.selector
+        ready = {peer: budget.wanted_bytes for peer, budget in budgets.items() if budget is not None}
+        if not ready:
+            return {}
+        largest = selector.measure(gradient)
+        if self.options.max_n is not None:
+            selections = [selector.max_n(gradient, largest, self.options.max_n)] * len(ready)
+        else:
+            selections = selector.nested(
+                gradient, largest, list(ready.values()), n_min=N_MIN, value_type=_value_type(state)
+            )
+        return {peer: _choice(gradient, selection) for peer, selection in zip(ready, selections, strict=True)}
 
 
 def _value_type(state: DlionState) -> ValueType:
     return state.plan.config.value_type or "float32"
-
-
-def _budget(link: LinkView, config: Config, size: int) -> Budget | None:
-    """What a message may have now, of a gradient of ``size`` entries; None if there should be none.
-
-    A part of what the link can take, so that it is there soon. In `sync` no link has more than one message under way,
-    since a step takes everyone's messages of the one before: whether its acknowledgement has come yet must not put
-    this step's gradient off.
-    """
-    if config.mode.lockstep:
-        can_bytes = link.budget_bytes
-    elif not link.ready or link.room_bytes <= 0:
-        return None
-    else:
-        can_bytes = min(link.budget_bytes, link.room_bytes)
-    gradient_bytes = 4 * size
-    wanted_bytes = max((config.link_share or 1.0) * can_bytes, min(LEAST * gradient_bytes, MOST * can_bytes))
-    if config.message_limit is not None and config.message_limit < 1:
-        wanted_bytes = min(wanted_bytes, config.message_limit * gradient_bytes)
-    wanted_bytes = min(max(wanted_bytes, min(MEASURABLE_BYTES, can_bytes)), link.affordable_bytes)
-    return Budget(wanted_bytes, min(SLACK * wanted_bytes, can_bytes))
-
-
-def _largest(state: DlionState, gradient: Vector, budgets: Mapping[int, Budget | None]) -> dict[int, Choice]:
-    """Of this gradient alone, for every link that takes a message now."""
-    config, selector = state.plan.config, state.selector
-    ready = {peer: budget.wanted_bytes for peer, budget in budgets.items() if budget is not None}
-    if not ready:
-        return {}
-    largest = selector.measure(gradient)
-    if config.max_n is not None:
-        selections = [selector.max_n(gradient, largest, config.max_n)] * len(ready)
-    else:
-        selections = selector.nested(
-            gradient, largest, list(ready.values()), n_min=config.n_min or 0.0, value_type=_value_type(state)
-        )
-    return {peer: _choice(gradient, selection) for peer, selection in zip(ready, selections, strict=True)}
 
 
 def _choice(gradient: Vector, selection: Selection) -> Choice:

@@ -9,8 +9,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.config.fields import at_least, option
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.missed import Missed
+from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
 from dlion_mpi.strategies.types import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
@@ -45,13 +47,16 @@ class Gaia(Strategy):
 
     name = "gaia"
     modes = ("bounded", "async")
-    uses: ClassVar[Mapping[str, object]] = {
-        "staleness": 5,
-        "gaia_threshold": 0.01,
-        "gaia_barrier": "selective",
-        "exchange_thread": "on",
-        "window": Strategy.window,
-    }
+    uses: ClassVar[Mapping[str, object]] = {"staleness": 5}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(StrategyOptions):
+        """The threshold of significance, and the barrier for late updates."""
+
+        threshold: float = option(0.01, "significant share of a weight, over the root of the step", bounds=at_least(0))
+        barrier: str = option("selective", "wait for late significant updates or not", choices=("selective", "none"))
+
+    options: Options
 
     def start(self, plan: Plan) -> GaiaState:
         size = plan.layout.size
@@ -67,7 +72,7 @@ class Gaia(Strategy):
             now = weights()
             state.accumulated += now - state.before
             state.before = None
-            entries = _significant(state, now, threshold(config.gaia_threshold or 0.0, step))
+            entries = _significant(state, now, threshold(self.options.threshold, step))
         report = config.mode.reports_progress and state.told < step
         messages = {peer: Outgoing() for peer in (links if report else ())}
         state.told = step
@@ -75,7 +80,7 @@ class Gaia(Strategy):
             due = state.missed.due(peer, entries, link.ready, everything=True)
             if due is not None and len(due):
                 slow = encoded_bytes(due.indices, size) > link.budget_bytes
-                announced = slow and config.gaia_barrier == "selective"
+                announced = slow and self.options.barrier == "selective"
                 messages[peer] = Outgoing(entries=due, quality=100 * len(due) / size, announced=announced)
         return messages
 

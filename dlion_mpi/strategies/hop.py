@@ -8,7 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.config.fields import at_least, option
 from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
 from dlion_mpi.strategies.types import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
@@ -30,6 +32,9 @@ class HopState(State):
     told: int = -1
 
 
+SYNC = {"sync": ("sync",)}
+
+
 class Hop(Strategy):
     """Decentralised parallel SGD: ``x_{k+1} = mean_j x_j - eta g(x_k)`` over the neighbours j and the worker itself.
 
@@ -45,18 +50,20 @@ class Hop(Strategy):
     name = "hop"
     modes = ("bounded", "sync")
     restates = True
-    uses: ClassVar[Mapping[str, object]] = {
-        "staleness": 5,
-        "backup": 1,
-        "hop_graph": "all",
-        "hop_max_gap": 8,
-        "hop_skip": 10,
-        "exchange_thread": "on",
-        "window": Strategy.window,
-    }
+    uses: ClassVar[Mapping[str, object]] = {"staleness": 5, "backup": 1}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(StrategyOptions):
+        """The graph, and how far apart two neighbours may be."""
+
+        graph: str = option("all", "workers to average with: all, or the ranks on either side", choices=("all", "ring"))
+        max_gap: int = option(8, "most steps ahead of a neighbour", bounds=at_least(1, "step"), idle=SYNC)
+        skip: int = option(10, "most steps that a straggler leaves out at once; 0: none", bounds=at_least(0), idle=SYNC)
+
+    options: Options
 
     def start(self, plan: Plan) -> HopState:
-        return HopState(plan, neighbours(plan), np.empty(plan.layout.size, np.float32))
+        return HopState(plan, neighbours(plan, self.options.graph), np.empty(plan.layout.size, np.float32))
 
     def before_compute(
         self, state: HopState, step: int, weights: Weights, links: Mapping[int, LinkView]
@@ -79,7 +86,7 @@ class Hop(Strategy):
         step, gradient = local.step, local.vector
         arrived = {message.header.sender: message for message in messages}  # by step: the newest is the last
         state.newest |= {j: message.header.step for j, message in arrived.items()}
-        skipped = _skipped(state, step)
+        skipped = _skipped(state, step, self.options)
         oldest = step + skipped - (state.plan.config.staleness or 0)
         parts = [(m.header.step - oldest + 1, m.entries.values) for m in arrived.values() if m.header.step >= oldest]
         if not parts:
@@ -96,28 +103,25 @@ class Hop(Strategy):
         """With a token for the next iteration, and recent parameters from all but the backup workers."""
         config = state.plan.config
         live = state.neighbours & inbox.newest.keys()
-        if config.hop_max_gap and any(inbox.newest[j] < step + 1 - config.hop_max_gap for j in live):
+        if any(inbox.newest[j] < step + 1 - self.options.max_gap for j in live):
             return False
         iterations = state.newest | {message.header.sender: message.header.step for message in inbox.held}
         recent = [j for j in live if iterations.get(j, -1) >= step - (config.staleness or 0)]
         return len(recent) >= len(live) - (config.backup or 0)
 
 
-def neighbours(plan: Plan) -> frozenset[int]:
+def neighbours(plan: Plan, graph: str) -> frozenset[int]:
     """The graph: every other rank (``all``), or the next rank on either side (``ring``)."""
     ranks, place = plan.ranks, plan.ranks.index(plan.rank)
-    peers = {ranks[place - 1], ranks[(place + 1) % len(ranks)]} if plan.config.hop_graph == "ring" else {*ranks}
+    peers = {ranks[place - 1], ranks[(place + 1) % len(ranks)]} if graph == "ring" else {*ranks}
     return frozenset(peers - {plan.rank})
 
 
-def _skipped(state: HopState, step: int) -> int:
+def _skipped(state: HopState, step: int, options: Hop.Options) -> int:
     """The number of iterations to leave out after ``step``, by what is known of the neighbours' iterations."""
-    config = state.plan.config
     known = [state.newest.get(j, -1) for j in state.neighbours]
-    if not known or not config.hop_skip or not config.hop_max_gap:
+    behind = max(known, default=-1) - (step + 1)
+    if behind < max(1, state.plan.config.staleness or 0):
         return 0
-    behind = max(known) - (step + 1)
-    if behind < max(1, config.staleness or 0):
-        return 0
-    tokens = min(known) + config.hop_max_gap - (step + 1)
-    return max(0, min(behind, config.hop_skip, tokens))
+    tokens = min(known) + options.max_gap - (step + 1)
+    return max(0, min(behind, options.skip, tokens))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from dlion_mpi.config.modes import MODES
-from dlion_mpi.config.options import Config, flag
+from dlion_mpi.config.fields import check_effect, declared, flag, idle_due_to
+from dlion_mpi.config.options import FIELDS, Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.strategies import user as own
+from dlion_mpi.strategies import user
 from dlion_mpi.strategies.ako import Ako
 from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.baseline import Baseline
 from dlion_mpi.strategies.contract import Strategy
-from dlion_mpi.strategies.dlion import LINK_SHARE, MESSAGE_LIMIT, PAPER, PATIENCE, Dlion
+from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.hop import Hop
 
@@ -25,83 +27,71 @@ def find(name: str) -> type[Strategy]:
         return STRATEGIES[name]
     if ":" not in name:
         raise UserError(f"--strategy {name}: unknown; known are {', '.join(STRATEGIES)}, or PACKAGE.MODULE:CLASS")
-    return own.load(name, built_in=", ".join(STRATEGIES), options=options())
+    return user.load(name, built_in=", ".join(STRATEGIES), options=shared_options())
 
 
-def options() -> set[str]:
-    """The options that belong to strategies: which of them one uses, its ``defaults`` say."""
+def shared_options() -> set[str]:
+    """The options of a Config that only some strategies use: those that ``uses`` of a strategy names."""
     return {name for strategy in STRATEGIES.values() for name in strategy.uses}
 
 
 def default_values() -> dict[str, object]:
-    """What an option of a strategy is by default, for ``--help``: that of dlion where it has one."""
-    rivals = {name: value for strategy in STRATEGIES.values() for name, value in strategy.uses.items()}
-    return {"sync": Dlion.modes[0], **rivals, **Dlion.uses}
+    """The default of each option that only some strategies use, for ``--help``: that of the default strategy first."""
+    usual = STRATEGIES[Config.strategy]
+    others = {name: value for cls in STRATEGIES.values() for name, value in cls.uses.items()}
+    return {**others, **usual.uses, "sync": usual.modes[0]}
 
 
 def resolve(config: Config) -> tuple[Strategy, Config]:
-    """The strategy that the Config names, and the Config with that strategy's defaults filled in.
+    """The strategy that the Config names, and the Config with all defaults of that strategy.
 
-    Raises UserError for an unknown strategy, a synchronisation mode it does not support, and an option it
-    does not use.
+    Raises UserError for an unknown strategy, a synchronisation mode or a preset that the strategy lacks, and an option
+    that it does not use.
     """
-    strategy = find(config.strategy)()
-    sync = config.sync or strategy.modes[0]
-    if sync not in strategy.modes:
-        raise UserError(
-            f"--strategy {strategy.name} does not support --sync {sync}: it supports " + ", ".join(strategy.modes)
-        )
-    if config.preset is not None and strategy.name != Dlion.name:
-        raise UserError(f"--preset {config.preset} is dlion's, not of --strategy {strategy.name}: drop it")
-    defaults = {**strategy.uses, **(PAPER if config.preset == "paper" else {})}
-    for name in (*(() if MODES[sync].bounded else _BOUNDED_ONLY), *(_NOT_IN_LOCKSTEP if MODES[sync].lockstep else ())):
-        defaults.pop(name, None)
-    values: dict[str, object] = {"sync": sync}
-    for name in sorted(options()):
-        given = getattr(config, name)
-        if given is None:
-            values[name] = defaults.get(name)
-        elif name not in defaults:
-            uses = ", ".join(flag(used) for used in defaults) or "no options of its own"
-            raise UserError(
-                f"{flag(name)} is not used by --strategy {strategy.name} --sync {sync}, which has {uses}: drop it"
-            )
-
-    def chosen(name: str) -> object:
-        return values.get(name, getattr(config, name))
-
-    if chosen("transfer") == "auto":
-        asked = any(getattr(config, name) is not None for name in _SWITCHES["transfer"][1])
-        values["transfer"] = "none" if chosen("unsent") == "accumulate" and not asked else "all"
-    if "message_limit" in defaults and chosen("message_limit") is None:
-        short = chosen("unsent") == "accumulate" and chosen("link_share") is None
-        values["message_limit"] = MESSAGE_LIMIT if short else 1.0
-    if "link_share" in defaults and chosen("link_share") is None:
-        values["link_share"] = LINK_SHARE if chosen("unsent") == "accumulate" else 1.0
-    if "own_gradient" in defaults and chosen("own_gradient") is None:
-        values["own_gradient"] = (
-            "as-sent" if chosen("unsent") == "accumulate" and MODES[sync].reports_progress else "whole"
-        )
-    if "patience" in defaults and chosen("patience") is None:
-        in_time = config.max_n is None and chosen("link_share") != 1
-        values["patience"] = PATIENCE if in_time else 0.0
-    for master, (off, rest) in _SWITCHES.items():
-        if chosen(master) == off:
-            values.update(dict.fromkeys(rest))
-    if config.max_n is not None:
-        values.update(n_min=None, link_share=None, message_limit=None)
-    return strategy, dataclasses.replace(config, **values)  # type: ignore[arg-type]
+    cls = find(config.strategy)
+    sync = config.sync or cls.modes[0]
+    if sync not in cls.modes:
+        raise UserError(f"--strategy {cls.name} does not support --sync {sync}: it supports {', '.join(cls.modes)}")
+    refuse_unused(config, cls.name, uses=cls.uses, own=cls.Options, presets=cls.presets)
+    config = dataclasses.replace(config, sync=sync)
+    preset = cls.presets[config.preset] if config.preset else {}
+    strategy = cls(**_own_options(cls, config, preset))
+    defaults = {**cls.uses, **strategy.derived(config), **preset}
+    given = {name: value for name in cls.uses if (value := getattr(config, name)) is not None}
+    shared: dict[str, Any] = {name: defaults[name] for name in cls.uses} | given
+    values = config.values() | shared
+    shared |= {name: None for name in shared if name not in given and idle_due_to(FIELDS[name], values)}
+    own = {
+        f"{cls.Options.table}.{f.name}": value
+        for f in declared(strategy.options)
+        if (value := getattr(strategy.options, f.name)) is not None and not idle_due_to(f, values)
+    }
+    return strategy, dataclasses.replace(config, strategy_options=own, **shared)
 
 
-_BOUNDED_ONLY = ("staleness", "backup", "patience", "hop_max_gap", "hop_skip")
-_NOT_IN_LOCKSTEP = ("exchange_share", "exchange_thread", "window")
+def _own_options(cls: type[Strategy], config: Config, preset: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the strategy that were given, and those of the preset that still have an effect."""
+    fields = {f.name: f for f in declared(cls.Options)}
+    given = {name.partition(".")[2]: value for name, value in config.strategy_options.items()}
+    for name in given.keys() & fields.keys():
+        check_effect(fields[name], config.values(), f"{cls.Options.table}.")
+    values = {name: value for name, value in preset.items() if name in fields} | given
+    return {name: v for name, v in values.items() if name in given or not idle_due_to(fields[name], values)}
 
-# A technique that is switched off leaves these options without a value.
-_SWITCHES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "batching": ("fixed", ("rebalance_every",)),
-    "gbs_schedule": (
-        "fixed",
-        ("gbs_interval", "gbs_warmup_step", "gbs_warmup_limit", "gbs_speedup_factor", "gbs_limit"),
-    ),
-    "transfer": ("none", ("transfer_period", "transfer_merge", "transfer_losses")),
-}
+
+def refuse_unused(
+    config: Config, strategy: str, *, uses: Iterable[str], own: Any = None, presets: Iterable[str] = ()
+) -> None:
+    """Raise UserError for an option or a preset that was given and that the strategy does not have."""
+    for name in config.strategy_options:
+        table = name.partition(".")[0]
+        if own is None or table != own.table:
+            raise UserError(f"{flag(name)} belongs to --strategy {table}, not to {strategy}: drop it")
+    for name in sorted(shared_options() - set(uses)):
+        if getattr(config, name) is not None:
+            used = [*uses, *(f"{own.table}.{f.name}" for f in declared(own))] if own else uses
+            flags = ", ".join(map(flag, used)) or "no options"
+            raise UserError(f"{flag(name)} is not used by --strategy {strategy}, which has {flags}: drop it")
+    if config.preset is not None and config.preset not in presets:
+        known = ", ".join(presets) or "none"
+        raise UserError(f"--preset {config.preset}: unknown; --strategy {strategy} has {known}")

@@ -6,11 +6,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dlion_mpi import plugins
+from dlion_mpi.config.fields import declared, type_name
 from dlion_mpi.config.modes import MODES
 from dlion_mpi.errors import UserError
 from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.options import StrategyOptions
 
-METHODS = [name for name, value in vars(Strategy).items() if callable(value) and not name.startswith("_")]
+METHODS = [name for name, value in vars(Strategy).items() if name[0].islower() and callable(value)]
 
 
 def load(spec: str, *, built_in: str, options: Collection[str]) -> type[Strategy]:
@@ -27,7 +29,7 @@ def load(spec: str, *, built_in: str, options: Collection[str]) -> type[Strategy
 
 
 def _problem(cls: Any, options: Collection[str]) -> str:
-    """What keeps ``cls`` from being a strategy; empty if nothing does."""
+    """Return why ``cls`` is not a strategy, or an empty text."""
     if not isinstance(cls, type):
         return f"is a {type(cls).__name__}, but must be a class"
     if not issubclass(cls, Strategy):
@@ -47,6 +49,12 @@ def _problem(cls: Any, options: Collection[str]) -> str:
     unknown = [str(name) for name in uses if name not in options]
     if unknown:
         return f"uses has {', '.join(unknown)}, but the shared options are {', '.join(sorted(options))}"
+    own: Any = cls.Options
+    if not (isinstance(own, type) and issubclass(own, StrategyOptions)):
+        return "Options must be a dataclass that inherits from StrategyOptions"
+    for f in declared(own):
+        if type_name(f) not in ("int", "float", "str", "Every"):
+            return f"the option {f.name} is a {type_name(f)}, but must be an int, a float, a str or an Every"
     try:
         cls()
     except TypeError as error:

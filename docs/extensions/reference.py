@@ -1,6 +1,6 @@
 """Directives that generate the reference of options, commands and micro-clouds from the program.
 
-{options} TABLE      the options of `dlion train` that belong to a TOML table, such as `batching`
+{options} TABLE      the options of `dlion train` that belong to a TOML table, such as `batching` or `gaia`
 {command} WORDS      a command's description, usage and arguments, such as `emulate run`
 {micro-clouds}       the environments that come with the package
 """
@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -17,8 +16,9 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from dlion_mpi.cli import _parser
-from dlion_mpi.config.options import _BOUNDS, Config, flag
+from dlion_mpi.cli import parser as parser_of_all
+from dlion_mpi.config.fields import Field, declared, flag
+from dlion_mpi.config.options import FIELDS
 from dlion_mpi.microcloud import environments
 from dlion_mpi.microcloud.environment import Phase
 from dlion_mpi.strategies.registry import STRATEGIES
@@ -26,26 +26,28 @@ from dlion_mpi.strategies.registry import STRATEGIES
 
 def options(table: str) -> str:
     """Return a Markdown table of the options of a TOML table. Raises ValueError if there are none."""
-    fields = [f for f in dataclasses.fields(Config) if f.metadata["table"] == table]
+    fields = {name: f for name, f in FIELDS.items() if f.metadata["table"] == table}
+    if table in STRATEGIES:
+        fields = {f"{table}.{f.name}": f for f in declared(STRATEGIES[table].Options)}
     if not fields:
         raise ValueError(f"no option belongs to the table '{table}'")
-    return _table(("option", "default", "meaning"), [_option(f) for f in fields])
+    return _table(("option", "default", "meaning"), [_option(name, f) for name, f in fields.items()])
 
 
-def _option(f: dataclasses.Field[Any]) -> tuple[str, str, str]:
+def _option(name: str, f: Field) -> tuple[str, str, str]:
     defaults = {s.name: s.uses[f.name] for s in STRATEGIES.values() if f.name in s.uses}
     if f.name == "sync":
         defaults = {s.name: s.modes[0] for s in STRATEGIES.values()}
-    meaning = [_sentence(f.metadata["help"].replace("%%", "%"))]
+    meaning = [_sentence(f.metadata["help"])]
     if f.metadata["choices"]:
         meaning.append(f"One of {_codes(f.metadata['choices'])}.")
-    if f.name in _BOUNDS:
-        meaning.append(f"Must be {_BOUNDS[f.name][2]}.")
+    if f.metadata["bounds"] is not None:
+        meaning.append(f"Must be {f.metadata['bounds'].text}.")
     if f.name == "sync":
         meaning += [f"{name}: {_codes(STRATEGIES[name].modes)}." for name in defaults]
     elif defaults:
         meaning.append(f"Used by {', '.join(defaults)}.")
-    return f"`{flag(f.name)}`", _default(defaults or {"": f.default}), " ".join(meaning)
+    return f"`{flag(name)}`", _default(defaults or {"": f.default}), " ".join(meaning)
 
 
 def _default(values: dict[str, Any]) -> str:
@@ -60,7 +62,7 @@ def _default(values: dict[str, Any]) -> str:
 
 def command(words: str) -> str:
     """Describe a command in Markdown. Options of `dlion train` are left to the page of the configuration."""
-    parser: argparse.ArgumentParser = _parser()
+    parser: argparse.ArgumentParser = parser_of_all()
     for word in words.split():
         parser = _subcommands(parser)[word]
     parts = [parser.description or "", f"```text\n{_usage(parser)}\n```"]
@@ -89,17 +91,20 @@ def _usage(parser: argparse.ArgumentParser) -> str:
 
 
 def _argument(action: argparse.Action) -> Iterable[tuple[str, str]]:
-    fields = {flag(f.name) for f in dataclasses.fields(Config)}
-    if isinstance(action, argparse._HelpAction | argparse._SubParsersAction) or fields & set(action.option_strings):
+    own = {f"{table}.{f.name}" for table, cls in STRATEGIES.items() for f in declared(cls.Options)}
+    if isinstance(action, argparse._HelpAction | argparse._SubParsersAction) or action.dest in FIELDS.keys() | own:
+        return
+    help_ = getattr(action, "full_help", action.help)
+    if help_ == argparse.SUPPRESS:
         return
     value = "" if action.nargs == 0 or not action.option_strings else f" {action.metavar or action.dest.upper()}"
     name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
-    yield f"`{name}{value}`", _sentence((action.help or "").replace("%%", "%"))
+    yield f"`{name}{value}`", _sentence((help_ or "").replace("%%", "%"))
 
 
 def _sentence(text: str) -> str:
     """Turn a help text into a sentence, with the options that it names as code."""
-    text = re.sub(r"(?<![\w-])--[a-z][\w-]*", r"`\g<0>`", text)
+    text = re.sub(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z][\w-]*)?", r"`\g<0>`", text)
     return text[:1].upper() + text[1:].removesuffix(".") + "." if text else ""
 
 

@@ -14,6 +14,7 @@ from dlion_mpi.strategies.types import Effect, LocalGradient, Sums
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 from dlion_mpi.wire import Header, Kind, Message
 from tests.inmemory import Quadratic, Run, Weather, run
+from tests.options import config as options_config
 
 LAYOUT = Layout.of([(4, 5), (7,), (), (12,)])
 SIZE = LAYOUT.size
@@ -31,21 +32,19 @@ ROUGH = Weather(seed=5, delay=12, budget=(100, 330), blocked=0.3)
 
 def config(name: str, mode: str, **options: Any) -> Config:
     """A Config with small periods, of those options that this strategy has."""
-    small: dict[str, Any] = {"gbs_schedule": "fixed"}
+    small: dict[str, Any] = {"global_batch": "fixed"}
     if options.get("transfer") != "none":
         small["transfer_period"] = 40
-    if options.get("batching") != "fixed":
-        small["rebalance_every"] = 7
     if name == "hop" and mode == "bounded":  # every step, and no bound but the staleness
-        small |= {"backup": 0, "hop_max_gap": 1000, "hop_skip": 0}
+        small |= {"backup": 0, "max_gap": 1000, "skip": 0}
     used = {option: value for option, value in (small | options).items() if has_option(name, option)}
-    return Config(**{"strategy": name, "sync": mode, "steps": 250, "lbs": 8, **used})
+    return options_config(**{"strategy": name, "sync": mode, "steps": 250, "batch_size": 8, **used})
 
 
 def has_option(name: str, option: str) -> bool:
     """Whether it is not a technique's option, or one of a technique that this strategy has."""
-    technique = any(option in strategy.uses for strategy in STRATEGIES.values())
-    return not technique or option in STRATEGIES[name].uses
+    technique = any(option in strategy.uses or hasattr(strategy.Options, option) for strategy in STRATEGIES.values())
+    return not technique or option in STRATEGIES[name].uses or hasattr(STRATEGIES[name].Options, option)
 
 
 def specialists(workers: int) -> list[Quadratic]:

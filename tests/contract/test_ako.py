@@ -11,19 +11,20 @@ from hypothesis import strategies as st
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.strategies.ako import partitions
+from dlion_mpi.strategies.ako import Ako, partitions
 from dlion_mpi.strategies.registry import resolve
 from dlion_mpi.strategies.types import LinkView, Outgoing, Plan
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import HEADER_BYTES, encoded_bytes
 from tests.contract.problem import LAYOUT, OPTIMUM, SIZE, arrival, config, gradients, local, trained
 from tests.inmemory import Weather
+from tests.options import config as options_config
 
 FREE, BUSY = LinkView(True, 1e9), LinkView(False, 1e9)
 
 
 def start(ranks: int = 3, **options: Any) -> tuple[Any, Any]:
-    strategy, resolved = resolve(Config(strategy="ako", **options))
+    strategy, resolved = resolve(options_config(strategy="ako", **options))
     return strategy, strategy.start(Plan(config=resolved, rank=0, ranks=tuple(range(ranks)), layout=LAYOUT))
 
 
@@ -38,7 +39,7 @@ def sent_entries(message: Outgoing) -> tuple[slice, Vector]:
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 13, SIZE - 1, SIZE, SIZE + 9])
 def test_the_gradient_is_cut_into_p_parts_of_about_equal_size(parts: int) -> None:
-    strategy, state = start(ako_partitions=parts)
+    strategy, state = start(partitions=parts)
     seen = []
     for step in range(2 * min(parts, SIZE)):
         messages = strategy.outgoing(state, local(OPTIMUM, step=step), {1: FREE, 2: FREE})
@@ -54,7 +55,7 @@ def test_the_gradient_is_cut_into_p_parts_of_about_equal_size(parts: int) -> Non
 @given(seed=st.integers(0, 1000), parts=st.integers(1, 12), cycles=st.integers(1, 3))
 def test_over_p_steps_what_was_sent_is_what_was_computed_bit_for_bit(seed: int, parts: int, cycles: int) -> None:
     """Of any float32: each entry's sum since it was last sent, added up in the order of the steps."""
-    strategy, state = start(ako_partitions=parts)
+    strategy, state = start(partitions=parts)
     owed = np.zeros(SIZE, np.float32)
     times_sent = np.zeros(SIZE, int)
     for step, gradient in enumerate(gradients(seed, cycles * parts, whole=False)):
@@ -78,7 +79,7 @@ def test_a_busy_link_misses_its_turn_and_nothing_is_lost(
     seed: int, parts: int, offers: list[tuple[bool, bool, float]]
 ) -> None:
     """Whole numbers add up exactly: sent + missed + accumulated == computed, with P fixed or changing."""
-    strategy, state = start(ako_partitions=parts)
+    strategy, state = start(partitions=parts)
     sent = {peer: np.zeros(SIZE) for peer in (1, 2)}
     own = gradients(seed, len(offers), whole=True)
     for step, (gradient, (*ready, budget)) in enumerate(zip(own, offers, strict=True)):
@@ -94,7 +95,7 @@ def test_a_busy_link_misses_its_turn_and_nothing_is_lost(
 
 
 def test_what_a_busy_link_missed_comes_when_the_partition_comes_round() -> None:
-    strategy, state = start(ako_partitions=2)
+    strategy, state = start(partitions=2)
     own = gradients(3, 4, whole=True)
     seen = []
     for gradient, link in zip(own, (BUSY, FREE, FREE, FREE), strict=True):
@@ -107,7 +108,7 @@ def test_what_a_busy_link_missed_comes_when_the_partition_comes_round() -> None:
 
 
 def test_a_partition_needs_next_to_no_bytes_for_its_indices() -> None:
-    strategy, state = start(ako_partitions=2)
+    strategy, state = start(partitions=2)
     messages = strategy.outgoing(state, local(OPTIMUM), {1: FREE})
     entries = messages[1].entries
     assert entries is not None
@@ -146,7 +147,7 @@ def test_in_a_run_slower_links_get_smaller_parts() -> None:
 @pytest.mark.parametrize("parts", [1, 5])
 def test_no_entry_is_more_than_p_steps_late(parts: int) -> None:
     """A gradient that is not zero in one step only has been sent whole after P steps, not one later."""
-    strategy, state = start(ako_partitions=parts)
+    strategy, state = start(partitions=parts)
     nothing = np.zeros(SIZE, np.float32)
     for phase in range(parts):
         for _ in range(phase):
@@ -174,11 +175,11 @@ def test_what_comes_is_added_at_once_each_worker_s_with_the_same_weight() -> Non
 def test_it_says_which_modes_and_options_it_has() -> None:
     with pytest.raises(UserError, match="ako does not support --sync sync: it supports async, bounded"):
         resolve(Config(strategy="ako", sync="sync"))
-    with pytest.raises(UserError, match="--staleness is not used by --strategy ako --sync async"):
+    with pytest.raises(UserError, match="--staleness has no effect with --sync async"):
         resolve(Config(strategy="ako", staleness=3))
-    with pytest.raises(UserError, match="--gaia-threshold is not used by --strategy ako"):
-        resolve(Config(strategy="ako", gaia_threshold=0.1))
-    with pytest.raises(UserError, match="--ako-partitions is not used by --strategy dlion"):
-        resolve(Config(ako_partitions=4))
-    with pytest.raises(UserError, match="--ako-partitions -1: must be 0"):
-        Config(strategy="ako", ako_partitions=-1)
+    with pytest.raises(UserError, match=r"--gaia\.threshold belongs to --strategy gaia, not to ako"):
+        resolve(Config.of({"strategy": "ako", "gaia.threshold": 0.1}))
+    with pytest.raises(UserError, match=r"--ako\.partitions belongs to --strategy ako, not to dlion"):
+        resolve(Config.of({"ako.partitions": 4}))
+    with pytest.raises(UserError, match=r"--ako\.partitions -1: must be at least 0"):
+        Ako(partitions=-1)

@@ -17,13 +17,14 @@ from dlion_mpi.checkpoint.folder import Checkpoint
 from dlion_mpi.checkpoint.preemption import Preemption
 from dlion_mpi.checkpoint.rounds import CheckpointRounds
 from dlion_mpi.config.options import Config
-from dlion_mpi.config.parsing import config_of
 from dlion_mpi.errors import RunError
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, part, vector
 from tests.inmemory import Network, Quadratic, Rows, Run, Weather, run
+from tests.options import config as options_config
+from tests.options import grow_soon
 
 WORKERS = 4
 SIZE = 40
@@ -107,8 +108,8 @@ class Started:
 
 
 def config(path: Path, **options: Any) -> Config:
-    base = {"out": str(path), "checkpoint_every": "20", "keep_checkpoints": 99, "lbs": 4, "steps": 60, **options}
-    return config_of({name: value for name, value in base.items() if value is not None})
+    base = {"out": str(path), "checkpoint_every": "20", "keep_checkpoints": 99, "batch_size": 4, "steps": 60, **options}
+    return options_config(**{name: value for name, value in base.items() if value is not None})
 
 
 def rows(seed: int = 0) -> list[np.ndarray]:
@@ -168,18 +169,27 @@ def checkpoints(path: Path) -> list[Checkpoint]:
 
 
 SYNC = [
-    {"strategy": "dlion", "max_n": 30, "transfer_period": 10, "transfer": "all", "gbs_interval": 20, "lbs_max": 64},
+    {
+        "strategy": "dlion",
+        "max_n": 30,
+        "transfer_period": 10,
+        "transfer": "all",
+        "batch_size_max": 64,
+    },
     {"strategy": "dlion", "max_n": 30, "unsent": "drop", "value_type": "bfloat16", "batching": "fixed"},
     {"strategy": "baseline"},
     {"strategy": "allreduce"},
-    {"strategy": "hop", "hop_graph": "ring"},
+    {"strategy": "hop", "graph": "ring"},
 ]
 
 
 @pytest.mark.parametrize("options", SYNC, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("every", ["20", "19"])
-def test_in_sync_a_resumed_run_is_the_same_to_the_last_bit(options: dict[str, Any], every: str, tmp_path: Path) -> None:
+def test_in_sync_a_resumed_run_is_the_same_to_the_last_bit(
+    options: dict[str, Any], every: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At step 20 a round of batch sizes and one of knowledge have just begun, at 19 and 21 they are further."""
+    grow_soon(monkeypatch, every=20, warmup=0.01, most=0.1)
     settings = config(tmp_path, sync="sync", checkpoint_every=every, **options)
     whole, _ = train(settings, Weather(seed=1, delay=30, slow=2))
     first = checkpoints(tmp_path)[0]
@@ -194,8 +204,8 @@ def test_in_sync_a_resumed_run_is_the_same_to_the_last_bit(options: dict[str, An
 
 
 def test_taking_checkpoints_changes_nothing(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"sync": "sync", "strategy": "dlion", "max_n": 30, "steps": 60, "lbs": 4}
-    plain = run(config_of(options), [KeptQuadratic(rank) for rank in PEERS], rows())
+    options: dict[str, Any] = {"sync": "sync", "strategy": "dlion", "max_n": 30, "steps": 60, "batch_size": 4}
+    plain = run(options_config(**options), [KeptQuadratic(rank) for rank in PEERS], rows())
     kept, started = train(config(tmp_path, **options), Weather(seed=4, delay=9))
     np.testing.assert_array_equal(kept.weights, plain.weights)
     assert [c.step for c in checkpoints(tmp_path)] == [20, 40, 60]
@@ -203,15 +213,15 @@ def test_taking_checkpoints_changes_nothing(tmp_path: Path) -> None:
 
 
 SHORT = {"steps": None, "seconds": 1.2, "checkpoint_every": "0.2s"}
-STEADY = {"batching": "fixed", "gbs_schedule": "fixed", "transfer": "none"}
+STEADY = {"batching": "fixed", "global_batch": "fixed", "transfer": "none"}
 LOOSE: list[dict[str, Any]] = [
     {"strategy": "dlion", "sync": "bounded", **STEADY},
     {"strategy": "dlion", "sync": "async", **STEADY},
-    {"strategy": "ako", "sync": "async", "ako_partitions": 3},
-    {"strategy": "ako", "sync": "bounded", "ako_partitions": 5},
+    {"strategy": "ako", "sync": "async", "partitions": 3},
+    {"strategy": "ako", "sync": "bounded", "partitions": 5},
     {"strategy": "gaia", "sync": "bounded"},
-    {"strategy": "gaia", "sync": "async", "gaia_barrier": "none"},
-    {"strategy": "dlion", "sync": "bounded", "own_gradient": "whole", **STEADY},
+    {"strategy": "gaia", "sync": "async", "barrier": "none"},
+    {"strategy": "dlion", "sync": "bounded", "unsent": "accumulate-whole", **STEADY},
 ]
 
 
@@ -221,8 +231,7 @@ def kept_mass(checkpoint: Checkpoint, options: dict[str, Any]) -> list[np.ndarra
     A dlion worker that applies its own gradient as it is sent owes itself the rest.
     """
     strategy = options["strategy"]
-    default = "whole" if options["sync"] == "async" else "as-sent"
-    own_later = strategy == "dlion" and options.get("own_gradient", default) == "as-sent"
+    own_later = strategy == "dlion" and options["sync"] == "bounded" and "unsent" not in options
     files = [checkpoint.read(rank)[0] for rank in PEERS]
     totals = []
     for k in PEERS:

@@ -71,11 +71,11 @@ def test_what_a_link_gets_when_it_takes_no_message(name: str, mode: str) -> None
         assert messages[1].kind is Kind.GRADIENT
 
 
-def start_dlion(value_type: ValueType = "float32", **options: Any) -> tuple[Any, Any]:
+def start_dlion(value_type: ValueType = "float32", mode: str = "async", **options: Any) -> tuple[Any, Any]:
     """Messages may take all that the links offer, which is little in these tests."""
     if "max_n" not in options:
         options.setdefault("link_share", 1.0)
-    strategy, resolved = resolve(Config(strategy="dlion", sync="async", value_type=value_type, **options))
+    strategy, resolved = resolve(config("dlion", mode, value_type=value_type, **options))
     return strategy, strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1, 2), layout=LAYOUT))
 
 
@@ -105,7 +105,7 @@ def test_the_own_gradient_is_applied_as_the_widest_link_gets_it(
     value_type: ValueType, seed: int, offers: list[Any]
 ) -> None:
     """What was applied and what waits add up to all gradients; a peer whose link is as wide applies the same."""
-    strategy, state = start_dlion(value_type, unsent="accumulate", own_gradient="as-sent")
+    strategy, state = start_dlion(value_type, "bounded", unsent="accumulate")
     applied = np.zeros(SIZE, np.float64)
     own = gradients(seed, len(offers), whole=value_type == "float32")
     for step, (gradient, offer) in enumerate(zip(own, offers, strict=True)):
@@ -114,8 +114,9 @@ def test_the_own_gradient_is_applied_as_the_widest_link_gets_it(
         messages = strategy.outgoing(state, local(gradient, step=step), views)
         effect = strategy.incoming(state, local(gradient, step=step, lbs=8, gbs=8), OPTIMUM.copy, [])
         applied += effect.gradient
-        if free and messages:
-            widest = max(messages, key=lambda peer: views[peer].budget_bytes)
+        sent = [peer for peer, message in messages.items() if message.entries is not None]
+        if free and sent:
+            widest = max(sent, key=lambda peer: views[peer].budget_bytes)
             np.testing.assert_array_equal(effect.gradient, dense(messages[widest]))
     total = np.sum(own, axis=0, dtype=np.float64)
     rounding = 0 if value_type == "float32" else 1e-5 * np.abs(own).sum(axis=0)
@@ -124,7 +125,7 @@ def test_the_own_gradient_is_applied_as_the_widest_link_gets_it(
 
 def test_who_is_left_alone_goes_on_as_with_the_last_of_its_links() -> None:
     """Neither is its own gradient never applied, nor all that it has kept at once."""
-    strategy, state = start_dlion("float32", unsent="accumulate", own_gradient="as-sent")
+    strategy, state = start_dlion("float32", "bounded", unsent="accumulate")
     entries, total = [], np.zeros(SIZE)
     for step, gradient in enumerate(gradients(5, 60, whole=True)):
         own = local(gradient if step < 20 else np.zeros(SIZE, np.float32), lbs=8, gbs=8)
@@ -285,7 +286,7 @@ def test_a_message_takes_its_share_of_what_the_link_offers(unsent: str, mode: st
     wide = {1: LinkView(True, 240.0), 2: LinkView(True, 240.0, room_bytes=170.0)}
     narrow = {1: LinkView(True, 180.0), 2: LinkView(True, 180.0, room_bytes=127.5)}
     settings = config("dlion", mode, unsent=unsent, link_share=1.0, value_type="float32")
-    parts = first_messages(dataclasses.replace(settings, link_share=0.75), wide)
+    parts = first_messages(config("dlion", mode, unsent=unsent, link_share=0.75, value_type="float32"), wide)
     wholes = first_messages(settings, narrow)
     full = first_messages(settings, wide)
     for peer in wide:
@@ -306,11 +307,15 @@ def test_links_of_about_the_same_width_get_the_same_entries() -> None:
     assert list(state.unsent.owed) == [2]
 
 
-def test_messages_are_made_neither_very_small_nor_very_large_where_links_have_room() -> None:
+def test_messages_are_made_neither_very_small_nor_very_large_where_links_have_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dlion, "N_MIN", 1e-6)
+
     def sent(size: int, budget_bytes: float, **options: Any) -> int:
         layout = Layout.of([(size,)])
         gradient = np.random.default_rng(3).normal(size=size).astype(np.float32)
-        strategy, resolved = resolve(Config(strategy="dlion", value_type="float32", n_min=1e-6, **options))
+        strategy, resolved = resolve(config("dlion", "bounded", value_type="float32", **options))
         state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1), layout=layout))
         messages = strategy.outgoing(state, local(gradient), {1: LinkView(True, budget_bytes)})
         entries = messages[1].entries
@@ -324,17 +329,22 @@ def test_messages_are_made_neither_very_small_nor_very_large_where_links_have_ro
     assert sent(size, 10 * least, link_share=0.5) == pytest.approx(5 * least, rel=0.04)
     limit = MESSAGE_LIMIT * 4 * size
     assert sent(size, 1000 * least) == pytest.approx(limit, rel=0.04)
-    assert sent(size, 1000 * least, message_limit=0.05) == pytest.approx(5 * limit, rel=0.04)
-    assert sent(size, 10 * least, message_limit=1e-3) == pytest.approx(4e-3 * size, rel=0.04), "a limit is a limit"
-    assert sent(size, 10 * least, message_limit=1e-6) == pytest.approx(MEASURABLE_BYTES, rel=0.04)
+    assert sent(size, 1000 * least, link_share=0.05) == pytest.approx(50 * least, rel=0.04), "no limit"
+    monkeypatch.setattr(dlion, "MESSAGE_LIMIT", 1e-3)
+    assert sent(size, 10 * least) == pytest.approx(4e-3 * size, rel=0.04), "a limit is a limit"
+    monkeypatch.setattr(dlion, "MESSAGE_LIMIT", 1e-6)
+    assert sent(size, 10 * least) == pytest.approx(MEASURABLE_BYTES, rel=0.04)
 
 
 @pytest.mark.parametrize(("budget_bytes", "least_bytes"), [(40_000, SMALL_BYTES), (4_000, SMALL_BYTES), (900, 800)])
-def test_messages_are_large_enough_to_tell_how_fast_a_link_is(budget_bytes: float, least_bytes: float) -> None:
+def test_messages_are_large_enough_to_tell_how_fast_a_link_is(
+    budget_bytes: float, least_bytes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also those of a small model: what has less than SMALL_BYTES counts neither as measured nor as under way."""
+    monkeypatch.setattr(dlion, "N_MIN", 1e-6)
     layout = Layout.of([(5_000,)])
     gradient = np.random.default_rng(3).normal(size=5_000).astype(np.float32)
-    strategy, resolved = resolve(Config(strategy="dlion", value_type="float32", n_min=1e-6))
+    strategy, resolved = resolve(config("dlion", "bounded", value_type="float32"))
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1), layout=layout))
     messages = strategy.outgoing(state, local(gradient), {1: LinkView(True, budget_bytes)})
     entries = messages[1].entries
@@ -471,17 +481,18 @@ def applied(settings: Config, own: LocalGradient, messages: list[Message]) -> Ve
 def test_dlion_weighs_gradients_by_their_batches() -> None:
     a, b, c = gradients(2, 3, whole=True)
     arrived = [arrival(1, b, lbs=4), arrival(2, c, lbs=12)]
-    settings = config("dlion", "bounded", weighting="global", own_gradient="whole")
+    settings = config("dlion", "bounded", weighting="global", unsent="accumulate-whole")
     effective = applied(settings, local(a, lbs=8), arrived)
     np.testing.assert_allclose(effective, (8 * a + 4 * b + 12 * c) / 24, rtol=1e-5, atol=1e-3)
-    effective = applied(dataclasses.replace(settings, weighting="paper"), local(a, lbs=8), arrived)
+    settings = config("dlion", "bounded", weighting="paper", unsent="accumulate-whole")
+    effective = applied(settings, local(a, lbs=8), arrived)
     np.testing.assert_allclose(effective, (8 * a + 4 * b + 12 * c) / (3 * 8), rtol=1e-5, atol=1e-3)
 
 
 def test_dlion_weighs_a_gradient_by_the_batches_of_when_it_was_computed() -> None:
     a, b, _ = gradients(2, 3, whole=True)
     effective = applied(
-        config("dlion", "bounded", own_gradient="whole"), local(a, lbs=8, gbs=24), [arrival(1, b, lbs=10, gbs=100)]
+        config("dlion", "bounded", unsent="accumulate-whole"), local(a, lbs=8, gbs=24), [arrival(1, b, lbs=10, gbs=100)]
     )
     np.testing.assert_allclose(effective, a * (8 / 24) + b * 0.1, rtol=1e-5, atol=1e-3)
 

@@ -34,6 +34,7 @@ from tests.contract.problem import (
     trained,
 )
 from tests.inmemory import Weather, run
+from tests.options import config as options_config
 
 FREE, BUSY = LinkView(True, 1e9), LinkView(False, 1e9)
 
@@ -42,7 +43,7 @@ class Gaia:
     """The strategy on rank 0 with a replica of its own, whose optimizer is ``update``."""
 
     def __init__(self, weights: Vector, update: Callable[[Vector], Vector], ranks: int = 3, **options: Any) -> None:
-        self.strategy, resolved = resolve(Config(strategy="gaia", **options))
+        self.strategy, resolved = resolve(options_config(strategy="gaia", **options))
         self.state: Any = self.strategy.start(Plan(config=resolved, rank=0, ranks=tuple(range(ranks)), layout=LAYOUT))
         self.w, self.update, self.step = weights.copy(), update, 0
         self.computed = np.zeros(SIZE, np.float64)
@@ -90,7 +91,7 @@ def test_an_entry_is_sent_when_its_sum_is_significant_and_not_before(seed: int, 
     """By definition, an entry at a time: |acc| > S_0 / sqrt(t) |w|; where w is 0, any update."""
     generator = np.random.default_rng(seed)
     weights = generator.choice([0.0, 1.0, -3.0, 100.0], SIZE).astype(np.float32)
-    worker = Gaia(weights, lambda g: generator.normal(size=SIZE, scale=0.02).astype(np.float32), gaia_threshold=first)
+    worker = Gaia(weights, lambda g: generator.normal(size=SIZE, scale=0.02).astype(np.float32), threshold=first)
     owed = np.zeros(SIZE, np.float32)
     for step in range(steps):
         messages = worker.before_compute({1: FREE, 2: FREE})
@@ -115,7 +116,7 @@ def test_an_entry_is_sent_when_its_sum_is_significant_and_not_before(seed: int, 
 
 def test_the_same_update_becomes_significant_as_the_threshold_falls() -> None:
     """0.0499 of a weight, with S_0 = 0.5: when 0.5 / sqrt(t) falls below it, after t = 100."""
-    worker = Gaia(np.ones(SIZE, np.float32), lambda g: np.zeros(SIZE, np.float32), gaia_threshold=0.5)
+    worker = Gaia(np.ones(SIZE, np.float32), lambda g: np.zeros(SIZE, np.float32), threshold=0.5)
     worker.done(np.where(np.arange(SIZE) == 7, 0.0499, 0))
     first_sent = None
     for step in range(150):
@@ -139,7 +140,7 @@ def test_what_travels_is_what_the_optimizer_did(threshold: float) -> None:
         velocity[:] = np.rint(velocity / 2 - gradient)
         return velocity
 
-    worker = Gaia(np.full(SIZE, 64, np.float32), update, gaia_threshold=threshold)
+    worker = Gaia(np.full(SIZE, 64, np.float32), update, threshold=threshold)
     sent = np.zeros(SIZE, np.float64)
     for gradient in gradients(1, 20, whole=True):
         for message in worker.before_compute({1: FREE}).values():
@@ -160,7 +161,7 @@ def test_others_updates_are_added_and_the_own_gradient_counts_one_in_n() -> None
 
 
 def test_all_entries_go_when_sparse_is_no_smaller() -> None:
-    worker = Gaia(np.ones(SIZE, np.float32), lambda g: g, gaia_threshold=0.5)
+    worker = Gaia(np.ones(SIZE, np.float32), lambda g: g, threshold=0.5)
     worker.done(np.where(np.arange(SIZE) == 3, 0.125, 1))  # one is insignificant
     message = worker.before_compute({1: FREE})[1]
     assert message.entries is not None
@@ -209,7 +210,7 @@ def test_what_a_link_missed_goes_while_the_worker_waits() -> None:
     ("budget", "barrier", "announced"), [(1e6, "selective", False), (50.0, "selective", True), (50.0, "none", False)]
 )
 def test_what_outruns_its_link_is_announced(budget: float, barrier: str, announced: bool) -> None:
-    worker = Gaia(np.ones(SIZE, np.float32), lambda g: g, gaia_barrier=barrier)
+    worker = Gaia(np.ones(SIZE, np.float32), lambda g: g, barrier=barrier)
     worker.done(np.where(np.arange(SIZE) // 10 == 1, 1, 0))
     assert worker.before_compute({1: LinkView(True, budget)})[1].announced == announced
 
@@ -275,7 +276,7 @@ def test_in_a_run_the_barrier_holds_the_worker_at_its_step(monkeypatch: pytest.M
 
 def test_no_barrier_no_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     polls = Polls(monkeypatch)
-    settings = config("gaia", "bounded", steps=60, gaia_barrier="none")
+    settings = config("gaia", "bounded", steps=60, barrier="none")
     trained(settings, weather=Weather(seed=4, delay=80, budget=(90, 92)), on_step=polls)
     assert polls.pairs == []
 
@@ -294,7 +295,7 @@ def test_the_mirror_clock_bounds_how_far_ahead_anyone_gets(clock: int) -> None:
 
 def test_with_a_smaller_threshold_more_is_sent() -> None:
     def sent(first: float) -> int:
-        result = run(config("gaia", "async", steps=60, gaia_threshold=first), specialists(3), rows(3))
+        result = run(config("gaia", "async", steps=60, threshold=first), specialists(3), rows(3))
         return sum(entries or 0 for own in result.sent for step in own for _, entries in step.values())
 
     assert sent(0.001) > 1.5 * sent(0.3) > 0
@@ -305,7 +306,7 @@ def test_it_says_which_modes_and_options_it_has() -> None:
         resolve(Config(strategy="gaia", sync="sync"))
     with pytest.raises(UserError, match="--backup is not used by --strategy gaia"):
         resolve(Config(strategy="gaia", backup=1))
-    with pytest.raises(UserError, match="--gaia-barrier on: must be one of selective, none"):
-        Config(strategy="gaia", gaia_barrier="on")
-    with pytest.raises(UserError, match="--gaia-threshold -1: must be 0 or more"):
-        Config(strategy="gaia", gaia_threshold=-1.0)
+    with pytest.raises(UserError, match=r"--gaia\.barrier on: must be one of selective, none"):
+        gaia.Gaia(barrier="on")
+    with pytest.raises(UserError, match=r"--gaia\.threshold -1: must be at least 0"):
+        gaia.Gaia(threshold=-1.0)

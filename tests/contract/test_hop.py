@@ -10,6 +10,7 @@ import pytest
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
+from dlion_mpi.strategies.hop import Hop
 from dlion_mpi.strategies.registry import resolve
 from dlion_mpi.strategies.types import Effect, Inbox, LinkView, Plan
 from dlion_mpi.vector.layout import Vector
@@ -25,12 +26,13 @@ from tests.contract.problem import (
     trained,
 )
 from tests.inmemory import Network, Quadratic, Weather, run
+from tests.options import config as options_config
 
 FREE, BUSY = LinkView(True, 1e9, True), LinkView(False, 0.0, False)
 
 
 def start(ranks: int = 4, rank: int = 0, **options: Any) -> tuple[Any, Any]:
-    strategy, resolved = resolve(Config(strategy="hop", **options))
+    strategy, resolved = resolve(options_config(strategy="hop", **options))
     return strategy, strategy.start(Plan(config=resolved, rank=rank, ranks=tuple(range(ranks)), layout=LAYOUT))
 
 
@@ -74,7 +76,7 @@ def completed(step: int, own: float, *messages: Message, **options: Any) -> Effe
     ],
 )
 def test_the_neighbours_are_those_of_the_graph(graph: str, rank: int, ranks: int, expected: set[int]) -> None:
-    strategy, state = start(ranks, rank, hop_graph=graph)
+    strategy, state = start(ranks, rank, graph=graph)
     assert state.neighbours == expected
     links = {peer: FREE for peer in range(ranks) if peer != rank}
     messages = strategy.before_compute(state, 0, OPTIMUM.copy, links)
@@ -99,7 +101,7 @@ def test_in_sync_it_is_decentralised_sgd_over_the_graph(graph: str, workers: int
         slopes = [curvature * (x - batch) for x, batch in zip(expected, batches, strict=True)]
         means = [expected[group].mean(axis=0) for group in near]
         expected = np.array([mean - LEARNING_RATE * slope for mean, slope in zip(means, slopes, strict=True)])
-    settings = Config(strategy="hop", sync="sync", steps=25, lbs=8, hop_graph=graph)
+    settings = config("hop", "sync", steps=25, graph=graph)
     replicas = [Quadratic(LAYOUT, curvature, LEARNING_RATE) for _ in range(workers)]
     result = run(settings, replicas, data, weather=Weather(seed=1, delay=40, slow=0, slowness=9))
     np.testing.assert_allclose(result.weights, expected, rtol=1e-5, atol=1e-6)
@@ -139,9 +141,7 @@ def test_no_delay_makes_the_gap_exceed_its_bound(
 ) -> None:
     """With staleness and backup workers that would let them run away."""
     gaps = Gaps(30)
-    settings = config(
-        "hop", "bounded", steps=30, staleness=20, backup=backup, hop_graph=graph, hop_max_gap=max_gap, hop_skip=skip
-    )
+    settings = config("hop", "bounded", steps=30, staleness=20, backup=backup, graph=graph, max_gap=max_gap, skip=skip)
     result = trained(settings, workers=4, weather=weather, on_step=gaps)
     assert gaps.largest == max_gap, "and they go as far as they may, or nobody would need the bound"
     assert {worker.step for worker in result.workers} == {30}
@@ -149,7 +149,7 @@ def test_no_delay_makes_the_gap_exceed_its_bound(
 
 def test_a_header_is_a_token_too() -> None:
     """Who cannot send its parameters does not hold its neighbours up by that alone."""
-    strategy, state = start(ranks=2, staleness=9, backup=0, hop_max_gap=3)
+    strategy, state = start(ranks=2, staleness=9, backup=0, max_gap=3)
     for reached, may in ((1, True), (0, False)):
         inbox = Inbox({1: -1})
         inbox.put(arrival(1, OPTIMUM, lbs=8, step=reached, kind=Kind.PROGRESS))
@@ -160,7 +160,7 @@ def test_a_header_is_a_token_too() -> None:
 
 
 def test_backup_workers_are_waited_for_by_nobody_but_the_tokens() -> None:
-    strategy, state = start(ranks=5, staleness=0, backup=2, hop_max_gap=4)
+    strategy, state = start(ranks=5, staleness=0, backup=2, max_gap=4)
 
     def may(step: int, *reached: int) -> bool:
         inbox = Inbox(dict.fromkeys(range(1, 5), -1))
@@ -184,7 +184,7 @@ def test_parameters_count_by_their_age() -> None:
         parameters(3, 6, filled(300)),
         parameters(4, 12, filled(4000)),
     ]
-    effect = completed(10, 50_000, *messages, ranks=5, staleness=4, hop_skip=0)
+    effect = completed(10, 50_000, *messages, ranks=5, staleness=4, skip=0)
     np.testing.assert_allclose(mean_of(effect), (5 * 50_000 + 5 * 1 + 3 * 20 + 1 * 300 + 7 * 4000) / 21, rtol=1e-5)
     np.testing.assert_array_equal(effect.gradient, OPTIMUM)
     assert effect.skipped == 0
@@ -192,18 +192,18 @@ def test_parameters_count_by_their_age() -> None:
 
 def test_of_a_neighbour_the_newest_counts_and_what_is_too_old_does_not() -> None:
     messages = [parameters(1, 7, filled(9e9)), parameters(1, 9, filled(100)), parameters(2, 5, filled(9e9))]
-    effect = completed(10, 1000, *messages, staleness=4, hop_skip=0)
+    effect = completed(10, 1000, *messages, staleness=4, skip=0)
     np.testing.assert_allclose(mean_of(effect), (5 * 1000 + 4 * 100) / 9, rtol=1e-5)
 
 
 def test_without_anything_new_only_the_own_gradient_acts() -> None:
-    assert completed(10, 1000, parameters(2, 5, filled(1)), staleness=4, hop_skip=0).weights is None
+    assert completed(10, 1000, parameters(2, 5, filled(1)), staleness=4, skip=0).weights is None
 
 
 @pytest.mark.parametrize("staleness", [0, 3])
 def test_nobody_goes_on_with_parameters_that_are_too_old(staleness: int) -> None:
     """Once used they still count as known: what may not be older than s is the newest that has come."""
-    strategy, state = start(ranks=2, staleness=staleness, backup=0, hop_max_gap=99)
+    strategy, state = start(ranks=2, staleness=staleness, backup=0, max_gap=99)
     inbox = Inbox({1: -1})
     inbox.put(parameters(1, 4, OPTIMUM))
     assert strategy.may_advance(state, 4 + staleness, inbox)
@@ -250,7 +250,7 @@ def test_in_sync_nobody_waits_for_an_acknowledgement() -> None:
 @pytest.mark.parametrize("staleness", [0, 1, 5])
 def test_links_that_are_hardly_ever_free_do_not_end_in_a_deadlock(graph: str, staleness: int) -> None:
     for seed in range(2):
-        settings = config("hop", "bounded", steps=25, staleness=staleness, hop_graph=graph, hop_max_gap=3)
+        settings = config("hop", "bounded", steps=25, staleness=staleness, graph=graph, max_gap=3)
         result = trained(settings, workers=4, weather=Weather(seed=seed, delay=90, blocked=0.97))
         assert {worker.step for worker in result.workers} == {25}
 
@@ -274,14 +274,14 @@ def test_a_laggard_skips_as_far_as_it_may(foremost: int, slowest: int, skip: int
         parameters(2, slowest, filled(1)),
         parameters(3, slowest, filled(1)),
     ]
-    effect = completed(10, 1, *messages, staleness=5, hop_skip=skip, hop_max_gap=max_gap)
+    effect = completed(10, 1, *messages, staleness=5, skip=skip, max_gap=max_gap)
     assert effect.skipped == skipped
 
 
 def test_after_a_skip_parameters_count_as_at_the_iteration_it_leads_to() -> None:
     """From 10 on to 31, so that 30 is the last one: s = 3 leaves the own out, and weighs 30 with 4, 28 with 2."""
     messages = [parameters(1, 31, filled(5)), parameters(2, 30, filled(10)), parameters(3, 28, filled(100))]
-    effect = completed(10, 1e6, *messages, staleness=3, hop_skip=99, hop_max_gap=99)
+    effect = completed(10, 1e6, *messages, staleness=3, skip=99, max_gap=99)
     assert effect.skipped == 20
     np.testing.assert_allclose(mean_of(effect), (5 * 5 + 4 * 10 + 2 * 100) / 11, rtol=1e-5)
 
@@ -295,7 +295,7 @@ def test_in_a_run_skipping_lets_the_others_go_on() -> None:
         def watch(worker: Any, network: Network, last: dict[str, Network] = last) -> None:
             last["network"] = network
 
-        settings = config("hop", "bounded", steps=100, staleness=4, hop_max_gap=12, hop_skip=skip)
+        settings = config("hop", "bounded", steps=100, staleness=4, max_gap=12, skip=skip)
         weather = Weather(seed=1, slow=2, slowness=60)
         result = trained(settings, weather=weather, on_step=watch)
         ticks[skip], computed[skip] = last["network"].tick, [len(records) for records in result.records]
@@ -333,8 +333,8 @@ def test_what_is_due_in_a_step_that_is_left_out_is_done_after_it() -> None:
         "bounded",
         steps=100,
         staleness=4,
-        hop_max_gap=12,
-        hop_skip=10,
+        max_gap=12,
+        skip=10,
         target_accuracy=0.99,
     )
     weather = Weather(seed=1, slow=2, slowness=60)
@@ -350,11 +350,11 @@ def test_what_is_due_in_a_step_that_is_left_out_is_done_after_it() -> None:
 def test_it_says_which_modes_and_options_it_has() -> None:
     with pytest.raises(UserError, match="hop does not support --sync async: it supports bounded, sync"):
         resolve(Config(strategy="hop", sync="async"))
-    with pytest.raises(UserError, match="--hop-max-gap is not used by --strategy hop --sync sync"):
-        resolve(Config(strategy="hop", sync="sync", hop_max_gap=3))
-    with pytest.raises(UserError, match="--hop-max-gap 0: must be at least 1"):
-        Config(strategy="hop", hop_max_gap=0)
-    with pytest.raises(UserError, match="--hop-graph star: must be one of all, ring"):
-        Config(strategy="hop", hop_graph="star")
-    with pytest.raises(UserError, match="--hop-graph is not used by --strategy baseline"):
-        resolve(Config(strategy="baseline", hop_graph="ring"))
+    with pytest.raises(UserError, match=r"--hop\.max-gap has no effect with --sync sync"):
+        resolve(options_config(strategy="hop", sync="sync", max_gap=3))
+    with pytest.raises(UserError, match=r"--hop\.max-gap 0: must be at least 1"):
+        Hop(max_gap=0)
+    with pytest.raises(UserError, match=r"--hop\.graph star: must be one of all, ring"):
+        Hop(graph="star")
+    with pytest.raises(UserError, match=r"--hop\.graph belongs to --strategy hop, not to baseline"):
+        resolve(Config.of({"strategy": "baseline", "hop.graph": "ring"}))

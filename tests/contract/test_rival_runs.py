@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi.config.options import Config, Every
+from dlion_mpi.config.fields import Every
 from dlion_mpi.microcloud.environments import Environment, Phase
 from dlion_mpi.simulation.driver import VirtualLinks
 from dlion_mpi.simulation.simulate import simulate
@@ -19,6 +19,7 @@ from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.types import LinkView
 from tests.conservation import Exact
 from tests.gaps import leads
+from tests.options import config
 
 
 def cloud(cores: tuple[float, ...], mbit: float) -> Environment:
@@ -28,7 +29,7 @@ def cloud(cores: tuple[float, ...], mbit: float) -> Environment:
 
 def simulated(environment: Environment, **options: Any) -> dict[str, Any]:
     settings = {"data": "digits", "model": "tests.nets:dense", "evaluate_every": Every(steps=1000), **options}
-    outcome = simulate(Config(**settings), environment, report=False)
+    outcome = simulate(config(**settings), environment, report=False)
     assert outcome.exit_code == 0
     return outcome.summary
 
@@ -39,7 +40,7 @@ def test_what_ako_computed_has_come_or_is_kept_bit_for_bit(
 ) -> None:
     """With P fixed, so that slow links miss many turns; over a multiple of P steps."""
     exact = Exact(monkeypatch, VirtualLinks, lambda links: links.rank)
-    simulated(cloud((24.0, 24.0, 4.0), mbit), strategy="ako", sync=sync, ako_partitions=4, steps=24)
+    simulated(cloud((24.0, 24.0, 4.0), mbit), strategy="ako", sync=sync, partitions=4, steps=24)
     assert len(exact.came) == 6
     assert (exact.turns_missed > 5) == (mbit < 1)
     for source, destination in exact.came:
@@ -93,7 +94,7 @@ def test_gaia_sends_what_is_significant_at_its_step_and_keeps_the_rest(monkeypat
         return messages
 
     monkeypatch.setattr(Gaia, "before_compute", spy)
-    simulated(cloud((24.0,) * 3, 100.0), strategy="gaia", gaia_threshold=first, steps=steps)
+    simulated(cloud((24.0,) * 3, 100.0), strategy="gaia", threshold=first, steps=steps)
     assert entered == list(range(steps))
     assert 0 < sum(sizes) < 2 * 2410 * steps
 
@@ -110,7 +111,7 @@ def test_gaia_s_mirror_clock_holds_those_ahead(clock: int, tmp_path: Path) -> No
 def test_hop_s_tokens_bound_the_gap(backup: int, skip: int, max_gap: int, tmp_path: Path) -> None:
     """Staleness and backup workers would let the fast ones run away from one that is twelve times as slow."""
     out = tmp_path / "run"
-    options = {"staleness": 20, "backup": backup, "hop_max_gap": max_gap, "hop_skip": skip, "steps": 30}
+    options = {"staleness": 20, "backup": backup, "max_gap": max_gap, "skip": skip, "steps": 30}
     simulated(cloud((24.0, 24.0, 12.0, 2.0), 1.0), strategy="hop", out=str(out), **options)
     assert max(leads(out, 4)) == max_gap
 
@@ -118,6 +119,6 @@ def test_hop_s_tokens_bound_the_gap(backup: int, skip: int, max_gap: int, tmp_pa
 @pytest.mark.parametrize(("backup", "most"), [(0, 2), (1, 20)])
 def test_hop_goes_on_without_its_backup_workers(backup: int, most: int, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = {"staleness": 1, "backup": backup, "hop_max_gap": 20, "hop_skip": 0, "steps": 30}
+    options = {"staleness": 1, "backup": backup, "max_gap": 20, "skip": 0, "steps": 30}
     simulated(cloud((24.0, 24.0, 24.0, 2.0), 100.0), strategy="hop", out=str(out), **options)
     assert max(leads(out, 4)) == most

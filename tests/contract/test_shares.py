@@ -9,19 +9,30 @@ from typing import Any
 import pytest
 
 from dlion_mpi.config.options import Config
-from dlion_mpi.config.parsing import config_of
+from dlion_mpi.loop import batch_sizes
 from dlion_mpi.loop.worker import Worker
+from dlion_mpi.strategies.given import config_of
 from tests.contract.test_checkpoints import PEERS, KeptQuadratic, checkpoints, rows, train
 from tests.contract.test_checkpoints import config as checkpointed
 from tests.inmemory import Network, Run, Weather, run
+from tests.options import grow_soon
 
 CHANGE_STEP = 30
-GROWING = {"gbs_interval": 10, "gbs_warmup_step": 8, "gbs_warmup_limit": 1.0, "gbs_limit": 1.0}
+
+
+@pytest.fixture
+def growing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The global batch grows every ten steps."""
+    grow_soon(monkeypatch, every=10, samples=8)
+
+
+def share_every(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    monkeypatch.setattr(batch_sizes, "PERIOD", steps)
 
 
 def config(**options: Any) -> Config:
     end = {} if "seconds" in options else {"steps": 60}
-    return config_of({"strategy": "dlion", "lbs": 8, **end, **options})
+    return config_of({"strategy": "dlion", "batch_size": 8, **end, **options})
 
 
 def changing() -> Callable[[int, int], float]:
@@ -45,13 +56,19 @@ def off_the_global_batch(done: Run, first: int = 0) -> list[int]:
     return [step for step, own in batches.items() if {r.gbs for r in own} != {sum(r.lbs for r in own)}]
 
 
-@pytest.mark.parametrize("options", [{"sync": "sync"}, {}, {"staleness": 1}, {"staleness": 20}, {"rebalance_every": 1}])
+@pytest.mark.usefixtures("growing")
+@pytest.mark.parametrize(
+    ("options", "every"), [({"sync": "sync"}, 5), ({}, 5), ({"staleness": 1}, 5), ({"staleness": 20}, 5), ({}, 1)]
+)
 @pytest.mark.parametrize("seed", range(3))
-def test_shares_add_up_to_the_global_batch_at_every_step(options: dict[str, Any], seed: int) -> None:
+def test_shares_add_up_to_the_global_batch_at_every_step(
+    options: dict[str, Any], every: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One machine is slow to move: the others are as far ahead of it as they may be when shares are asked for."""
+    share_every(monkeypatch, every)
     weather = Weather(seed=seed, delay=30, blocked=0.3, slow=2)
     done = run(
-        config(**{"rebalance_every": 5, **GROWING, **options}),
+        config(**options),
         [KeptQuadratic(rank) for rank in PEERS],
         rows(),
         weather=weather,
@@ -64,8 +81,11 @@ def test_shares_add_up_to_the_global_batch_at_every_step(options: dict[str, Any]
 
 
 @pytest.mark.parametrize("options", [{"sync": "async"}, {"backup": 1}], ids=["async", "backup"])
-def test_where_the_slowest_is_not_waited_for_nor_are_its_shares(options: dict[str, Any]) -> None:
+def test_where_the_slowest_is_not_waited_for_nor_are_its_shares(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The others end while it has made a few steps."""
+    share_every(monkeypatch, 2)
     ahead: list[int] = []
 
     def on_step(worker: Worker, network: Network) -> None:
@@ -73,7 +93,7 @@ def test_where_the_slowest_is_not_waited_for_nor_are_its_shares(options: dict[st
             ahead.append(max(network.posted) - worker.step)
 
     run(
-        config(rebalance_every=2, **options),
+        config(**options),
         [KeptQuadratic(rank) for rank in PEERS],
         rows(),
         weather=Weather(seed=1, slow=2, slowness=200),
@@ -83,10 +103,11 @@ def test_where_the_slowest_is_not_waited_for_nor_are_its_shares(options: dict[st
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_who_waits_for_shares_does_not_wait_for_one_that_has_ended(seed: int) -> None:
+def test_who_waits_for_shares_does_not_wait_for_one_that_has_ended(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock workers end at steps of their own, and one may not ask for shares any more that others wait for."""
+    share_every(monkeypatch, 1)
     done = run(
-        config(seconds=1.0, rebalance_every=1),
+        config(seconds=1.0),
         [KeptQuadratic(rank) for rank in PEERS],
         rows(),
         weather=Weather(seed=seed, delay=20, slow=2),
@@ -94,11 +115,15 @@ def test_who_waits_for_shares_does_not_wait_for_one_that_has_ended(seed: int) ->
     assert len({worker.step for worker in done.workers}) > 1
 
 
+@pytest.mark.usefixtures("growing")
 @pytest.mark.parametrize("every", [3, 10])
 @pytest.mark.parametrize("seed", range(4))
-def test_workers_that_go_on_from_unequal_steps_share_again(seed: int, every: int, tmp_path: Path) -> None:
+def test_workers_that_go_on_from_unequal_steps_share_again(
+    seed: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a round some may have taken the shares before the checkpoint, some not; nobody may wait for it."""
-    options = {"strategy": "dlion", "rebalance_every": every, "checkpoint_every": "0.1s", **GROWING}
+    share_every(monkeypatch, every)
+    options = {"strategy": "dlion", "checkpoint_every": "0.1s"}
     weather = Weather(seed=seed, delay=30, slow=1, slowness=10)
     train(checkpointed(tmp_path / "a", **options), weather)
     unequal = [c for c in checkpoints(tmp_path / "a") if len({part.step for part in c.parts}) > 1]

@@ -11,7 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from dlion_mpi.config.options import Config, Every
+from dlion_mpi.config.fields import Every
+from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner.batches import Batch, Batches
 from dlion_mpi.learner.models import build, optimizer
@@ -29,10 +30,12 @@ from dlion_mpi.simulation.network import payload_bytes_per_s
 from dlion_mpi.simulation.run import prepare
 from dlion_mpi.simulation.shared_replica import SharedReplica
 from dlion_mpi.simulation.simulate import simulate
+from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.registry import STRATEGIES, resolve
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import HEADER_BYTES, Message
 from tests.contract.problem import every_message_mode
+from tests.options import config as options_config
 
 PARAMETERS = 2410
 BALANCED = [58, 29, 9]
@@ -44,7 +47,7 @@ def config(**options: Any) -> Config:
     small = {"data": "digits", "model": "tests.nets:dense", "evaluate_every": Every(steps=10)}
     if not {"steps", "seconds", "target_accuracy"} & set(options):
         small["steps"] = 12
-    return Config(**(small | options))  # type: ignore[arg-type]
+    return options_config(**(small | options))
 
 
 def cloud(cores: tuple[float, ...] = (24.0, 24.0, 24.0), mbit: float = 1000.0, **rest: Any) -> Environment:
@@ -89,7 +92,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
 @pytest.mark.parametrize("strategy", ["dlion", "baseline", "ako", "gaia", "hop", "free-network", "allreduce"])
 def test_the_same_run_twice_is_the_same_to_the_last_byte(strategy: str, tmp_path: Path) -> None:
     environment = cloud((24.0, 12.0, 4.0), mbit=2.0, latency_s=0.003)
-    options = {"transfer_period": 5, "transfer": "all", "rebalance_every": 3} if strategy == "dlion" else {}
+    options = {"transfer_period": 5, "transfer": "all"} if strategy == "dlion" else {}
     results = []
     for name in ("a", "b"):
         outcome = simulate(config(strategy=strategy, out=str(tmp_path / name), **options), environment, report=False)
@@ -157,7 +160,7 @@ def test_what_was_computed_was_sent_or_is_remembered(
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
-        ("dlion", {"sync": "sync", "max_n": 100.0, "batching": "fixed", "gbs_schedule": "fixed", "transfer": "none"}),
+        ("dlion", {"sync": "sync", "max_n": 100.0, "batching": "fixed", "global_batch": "fixed", "transfer": "none"}),
         ("baseline", {}),
         ("allreduce", {}),
         ("free-network", {}),
@@ -167,7 +170,7 @@ def test_what_was_computed_was_sent_or_is_remembered(
                 "sync": "sync",
                 "max_n": 100.0,
                 "batching": "fixed",
-                "gbs_schedule": "fixed",
+                "global_batch": "fixed",
                 "transfer": "none",
                 "momentum": 0.9,
             },
@@ -245,7 +248,7 @@ ALL_ENTRIES = {
     "exchange_share": 0.0,
     "batching": "fixed",
     "value_type": "float32",
-    "own_gradient": "whole",
+    "unsent": "accumulate-whole",
 }
 """Of dlion: a dense message to every peer at every step, while the next one is computed."""
 
@@ -292,15 +295,15 @@ def test_patience_does_not_wait_for_those_that_backup_leaves_out(tmp_path: Path)
 
 
 def test_replicas_that_get_everything_in_time_stay_the_same(tmp_path: Path, workers: list[Worker]) -> None:
-    simulate(config(steps=20, link_share=0.3, n_min=1e-3), cloud((24.0, 12.0, 4.0), mbit=3.0), report=False)
+    simulate(config(steps=20, link_share=0.3), cloud((24.0, 12.0, 4.0), mbit=3.0), report=False)
     first, *others = (worker.replica.weights() for worker in workers)
     assert all(worker.state.unsent.common.any() for worker in workers), "everything was sent at once"
     assert all(weights.tobytes() == first.tobytes() for weights in others)
 
 
-@pytest.mark.parametrize(("own_gradient", "tests"), [("as-sent", 2), ("whole", 6)])
+@pytest.mark.parametrize(("unsent", "tests"), [("accumulate", 2), ("accumulate-whole", 6)])
 def test_what_workers_have_in_common_is_tested_once(
-    own_gradient: str, tests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unsent: str, tests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tested = []
     accuracy = SharedReplica.accuracy
@@ -310,33 +313,30 @@ def test_what_workers_have_in_common_is_tested_once(
         return accuracy(shared, knowledge, rows)
 
     monkeypatch.setattr(SharedReplica, "accuracy", counted)
-    _, ranks = recorded(tmp_path, cloud(mbit=3.0), steps=20, n_min=1e-3, own_gradient=own_gradient)
+    _, ranks = recorded(tmp_path, cloud(mbit=3.0), steps=20, unsent=unsent)
     assert len(tested) == tests
     assert all(own["evaluations/step"].tolist() == [10, 20, 20] for own in ranks)
 
 
-@pytest.mark.parametrize(("thread", "step_s"), [("on", 0.22), ("off", 0.24)])
-def test_what_is_made_beside_the_loop_does_not_keep_it(
-    thread: str, step_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_made_beside_the_loop_does_not_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of two messages takes 10 ms to make, and as long to take in."""
     monkeypatch.setattr(simulation_testbed, "DENSE_S", 0.010 / PARAMETERS)
-    _, ranks = recorded(tmp_path, cloud(), exchange_thread=thread, patience=0.0, steps=8, **ALL_ENTRIES)
+    _, ranks = recorded(tmp_path, cloud(), patience=0.0, steps=8, **ALL_ENTRIES)
     for own in ranks:
-        np.testing.assert_allclose(own["steps/step_s"][2:], step_s, atol=0.002)
+        np.testing.assert_allclose(own["steps/step_s"][2:], 0.22, atol=0.002)
         beside = spans(own, Phase.EXCHANGE)
-        assert [round(end - start, 4) for start, end in beside] == ([0.02] * 8 if thread == "on" else [])
+        assert [round(end - start, 4) for start, end in beside] == [0.02] * 8
         sent = own["timeline/sent"]
         sent = sent[sent["size_bytes"] > HEADER_BYTES]
-        made_s = [0.01, 0.02] if thread == "on" else [0.0, 0.0]
-        np.testing.assert_allclose(sent["posted_s"] - sent["computed_s"], made_s * 8, atol=1e-6)
+        np.testing.assert_allclose(sent["posted_s"] - sent["computed_s"], [0.01, 0.02] * 8, atol=1e-6)
 
 
 def test_the_next_messages_wait_for_those_that_are_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of two messages takes 0.15 s to make; computing takes 0.2 s, and taking two in 0.3 s."""
     monkeypatch.setattr(simulation_testbed, "DENSE_S", 0.15 / PARAMETERS)
     monkeypatch.setattr(loop_links, "UNREAD_MESSAGES", 100)
-    _, ranks = recorded(tmp_path, cloud(), sync="async", window=64, steps=8, **ALL_ENTRIES)
+    monkeypatch.setattr(Dlion, "window", 64)
+    _, ranks = recorded(tmp_path, cloud(), sync="async", steps=8, **ALL_ENTRIES)
     for own in ranks:
         making = spans(own, Phase.EXCHANGE)
         assert len(making) == 8
@@ -382,7 +382,7 @@ def test_paces_and_rates_change_with_the_phase(tmp_path: Path) -> None:
 
 
 def test_batches_follow_the_cores(tmp_path: Path) -> None:
-    options = {"steps": 30, "gbs_schedule": "fixed", "transfer": "none"}
+    options = {"steps": 30, "global_batch": "fixed", "transfer": "none"}
     _, ranks = recorded(tmp_path, cloud((24.0, 12.0, 4.0)), **options)
     shares = [int(own["steps/lbs"][-1]) for own in ranks]
     assert sum(shares) == 96
@@ -394,7 +394,7 @@ def test_batches_follow_the_cores(tmp_path: Path) -> None:
 def test_knowledge_is_transferred_and_brings_the_workers_together(tmp_path: Path) -> None:
     def spread(name: str, **options: Any) -> tuple[float, list[dict[str, Any]]]:
         folder = str(tmp_path / name)
-        common = {"max_n": 0.01, "unsent": "drop", "steps": 41, "gbs_schedule": "fixed"}
+        common = {"max_n": 0.01, "unsent": "drop", "steps": 41, "global_batch": "fixed"}
         run = prepare(
             _resolved(config(out=folder, **common, **options)), cloud(), model=None, shards=None, report=False
         )
@@ -416,7 +416,7 @@ def test_knowledge_is_transferred_and_brings_the_workers_together(tmp_path: Path
 def test_a_slow_network_makes_n_small_and_a_fast_one_large(tmp_path: Path) -> None:
     means = []
     for name, mbit in (("slow", 0.1), ("fast", 100.0)):
-        _, ranks = recorded(tmp_path / name, cloud(mbit=mbit), steps=40, message_limit=1.0)
+        _, ranks = recorded(tmp_path / name, cloud(mbit=mbit), steps=40, link_share=0.05)
         means.append(float(np.nanmean(ranks[0]["links/quality"][20:])))
     assert means[0] < 95
     assert means[1] == 100
@@ -435,7 +435,7 @@ def test_ako_sends_parts_that_fit_the_links(tmp_path: Path) -> None:
 def test_gaia_s_barrier_makes_workers_wait_for_what_their_links_carry_slowly(tmp_path: Path) -> None:
     waited = {}
     for barrier in ("selective", "none"):
-        options = {"strategy": "gaia", "gaia_threshold": 0.0, "gaia_barrier": barrier, "sync": "async", "steps": 20}
+        options = {"strategy": "gaia", "threshold": 0.0, "barrier": barrier, "sync": "async", "steps": 20}
         _, ranks = recorded(tmp_path / barrier, cloud(mbit=0.2), **options)
         waited[barrier] = sum(float(own["steps/wait_s"].sum()) for own in ranks)
     assert waited["none"] == 0
@@ -445,7 +445,7 @@ def test_gaia_s_barrier_makes_workers_wait_for_what_their_links_carry_slowly(tmp
 def test_hop_s_laggard_skips_and_the_others_do_not_wait(tmp_path: Path) -> None:
     seconds, done = {}, {}
     for skip in (0, 20):
-        options = {"strategy": "hop", "staleness": 5, "backup": 0, "hop_max_gap": 20, "hop_skip": skip, "steps": 60}
+        options = {"strategy": "hop", "staleness": 5, "backup": 0, "max_gap": 20, "skip": skip, "steps": 60}
         outcome, ranks = recorded(tmp_path / str(skip), cloud((24.0, 24.0, 4.0), mbit=100.0), **options)
         seconds[skip], done[skip] = outcome.summary["seconds"], [len(own["steps/step"]) for own in ranks]
         assert {int(own["steps/step"][-1]) for own in ranks} == {59}

@@ -14,6 +14,7 @@ import pytest
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, UserError
+from dlion_mpi.loop import batch_sizes
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import StepRecord
 from dlion_mpi.strategies.registry import STRATEGIES, resolve
@@ -40,6 +41,11 @@ from tests.contract.problem import (
 from tests.inmemory import Network, Quadratic, Weather, run
 
 in_mode = {mode: [name for name, own in EVERY_MODE if own == mode] for mode in ("sync", "bounded", "async")}
+
+
+@pytest.fixture(autouse=True)
+def shares_every_seven_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_sizes, "PERIOD", 7)
 
 
 @every_mode
@@ -94,12 +100,12 @@ def test_options_resolve_once_and_for_all(name: str, mode: str) -> None:
     assert resolve(resolved)[1] == resolved
     assert strategy.name == name
     assert resolved.sync == mode
-    bounded_only = {"staleness", "backup", "patience", "hop_max_gap", "hop_skip"} if mode != "bounded" else set()
-    needless = {"exchange_thread", "exchange_share", "window"} if mode == "sync" else set()
+    bounded_only = {"staleness", "backup", "patience"} if mode != "bounded" else set()
+    needless = {"exchange_share"} if mode == "sync" else set()
     not_in_sync = needless & set(strategy.uses)
     unset = {option for option in strategy.uses if getattr(resolved, option) is None}
     assert not_in_sync <= unset
-    assert unset <= {"max_n", *bounded_only, *not_in_sync, *(o for o in strategy.uses if o.startswith("gbs_"))}
+    assert unset <= {*bounded_only, *not_in_sync, "transfer_period", "transfer_merge"}
 
 
 # ---- synchronisation modes
@@ -212,14 +218,13 @@ def test_dlion_with_nothing_left_out_is_sgd_on_the_joint_batch(workers: int) -> 
     generator = np.random.default_rng(4)
     curvature = generator.uniform(0.5, 2, SIZE).astype(np.float32)
     data = [generator.normal(size=(8 * 30, SIZE)).astype(np.float32) for _ in range(workers)]
-    settings = Config(
-        strategy="dlion",
-        sync="sync",
+    settings = config(
+        "dlion",
+        "sync",
         steps=30,
-        lbs=8,
         max_n=100,
         batching="fixed",
-        gbs_schedule="fixed",
+        global_batch="fixed",
         transfer="none",
         value_type="float32",
     )
@@ -227,7 +232,7 @@ def test_dlion_with_nothing_left_out_is_sgd_on_the_joint_batch(workers: int) -> 
     for step in range(30):
         batch = np.concatenate([x[8 * step : 8 * step + 8] for x in data]).astype(np.float64)
         expected -= LEARNING_RATE * curvature * (expected - batch.mean(axis=0))
-    others = [Config(strategy=name, steps=30, lbs=8) for name in ("baseline", "allreduce")]
+    others = [Config(strategy=name, steps=30, batch_size=8) for name in ("baseline", "allreduce")]
     for chosen in (settings, *others):
         replicas = [Quadratic(LAYOUT, curvature, LEARNING_RATE) for _ in range(workers)]
         result = run(chosen, replicas, data, weather=Weather(seed=1, delay=20))
@@ -242,7 +247,7 @@ def test_batches_follow_the_machines_and_sum_to_the_global_batch(mode: str) -> N
     def seconds(rank: int, samples: int) -> float:
         return (0.01 + 0.001 * samples) * (3 if rank == 1 else 1)
 
-    settings = config("dlion", mode, steps=60, lbs=40, batching="auto")
+    settings = config("dlion", mode, steps=60, batch_size=40, batching="auto")
     result = trained(settings, weather=Weather(seed=2, delay=10), seconds=seconds)
     last = [records[-1] for records in result.records]
     assert [record.gbs for record in last] == [120] * 3
@@ -261,7 +266,7 @@ def test_a_machine_that_slows_down_in_mid_run_gets_smaller_batches(mode: str) ->
         computed[rank] += 1
         return 0.001 * samples * (4 if rank == 0 and computed[0] > 30 else 1)
 
-    result = trained(config("dlion", mode, steps=90, lbs=40), seconds=seconds)
+    result = trained(config("dlion", mode, steps=90, batch_size=40), seconds=seconds)
     assert result.records[0][5].lbs == 40
     # 13 1/3, 53 1/3, 53 1/3: which of the three gets the sample that is left is not said
     assert result.records[0][-1].lbs in (13, 14)
@@ -298,7 +303,7 @@ def test_a_gradient_that_is_not_finite_stops_everyone_and_reaches_nobody(name: s
     data[1][5] = np.nan
     replicas = specialists(3)
     options = {"batching": "fixed"} if has_option(name, "batching") else {}
-    settings = config(name, mode, lbs=2, steps=100_000, **options)
+    settings = config(name, mode, batch_size=2, steps=100_000, **options)
     with pytest.raises(RunError, match=r"rank 1, step 2: .*--learning-rate.*--non-finite skip"):
         run(settings, replicas, data, weather=Weather(seed=1, delay=30))
     assert all(np.isfinite(replica.w).all() for replica in replicas)
@@ -307,7 +312,7 @@ def test_a_gradient_that_is_not_finite_stops_everyone_and_reaches_nobody(name: s
 def test_a_gradient_that_is_not_finite_can_be_left_out() -> None:
     data = [np.tile(OPTIMUM, (16, 1)) for _ in range(2)]
     data[1][5] = np.nan
-    result = run(config("baseline", "sync", lbs=2, steps=200, non_finite="skip"), specialists(2), data)
+    result = run(config("baseline", "sync", batch_size=2, steps=200, non_finite="skip"), specialists(2), data)
     np.testing.assert_allclose(result.weights, np.tile(OPTIMUM, (2, 1)), atol=0.02)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dlion_mpi.cli import main
-from dlion_mpi.config.options import Config, Every
+from dlion_mpi.config.fields import Every
+from dlion_mpi.config.options import Config
 from dlion_mpi.metrics.reader import Run, load
 from dlion_mpi.microcloud.environments import Environment, Phase
 from dlion_mpi.simulation.simulate import simulate
@@ -23,7 +24,7 @@ STEPS = 15
 KINDS = ("gradient", "weights")
 MODES: list[tuple[str, dict[str, Any]]] = [
     ("dlion", {"transfer_period": 5}),
-    ("dlion", {"sync": "sync", "transfer_period": 5, "rebalance_every": 4}),
+    ("dlion", {"sync": "sync", "transfer_period": 5}),
     ("baseline", {}),
     ("ako", {}),
     ("gaia", {}),

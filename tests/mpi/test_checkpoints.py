@@ -12,11 +12,11 @@ from mpi4py import MPI
 from dlion_mpi import UserError, fit
 from dlion_mpi.checkpoint import folder
 from dlion_mpi.checkpoint.start import NEW, Start, plan
-from dlion_mpi.config.parsing import config_of
 from dlion_mpi.learner import backend
 from dlion_mpi.learner.models import build
 from dlion_mpi.metrics import reader as runs
 from dlion_mpi.run import Result, run
+from tests.options import config
 
 MODEL = "tests.nets:normalised"
 """With dropout and batch normalisation: generators and statistics count as well."""
@@ -28,7 +28,7 @@ def train(out: Path, start: Start = NEW, **options: Any) -> tuple[Result, np.nda
     backend.start(1)
     model = build(MODEL, (8, 8, 1), 10, 0)
     options = {"data": "digits", "model": MODEL, "learning_rate": 0.02, "out": str(out), **options}
-    outcome = run(config_of(options), model=model, report=False, start=start)
+    outcome = run(config(**options), model=model, report=False, start=start)
     return outcome, np.concatenate([np.ravel(v.numpy()).astype(np.float64) for v in model.variables])
 
 
@@ -79,8 +79,8 @@ def test_fit_goes_on_with_a_run_as_the_command_does(world: MPI.Intracomm, shared
     for rank in whole.ranks:
         np.testing.assert_array_equal(rank.steps["step"], np.arange(30))
     world.Barrier()
-    with pytest.raises(UserError, match="--max-n 50"):
-        fit(models[1], (x, y), (x, y), max_n=50, resume=str(shared_folder), **shared)
+    with pytest.raises(UserError, match="--batch-size 50"):
+        fit(models[1], (x, y), (x, y), batch_size=50, resume=str(shared_folder), **shared)
 
 
 @pytest.mark.mpi

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi.config.parsing import config_of
 from dlion_mpi.errors import UserError
 from dlion_mpi.run import run
+from tests.options import config
 from tests.shards import write_shard
 
 
 def refused(world: MPI.Intracomm, **options: Any) -> str:
     """What the one rank says that speaks for all."""
-    config = config_of({"data": "digits", "model": "tests.nets:dense", "steps": 5, **options})
+    settings = config(**{"data": "digits", "model": "tests.nets:dense", "steps": 5, **options})
     with pytest.raises(UserError) as caught:
-        run(config, report=False)
+        run(settings, report=False)
     said = world.allgather((str(caught.value), caught.value.quiet))
     assert len({text for text, _ in said}) == 1
     assert sum(not quiet for _, quiet in said) == 1

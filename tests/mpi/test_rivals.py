@@ -32,12 +32,12 @@ def slow(world: MPI.Intracomm, folder: Path, monkeypatch: pytest.MonkeyPatch, sa
 @pytest.mark.parametrize(
     "options",
     [
-        {"strategy": "ako", "ako_partitions": 3},
+        {"strategy": "ako", "partitions": 3},
         {"strategy": "ako", "sync": "bounded"},
         {"strategy": "gaia"},
-        {"strategy": "gaia", "sync": "async", "gaia_barrier": "none"},
+        {"strategy": "gaia", "sync": "async", "barrier": "none"},
         {"strategy": "hop"},
-        {"strategy": "hop", "sync": "sync", "hop_graph": "ring"},
+        {"strategy": "hop", "sync": "sync", "graph": "ring"},
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )
@@ -73,7 +73,7 @@ def test_a_loss_that_is_not_finite_ends_all(world: MPI.Intracomm, strategy: str)
 @pytest.mark.mpi(min_size=2)
 def test_ako_sends_a_partition_a_step(world: MPI.Intracomm) -> None:
     """In all no more than the steps' partitions, their headers and the acknowledgements; a busy link gets less."""
-    result = train(strategy="ako", ako_partitions=5, steps=40).summary
+    result = train(strategy="ako", partitions=5, steps=40).summary
     links = world.Get_size() * (world.Get_size() - 1)
     most = 40 * (4 * PARAMETERS / 5 + 4 + 2 * HEADER_BYTES) + 4 * HEADER_BYTES
     assert 0.2 * links * most < result["bytes_sent"] <= 1.02 * links * most
@@ -87,7 +87,7 @@ def test_what_ako_computed_has_come_or_is_kept_bit_for_bit(
     """Everyone tells everyone what it has had from it."""
     rank = world.Get_rank()
     exact = Exact(monkeypatch, Links, lambda links: rank)
-    assert train(strategy="ako", sync=sync, ako_partitions=4, steps=80).exit_code == 0
+    assert train(strategy="ako", sync=sync, partitions=4, steps=80).exit_code == 0
     for peer, came in enumerate(world.allgather(exact.came)):
         if (rank, peer) in exact.computed:  # in `async` a peer may have left before this rank began
             exact.came |= came
@@ -99,8 +99,8 @@ def test_what_ako_computed_has_come_or_is_kept_bit_for_bit(
     ("options", "most"),
     [
         ({"strategy": "gaia", "staleness": 2}, 3),
-        ({"strategy": "hop", "staleness": 30, "backup": 3, "hop_max_gap": 2, "hop_skip": 0}, 2),
-        ({"strategy": "hop", "staleness": 30, "backup": 3, "hop_max_gap": 4, "hop_skip": 5}, 4),
+        ({"strategy": "hop", "staleness": 30, "backup": 3, "max_gap": 2, "skip": 0}, 2),
+        ({"strategy": "hop", "staleness": 30, "backup": 3, "max_gap": 4, "skip": 5}, 4),
     ],
 )
 def test_nobody_is_further_ahead_than_the_clock_or_the_tokens_allow(
@@ -115,14 +115,14 @@ def test_nobody_is_further_ahead_than_the_clock_or_the_tokens_allow(
 
 @pytest.mark.mpi(min_size=2)
 def test_gaia_sends_less_with_a_higher_threshold(world: MPI.Intracomm) -> None:
-    sent = [train(strategy="gaia", gaia_threshold=s, steps=60, staleness=0).summary["bytes_sent"] for s in (0.0, 5.0)]
+    sent = [train(strategy="gaia", threshold=s, steps=60, staleness=0).summary["bytes_sent"] for s in (0.0, 5.0)]
     assert sent[1] < 0.7 * sent[0]
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("graph", ["all", "ring"])
 def test_hop_in_sync_is_deterministic(world: MPI.Intracomm, graph: str) -> None:
-    options = {"strategy": "hop", "sync": "sync", "hop_graph": graph, "steps": 20}
+    options = {"strategy": "hop", "sync": "sync", "graph": graph, "steps": 20}
     first, second = trained_weights(**options), trained_weights(**options)
     np.testing.assert_array_equal(first, second)
 
@@ -142,8 +142,8 @@ def test_hop_s_parameters_are_those_of_decentralised_sgd(world: MPI.Intracomm) -
 @pytest.mark.mpi(min_size=2)
 def test_with_hop_a_slow_rank_skips(world: MPI.Intracomm, shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow(world, shared_folder, monkeypatch)
-    options = {"strategy": "hop", "staleness": 3, "backup": 0, "hop_max_gap": 8}
-    outcome = train(**options, hop_skip=10, steps=60, out=str(shared_folder))
+    options = {"strategy": "hop", "staleness": 3, "backup": 0, "max_gap": 8}
+    outcome = train(**options, skip=10, steps=60, out=str(shared_folder))
     assert outcome.exit_code == 0
     world.Barrier()
     with metrics(shared_folder, world.Get_size() - 1) as file:
@@ -151,7 +151,7 @@ def test_with_hop_a_slow_rank_skips(world: MPI.Intracomm, shared_folder: Path, m
     assert steps[-1] == 59
     assert len(steps) < 45
     assert np.diff(steps.astype(int)).max() <= 11
-    plain = train(**options, hop_skip=0, steps=60, out=str(shared_folder) + "-plain")
+    plain = train(**options, skip=0, steps=60, out=str(shared_folder) + "-plain")
     assert plain.exit_code == 0
     world.Barrier()
     with metrics(Path(str(shared_folder) + "-plain"), world.Get_size() - 1) as file:

@@ -12,13 +12,13 @@ import pytest
 from mpi4py import MPI
 
 from dlion_mpi.algorithms.ring import ring_bytes
-from dlion_mpi.config.parsing import config_of
 from dlion_mpi.errors import RunError
 from dlion_mpi.learner import backend
 from dlion_mpi.learner.models import build
 from dlion_mpi.run import Result, run
 from dlion_mpi.strategies.allreduce import AllReduce
 from tests.mpi.test_training import PLAIN
+from tests.options import config
 
 MODEL = "tests.nets:dense"
 PARAMETERS = 2410
@@ -33,7 +33,7 @@ both = pytest.mark.parametrize("strategy", ["allreduce", pytest.param("horovod",
 
 
 def train(model: Any = None, **options: Any) -> Result:
-    return run(config_of({"data": "digits", "model": MODEL, **options}), model=model, report=False)
+    return run(config(**{"data": "digits", "model": MODEL, **options}), model=model, report=False)
 
 
 @pytest.mark.mpi(min_size=2)

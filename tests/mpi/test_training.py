@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi.config.parsing import config_of
 from dlion_mpi.learner import backend
 from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.models import build
 from dlion_mpi.learner.shards import load, shard_of_arrays
 from dlion_mpi.run import Result, run
+from tests.options import config, grow_soon
 
 MODEL = "tests.nets:dense"
 PLAIN = {
     "sync": "sync",
     "batching": "fixed",
-    "gbs_schedule": "fixed",
+    "global_batch": "fixed",
     "transfer": "none",
     "max_n": 100,
     "value_type": "float32",
@@ -33,7 +33,7 @@ PLAIN = {
 def train(keras_model: Any = None, **options: Any) -> Result:
     options = {"data": "digits", "model": MODEL, "steps": 20, "learning_rate": 0.1, **options}
     options = {name: value for name, value in options.items() if value is not None}
-    return run(config_of(options), model=keras_model, report=False)
+    return run(config(**options), model=keras_model, report=False)
 
 
 def fresh_model(seed: int = 0) -> Any:
@@ -193,7 +193,7 @@ def test_a_slow_worker_gets_a_smaller_batch_and_gbs_is_met_at_every_step(
         f"[[phases]]\ncores = {cores}\nuplink_mbit = {[1000.0] * world.Get_size()}\n"
     )
     monkeypatch.setenv("DLION_ENVIRONMENT", str(environment))
-    options = {"sync": "sync", "gbs_schedule": "fixed", "transfer": "none", "steps": 60}
+    options = {"sync": "sync", "global_batch": "fixed", "transfer": "none", "steps": 60}
     outcome = train(**options, out=str(shared_folder))
     assert outcome.exit_code == 0
     world.Barrier()
@@ -218,9 +218,9 @@ def test_a_slow_worker_gets_a_smaller_batch_and_gbs_is_met_at_every_step(
 
 
 @pytest.mark.mpi
-def test_gbs_grows_by_its_schedule(world: MPI.Intracomm, shared_folder: Path) -> None:
-    schedule = {"gbs_interval": 10, "gbs_warmup_step": 4, "gbs_warmup_limit": 0.1, "batching": "fixed"}
-    train(steps=31, lbs=8, sync="sync", transfer="none", out=str(shared_folder), **schedule)
+def test_gbs_grows_by_its_schedule(world: MPI.Intracomm, shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grow_soon(monkeypatch, every=10, samples=4, warmup=0.1, most=0.1)
+    train(steps=31, batch_size=8, sync="sync", transfer="none", batching="fixed", out=str(shared_folder))
     world.Barrier()
     with metrics(shared_folder, 0) as file:
         start = 8 * world.Get_size()
@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_only_ends_all(world: MPI.Intracom
     y = np.arange(80) % 10
     shard = shard_of_arrays(x, y, x[:10], y[:10])
     options = {"data": "arrays", "model": MODEL, "seconds": 60, "sync": sync, "batching": "fixed"}
-    outcome = run(config_of(options), own_data=lambda: shard, report=False)
+    outcome = run(config(**options), own_data=lambda: shard, report=False)
     assert outcome.exit_code == 1
     assert "rank 1, step" in outcome.summary["stopped"]
     assert outcome.summary["seconds"] < 50

@@ -35,7 +35,9 @@ def begun(cluster: Cluster, job: str) -> None:
 
 def test_ranks_on_two_nodes_train_over_the_shaped_links(cluster: Cluster) -> None:
     before = cluster.sent_bytes(0) + cluster.sent_bytes(1)
-    job = cluster.submit(*TWO, "jobs/cpu.sh", *SHORT, "--max-n", "100", "--exchange-share", "0", "--out", "runs/cpu")
+    job = cluster.submit(
+        *TWO, "jobs/cpu.sh", *SHORT, "--dlion.max-n", "100", "--exchange-share", "0", "--out", "runs/cpu"
+    )
     ended = cluster.end(job)
     assert (ended.state, ended.code) == ("COMPLETED", 0), ended.log
     outcome = result(ended.log)

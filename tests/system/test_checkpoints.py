@@ -19,7 +19,7 @@ from tests.system.launch import Ended, complaints, end, run, start
 
 pytestmark = pytest.mark.timeout(240)
 SMALL = ("--data", "digits", "--model", "tests.nets:normalised", "--progress-every", "0")
-SYNC = ("--strategy", "dlion", "--sync", "sync", "--batching", "fixed", "--max-n", "20", "--momentum", "0.9")
+SYNC = ("--strategy", "dlion", "--sync", "sync", "--batching", "fixed", "--dlion.max-n", "20", "--momentum", "0.9")
 
 
 def result_of(ended: Ended) -> dict[str, object]:

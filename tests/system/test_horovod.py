@@ -54,7 +54,7 @@ def test_a_horovod_that_does_not_load_is_to_be_built_again(tmp_path: Path) -> No
 
 
 @both
-@pytest.mark.parametrize("options", [["--sync", "bounded"], ["--max-n", "50"], ["--transfer", "all"]])
+@pytest.mark.parametrize("options", [["--sync", "bounded"], ["--dlion.max-n", "50"], ["--transfer", "all"]])
 def test_what_it_does_not_support_is_refused(strategy: str, options: list[str]) -> None:
     ended = run(None, "dlion", "train", *SMALL, "--strategy", strategy, *options)
     assert ended.code == 2

@@ -57,7 +57,7 @@ def test_progress_has_a_line_per_rank_and_a_summary() -> None:
 
 @pytest.mark.parametrize(
     ("options", "names"),
-    [(["--max-n", "101"], "--max-n 101"), (["--model", "tests.nets:missing"], "missing")],
+    [(["--dlion.max-n", "101"], "--dlion.max-n 101"), (["--model", "tests.nets:missing"], "missing")],
     ids=["before MPI starts", "after"],
 )
 def test_a_mistake_gets_one_line_and_code_2_on_all_ranks(options: list[str], names: str) -> None:

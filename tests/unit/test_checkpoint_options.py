@@ -15,7 +15,7 @@ from dlion_mpi.checkpoint import folder
 from dlion_mpi.checkpoint.preemption import Preemption
 from dlion_mpi.checkpoint.start import NEW, Start, plan
 from dlion_mpi.cli import main
-from dlion_mpi.config.options import Every
+from dlion_mpi.config.fields import Every
 from dlion_mpi.errors import UserError
 from dlion_mpi.metrics import reader as runs
 from dlion_mpi.metrics.files import next_part

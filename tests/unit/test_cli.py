@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,12 +14,15 @@ from typing import Any
 import pytest
 
 from dlion_mpi import __version__
+from dlion_mpi.api import fit
 from dlion_mpi.cli import main
-from dlion_mpi.config.options import Config, flag
-from dlion_mpi.config.parsing import config_of
+from dlion_mpi.config.fields import declared, flag
+from dlion_mpi.config.options import FIELDS, Config
+from dlion_mpi.config.renamed import FIXED, RENAMED
 from dlion_mpi.errors import UserError
 from dlion_mpi.metrics.gauges import Totals
 from dlion_mpi.metrics.records import StepRecord
+from dlion_mpi.strategies.given import config_of
 from dlion_mpi.strategies.registry import STRATEGIES
 from dlion_mpi.view import live
 from dlion_mpi.view.lines import summary
@@ -63,25 +65,28 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--strategy", "hope"], "--strategy hope: unknown; known are dlion, baseline"),
     (["--sync", "sometimes"], "--sync sometimes: must be one of sync, bounded, async"),
     (["--strategy", "baseline", "--sync", "async"], "baseline does not support --sync async: it supports sync"),
-    (["--strategy", "baseline", "--max-n", "10"], "--max-n is not used by --strategy baseline"),
-    (["--strategy", "baseline", "--unsent", "drop"], "--unsent is not used by --strategy baseline"),
-    (["--sync", "async", "--staleness", "3"], "--staleness and --backup belong to --sync bounded"),
-    (["--max-n", "0"], "--max-n 0: must be in (0, 100]"),
-    (["--max-n", "100.5"], "--max-n 100.5: must be in (0, 100]"),
-    (["--max-n", "-3"], "--max-n -3: must be in (0, 100]"),
-    (["--n-min", "0"], "--n-min 0: must be in (0, 100]"),
-    (["--n-min", "nan"], "--n-min nan: must be in (0, 100]"),
+    (["--strategy", "baseline", "--backup", "1"], "--backup is not used by --strategy baseline"),
     (
-        ["--max-n", "10", "--link-share", "1"],
-        "--max-n fixes what a message has, --link-share fits it to the link: give one of them",
+        ["--strategy", "baseline", "--dlion.unsent", "drop"],
+        "--dlion.unsent belongs to --strategy dlion, not to baseline: drop it",
     ),
-    (["--max-n", "10", "--n-min", "1"], "--max-n fixes N and --n-min bounds a measured N: give one of them"),
-    (["--optimizer", "adam", "--momentum", "0.9"], "--momentum belongs to --optimizer sgd"),
-    (["--batching", "fixed", "--rebalance-every", "5"], "--rebalance-every has no effect with --batching fixed"),
+    (["--gaia.threshold", "0.2"], "--gaia.threshold belongs to --strategy gaia, not to dlion: drop it"),
+    (["--sync", "async", "--staleness", "3"], "--staleness has no effect with --sync async: drop one of them"),
+    (["--dlion.max-n", "0"], "--dlion.max-n 0: must be in (0, 100]"),
+    (["--dlion.max-n", "100.5"], "--dlion.max-n 100.5: must be in (0, 100]"),
+    (["--dlion.max-n", "-3"], "--dlion.max-n -3: must be in (0, 100]"),
+    (["--dlion.link-share", "nan"], "--dlion.link-share nan: must be a share in (0, 1]"),
+    (
+        ["--dlion.max-n", "10", "--dlion.link-share", "1"],
+        "--dlion.link-share has no effect with --dlion.max-n 10.0: drop one of them",
+    ),
+    (["--strategy", "gaia", "--gaia.threshold", "lots"], "--gaia.threshold lots: must be a number"),
+    (["--gaia.thresold", "1"], "unrecognized arguments: --gaia.thresold 1"),
+    (["--gaia.threshold"], "argument --gaia.threshold: expected one argument"),
+    (["--optimizer", "adam", "--momentum", "0.9"], "--momentum has no effect with --optimizer adam"),
     (["--transfer", "none", "--transfer-period", "5"], "--transfer-period has no effect with --transfer none"),
-    (["--gbs-schedule", "fixed", "--gbs-limit", "0.1"], "--gbs-limit belongs to --gbs-schedule grow"),
-    (["--lbs", "64", "--lbs-max", "32"], "--lbs-max 32 is below --lbs 64"),
-    (["--lbs", "2000"], "--lbs-max 1024 is below --lbs 2000"),
+    (["--batch-size", "64", "--batch-size-max", "32"], "--batch-size-max 32 is below --batch-size 64"),
+    (["--batch-size", "2000"], "--batch-size-max 1024 is below --batch-size 2000"),
     (["--steps", "many"], "--steps many: must be a whole number"),
     (["--steps", "1.5"], "--steps 1.5: must be a whole number"),
     (["--steps", "0"], "--steps 0: must be at least 1"),
@@ -92,7 +97,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--learning-rate", "0,1"], "--learning-rate 0,1: must be a number"),
     (["--momentum", "1"], "--momentum 1: must be in [0, 1)"),
     (["--target-accuracy", "82"], "--target-accuracy 82: must be in (0, 1], for example 0.8"),
-    (["--lbs", "0"], "--lbs 0: must be at least 1 sample"),
+    (["--batch-size", "0"], "--batch-size 0: must be at least 1 sample"),
     (["--seed", "-1"], "--seed -1: must be in 0..4294967295"),
     (["--transfer-merge", "1.5"], "--transfer-merge 1.5: must be in [0, 1]"),
     (["--value-type", "float64"], "--value-type float64: must be one of float32, float16, bfloat16"),
@@ -114,7 +119,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 BAD_FILES = {
     "[run]\nstep = 5\n": "unknown key 'step' in [run]; known there: ",
-    "[exchange]\nlbs = 5\n": "unknown key 'lbs' in [exchange]; known there: ",
+    "[exchange]\nsize = 5\n": "unknown key 'size' in [exchange]; known there: ",
+    "[gaia]\nsize = 5\n": "unknown key 'size' in [gaia]; known there: threshold, barrier",
     "[runs]\nsteps = 5\n": "unknown key 'steps' in [runs]; tables are run, ",
     "steps = 5\n": "'steps' stands outside a table",
     "[run\nsteps = 5\n": "not valid TOML: ",
@@ -137,8 +143,8 @@ def test_a_value_of_the_file_is_checked_as_one_of_the_command_line(
     capsys: Captured, runs: list[Config], tmp_path: Path
 ) -> None:
     path = tmp_path / "bad.toml"
-    path.write_text("[exchange]\nmax_n = 101\n")
-    assert "--max-n 101: must be in (0, 100]" in refused(capsys, "train", "--config", str(path))
+    path.write_text("[dlion]\nmax_n = 101\n")
+    assert "--dlion.max-n 101: must be in (0, 100]" in refused(capsys, "train", "--config", str(path))
 
 
 def test_a_file_that_is_missing_is_named(capsys: Captured, runs: list[Config], tmp_path: Path) -> None:
@@ -171,19 +177,25 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_the_default(
     runs: list[Config], tmp_path: Path
 ) -> None:
     path = tmp_path / "run.toml"
-    path.write_text("[run]\nsteps = 5\nseed = 6\n[exchange]\nn-min = 3\n")
+    path.write_text("[run]\nsteps = 5\nseed = 6\n[dlion]\nmax-n = 3\n")
     main(["train", "--config", str(path), "--seed", "7"])
-    assert runs == [Config(steps=5, seed=7, n_min=3.0)]
+    assert runs == [Config.of({"steps": 5, "seed": 7, "dlion.max_n": 3.0})]
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Config)])
+OWN = {f"{cls.name}.{f.name}": f for cls in STRATEGIES.values() for f in declared(cls.Options)}
+OPTIONS = FIELDS | OWN
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
     examples = {"evaluate_every": "7s", "out": "runs/a", "model": "nets:build", "data": "digits", "strategy": "dlion"}
-    examples["save_model"] = "a.keras"
-    choices = {f.name: f.metadata["choices"] for f in fields(Config)}[name]
+    examples |= {"save_model": "a.keras", "preset": "paper"}
+    choices = OPTIONS[name].metadata["choices"]
     text = choices[-1] if choices else examples.get(name, "1")
-    text = {"lbs_max": "64", "sync": "bounded", "momentum": "0.5", "time_limit": "9s"}.get(name, text)
+    text = {"batch_size_max": "64", "sync": "bounded", "momentum": "0.5", "time_limit": "9s"}.get(name, text)
     owner = next((s.name for s in STRATEGIES.values() if name in s.uses), "dlion")
+    if name in OWN:
+        owner = name.partition(".")[0]
     chosen = {} if name == "strategy" else {"strategy": owner}
     if name in ("checkpoint_every", "keep_checkpoints", "time_limit"):
         chosen |= {"out": "runs/a", "checkpoint_every": "9"}
@@ -192,7 +204,7 @@ def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
     chosen.pop(name, None)
     main(["train", flag(name), text, *(word for option, value in chosen.items() for word in (flag(option), value))])
     assert runs == [config_of({name: text, **chosen})]
-    assert str(getattr(runs[0], name)).removesuffix(".0") == text
+    assert str(runs[0].values()[name]).removesuffix(".0") == text
 
 
 def test_without_options_it_is_the_default(runs: list[Config]) -> None:
@@ -227,17 +239,48 @@ def test_version(capsys: Captured) -> None:
     assert capsys.readouterr().out == f"dlion-mpi {__version__}\n"
 
 
-def test_help_has_every_option_with_the_default_that_holds(capsys: Captured) -> None:
+def help_of(capsys: Captured, *words: str) -> str:
     with pytest.raises(SystemExit) as ended:
-        main(["train", "--help"])
+        main(words)
     assert ended.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for f in fields(Config):
-        assert f" {flag(f.name)} " in text
-    assert "(default: accumulate)" in text  # not the None that waits for the strategy's
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "simulate"])
+def test_help_shows_twenty_options_and_names_the_way_to_all(capsys: Captured, command: str) -> None:
+    text = help_of(capsys, command, "--help")
+    shown = re.findall(r"^  (?:-h, )?(--[a-z.-]+)", text, re.M)
+    assert 10 < len(shown) <= 20
+    assert {"--strategy", "--steps", "--data", "--model", "--batch-size", "--out"} <= set(shown)
+    assert text.strip().splitlines()[-1] == f"More options: dlion {command} --help-all"
+
+
+def test_help_all_has_every_option_with_the_default_that_holds(capsys: Captured) -> None:
+    text = " ".join(help_of(capsys, "train", "--help-all").split())
+    for name in OPTIONS:
+        assert f" {flag(name)} " in text
+    assert "--strategy gaia: --gaia.threshold THRESHOLD" in text, "each strategy's own in a group"
+    assert "(default: accumulate)" in text
+    assert "(default: 0.15)" in text  # not the None that waits for the strategy's
     assert "(default: 20s)" in text
     assert "None" not in text
     assert "%%" not in text
+
+
+@pytest.mark.parametrize("name", [*RENAMED, *FIXED])
+def test_an_option_that_was_is_refused_with_what_there_is_now(
+    capsys: Captured, runs: list[Config], tmp_path: Path, name: str
+) -> None:
+    said = refused(capsys, "train", flag(name), "5")
+    assert flag(name) in said
+    assert (RENAMED.get(name) or FIXED[name]) in said
+    path = tmp_path / "old.toml"
+    path.write_text(f"[exchange]\n{name} = 5\n")
+    assert said.removeprefix("dlion: error: ") in refused(capsys, "train", "--config", str(path))
+    options: Any = {name: 5}
+    with pytest.raises(UserError, match=re.escape(said.removeprefix("dlion: error: "))):
+        fit(None, ((), ()), ((), ()), **options)
+    assert runs == []
 
 
 HEAVY = ("tensorflow", "keras", "mpi4py", "sklearn", "h5py")

@@ -11,11 +11,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dlion_mpi.config.options import Config, Every, convert, flag, from_toml
+from dlion_mpi.config.fields import Every, convert, declared, flag, type_name
+from dlion_mpi.config.options import FIELDS, TABLES, Config
+from dlion_mpi.config.renamed import FIXED, RENAMED
 from dlion_mpi.errors import UserError
+from dlion_mpi.strategies.dlion import Dlion
+from dlion_mpi.strategies.given import values_of as given_values
 from dlion_mpi.strategies.registry import STRATEGIES, resolve
+from tests import options as named
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+OWN = {f"{cls.name}.{f.name}": f for cls in STRATEGIES.values() for f in declared(cls.Options)}
+OPTIONS = FIELDS | OWN
+"""Every option by its full name."""
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))  # all of Unicode but lone surrogates
 AWKWARD = ["", '"', "\\", "'''", '\\"', "a\nb\r\tc", "\x00\x1b\x7f\x85\u2028", "é ü 语 😀", "{rank} %s # [x] = 1"]
 
@@ -32,13 +39,21 @@ BELONGS: dict[str, dict[str, Any]] = {
 
 def config_of(name: str, value: Any) -> Config:
     options: dict[str, Any] = {**BELONGS.get(name, {}), name: value}
-    return Config(**options)
+    strategy, _, own = name.rpartition(".")
+    if strategy:
+        made = STRATEGIES[strategy](**{own: value})
+        options |= {"strategy": strategy, name: getattr(made.options, own)}
+    return Config.of(options)
+
+
+def from_toml(path: str) -> dict[str, Any]:
+    return given_values({"config": path})
 
 
 def read_back(config: Config, folder: Path) -> Config:
     path = folder / "config.toml"
     path.write_text(config.to_toml(), encoding="utf-8")
-    return Config(**from_toml(str(path)))
+    return Config.of(from_toml(str(path)))
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +71,13 @@ WHOLE: dict[str, tuple[int, int]] = {
     "keep_checkpoints": (1, 10**6),
     "seed": (0, 2**32 - 1),
     "threads": (0, 4096),
-    "lbs": (1, 10**6),
-    "rebalance_every": (1, 10**6),
-    "lbs_max": (32, 10**6),
-    "gbs_interval": (1, 10**6),
-    "gbs_warmup_step": (0, 10**6),
-    "ako_partitions": (0, 10**6),
-    "hop_max_gap": (1, 10**6),
-    "hop_skip": (0, 10**6),
+    "batch_size": (1, 10**6),
+    "batch_size_max": (32, 10**6),
+    "ako.partitions": (0, 10**6),
+    "hop.max_gap": (1, 10**6),
+    "hop.skip": (0, 10**6),
     "test_samples": (1, 10**9),
-    "window": (1, 64),
     "transfer_period": (1, 10**6),
-    "transfer_losses": (1, 10**6),
 }
 REAL: dict[str, tuple[float, float]] = {
     "seconds": (1e-3, 1e300),
@@ -76,14 +86,9 @@ REAL: dict[str, tuple[float, float]] = {
     "learning_rate": (1e-9, 1e30),
     "momentum": (0, 0.999),
     "dirichlet_alpha": (1e-6, 1e30),
-    "gbs_warmup_limit": (0, 1),
-    "gbs_speedup_factor": (1, 1e30),
-    "gbs_limit": (0, 1),
-    "gaia_threshold": (0, 1e30),
-    "max_n": (1e-3, 100),
-    "n_min": (1e-3, 100),
-    "link_share": (1e-3, 1),
-    "message_limit": (1e-3, 1),
+    "gaia.threshold": (0, 1e30),
+    "dlion.max_n": (1e-3, 100),
+    "dlion.link_share": (1e-3, 1),
     "patience": (0, 1e300),
     "exchange_share": (0, 1e30),
     "transfer_merge": (0, 1),
@@ -95,8 +100,8 @@ EVERYS = ("evaluate_every", "checkpoint_every", "time_limit")
 
 
 def values_of(name: str) -> st.SearchStrategy[Any]:
-    if FIELDS[name].metadata["choices"]:
-        return st.sampled_from(FIELDS[name].metadata["choices"])
+    if OPTIONS[name].metadata["choices"]:
+        return st.sampled_from(OPTIONS[name].metadata["choices"])
     if name in WHOLE:
         return st.integers(*WHOLE[name])
     if name in REAL:
@@ -108,13 +113,13 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     return EVERY if name in EVERYS else TEXTS
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", OPTIONS)
 @given(data=st.data())
-def test_every_field_comes_back_from_toml(folder: Path, name: str, data: st.DataObject) -> None:
+def test_every_option_comes_back_from_toml(folder: Path, name: str, data: st.DataObject) -> None:
     config = config_of(name, data.draw(values_of(name)))
     back = read_back(config, folder)
     assert back == config
-    assert type(getattr(back, name)) is type(getattr(config, name)) or name in REAL
+    assert type(back.values()[name]) is type(config.values()[name]) or name in REAL
 
 
 @pytest.mark.parametrize("name", ["strategy", "model", "data", "out"])
@@ -137,19 +142,15 @@ def test_a_field_that_is_not_set_is_not_written() -> None:
     assert 'evaluate_every = "20s"' in text
 
 
-TABLES = ("run", "model", "data", "batching", "exchange", "transfer", "rivals", "checkpoints")
-
-
-def test_every_field_is_documented_bounded_and_in_a_table() -> None:
-    for name, f in FIELDS.items():
+def test_every_option_is_documented_bounded_and_in_a_table() -> None:
+    for name, f in OPTIONS.items():
         assert f.metadata["help"], name
-        assert f.metadata["table"] in TABLES, name
+        assert name in OWN or f.metadata["table"] in TABLES, name
         if not f.metadata["choices"] and name not in EVERYS:
-            number = not str(f.type).startswith("str")
-            assert number == (name in WHOLE or name in REAL), name
+            assert (type_name(f) != "str") == (name in WHOLE or name in REAL), name
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if str(FIELDS[name].type).startswith("str")])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if type_name(OPTIONS[name]) == "str"])
 def test_text_that_cannot_be_written_as_utf_8_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="must be"):
         config_of(name, "run\udcff")
@@ -158,15 +159,14 @@ def test_text_that_cannot_be_written_as_utf_8_is_refused(name: str) -> None:
 # ---- values
 
 OUTSIDE: list[tuple[str, Any]] = [
-    *((name, low - 1) for name, (low, _) in WHOLE.items() if name != "lbs_max"),
-    ("lbs_max", 0),
+    *((name, low - 1) for name, (low, _) in WHOLE.items() if name != "batch_size_max"),
+    ("batch_size_max", 0),
     ("seed", 2**32),
     ("threads", 4097),
-    ("window", 65),
     *((name, low - 1) for name, (low, _) in REAL.items()),
-    *((name, 1.001) for name in ("target_accuracy", "momentum", "gbs_warmup_limit", "gbs_limit", "transfer_merge")),
-    *((name, 100.001) for name in ("max_n", "n_min")),
-    *((name, 0.0) for name in ("seconds", "target_accuracy", "learning_rate", "dirichlet_alpha", "max_n", "n_min")),
+    *((name, 1.001) for name in ("target_accuracy", "momentum", "transfer_merge", "dlion.link_share")),
+    ("dlion.max_n", 100.001),
+    *((name, 0.0) for name in ("seconds", "target_accuracy", "learning_rate", "dirichlet_alpha", "dlion.max_n")),
     ("momentum", 1.0),
     *((name, value) for name in REAL for value in (math.nan, math.inf, -math.inf)),
 ]
@@ -178,10 +178,10 @@ def test_a_number_outside_its_range_is_refused_by_name(name: str, value: float) 
         config_of(name, value)
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if FIELDS[name].metadata["choices"]])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if OPTIONS[name].metadata["choices"]])
 def test_a_choice_is_one_of_those_that_there_are(name: str) -> None:
     with pytest.raises(
-        UserError, match=f"{flag(name)} nonsense: must be one of .*{FIELDS[name].metadata['choices'][-1]}"
+        UserError, match=f"{flag(name)} nonsense: must be one of .*{OPTIONS[name].metadata['choices'][-1]}"
     ):
         config_of(name, "nonsense")
 
@@ -190,19 +190,13 @@ def test_a_choice_is_one_of_those_that_there_are(name: str) -> None:
     ("options", "named"),
     [
         ({"optimizer": "adam", "momentum": 0.9}, "--momentum"),
-        ({"max_n": 10.0, "n_min": 1.0}, "--max-n.*--n-min"),
         ({"sync": "sync", "staleness": 3}, "--staleness.*--sync sync"),
         ({"sync": "async", "backup": 0}, "--backup.*--sync async"),
-        ({"gbs_schedule": "fixed", "gbs_limit": 0.1}, "--gbs-limit"),
-        ({"gbs_schedule": "fixed", "gbs_interval": 10}, "--gbs-interval"),
-        ({"gbs_schedule": "fixed", "gbs_warmup_step": 10}, "--gbs-warmup-step"),
-        ({"gbs_schedule": "fixed", "gbs_warmup_limit": 0.1}, "--gbs-warmup-limit"),
-        ({"gbs_schedule": "fixed", "gbs_speedup_factor": 2.0}, "--gbs-speedup-factor"),
+        ({"sync": "async", "patience": 0.5}, "--patience.*--sync async"),
+        ({"sync": "sync", "exchange_share": 0.2}, "--exchange-share.*--sync sync"),
         ({"transfer": "none", "transfer_period": 10}, "--transfer-period"),
         ({"transfer": "none", "transfer_merge": 0.5}, "--transfer-merge"),
-        ({"transfer": "none", "transfer_losses": 5}, "--transfer-losses"),
-        ({"batching": "fixed", "rebalance_every": 5}, "--rebalance-every"),
-        ({"lbs": 64, "lbs_max": 32}, "--lbs-max 32.*--lbs 64"),
+        ({"batch_size": 64, "batch_size_max": 32}, "--batch-size-max 32.*--batch-size 64"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], named: str) -> None:
@@ -264,7 +258,7 @@ def test_nonsense_is_no_interval(text: str) -> None:
     [
         ("steps", "12", 12),
         ("steps", 12.0, 12),
-        ("lbs_max", "64", 64),
+        ("batch_size_max", "64", 64),
         ("learning_rate", "1e-3", 0.001),
         ("seconds", 3, 3.0),
         ("out", "runs/a", "runs/a"),
@@ -275,7 +269,7 @@ def test_nonsense_is_no_interval(text: str) -> None:
     ],
 )
 def test_text_becomes_the_field_s_type(name: str, text: Any, expected: Any) -> None:
-    value = convert(name, text)
+    value = convert(OPTIONS[name], text)
     assert value == expected
     assert type(value) is type(expected)
 
@@ -294,7 +288,7 @@ OF_ANOTHER_TYPE: dict[str, list[Any]] = {
 )
 def test_what_is_not_of_the_type_is_refused_by_name(name: str, text: Any) -> None:
     with pytest.raises(UserError, match=flag(name)):
-        convert(name, text)
+        convert(OPTIONS[name], text)
 
 
 # ---- files
@@ -307,8 +301,8 @@ def written(folder: Path, text: str | bytes) -> str:
 
 
 def test_keys_may_be_spelled_as_on_the_command_line(tmp_path: Path) -> None:
-    path = written(tmp_path, '[exchange]\nn-min = 2\nvalue_type = "float16"\n[run]\nsteps = 5\n')
-    assert from_toml(path) == {"n_min": 2.0, "value_type": "float16", "steps": 5}
+    path = written(tmp_path, '[dlion]\nmax-n = 2\n[exchange]\nvalue_type = "float16"\n[run]\nsteps = 5\n')
+    assert from_toml(path) == {"dlion.max_n": 2.0, "value_type": "float16", "steps": 5}
 
 
 @pytest.mark.parametrize(
@@ -316,7 +310,11 @@ def test_keys_may_be_spelled_as_on_the_command_line(tmp_path: Path) -> None:
     [
         ("steps = 5", "'steps' stands outside a table"),
         ("[run]\nstep = 5", r"unknown key 'step' in \[run\]; known there: .*steps"),
-        ("[exchange]\nsteps = 5", r"unknown key 'steps' in \[exchange\]; known there: .*n_min"),
+        ("[exchange]\nsteps = 5", r"unknown key 'steps' in \[exchange\]; known there: .*value_type"),
+        ("[hop]\nmax_gaps = 5", r"unknown key 'max_gaps' in \[hop\]; known there: graph, max_gap, skip"),
+        ("[hop]\nmax_gap = 0.5", "--hop.max-gap 0.5: must be a whole number"),
+        ("[batching]\nlbs = 5", "--lbs is now --batch-size"),
+        ("[exchange]\nwindow = 5", "--window is fixed now, at 2 messages, 3 in dlion: drop it"),
         ("[runs]\nsteps = 5", r"unknown key 'steps' in \[runs\]; tables are run, model"),
         ("[run.inner]\nsteps = 5", r"unknown key 'inner' in \[run\]"),
         ("[[run]]\nsteps = 5", "'run' stands outside a table"),
@@ -349,16 +347,25 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 # ---- strategies' defaults
 
 
+def own(config: Config, name: str) -> Any:
+    """An option of the strategy's own in a resolved Config."""
+    return config.strategy_options.get(name)
+
+
 def test_defaults_are_filled_in_for_the_chosen_strategy() -> None:
     strategy, resolved = resolve(Config())
     assert strategy.name == "dlion"
-    assert (resolved.sync, resolved.staleness, resolved.unsent) == ("bounded", 5, "accumulate")
-    assert resolve(Config(strategy="baseline"))[1].unsent is None
+    assert (resolved.sync, resolved.staleness, own(resolved, "dlion.unsent")) == ("bounded", 5, "accumulate")
+    assert resolve(Config(strategy="baseline"))[1].strategy_options == {}
+    assert resolve(Config(strategy="gaia"))[1].strategy_options == {
+        "gaia.threshold": 0.01,
+        "gaia.barrier": "selective",
+    }
 
 
 def test_what_is_given_comes_before_the_default() -> None:
-    resolved = resolve(Config(unsent="drop", staleness=0, transfer_merge=0.0, exchange_share=0.0))[1]
-    assert (resolved.unsent, resolved.staleness) == ("drop", 0)
+    resolved = resolve(named.config(unsent="drop", staleness=0, transfer_merge=0.0, exchange_share=0.0))[1]
+    assert (own(resolved, "dlion.unsent"), resolved.staleness) == ("drop", 0)
     assert (resolved.transfer_merge, resolved.exchange_share) == (0.0, 0.0)
 
 
@@ -366,9 +373,10 @@ def test_what_is_given_comes_before_the_default() -> None:
     ("options", "transfer"),
     [
         ({}, "none"),
-        ({"transfer": "auto"}, "none"),
         ({"unsent": "drop"}, "all"),
+        ({"unsent": "accumulate-whole"}, "none"),
         ({"transfer_period": 20}, "all"),
+        ({"transfer_merge": 0.5}, "all"),
         ({"unsent": "drop", "transfer": "worst"}, "worst"),
         ({"unsent": "drop", "transfer": "none"}, "none"),
     ],
@@ -376,88 +384,78 @@ def test_what_is_given_comes_before_the_default() -> None:
 def test_knowledge_is_transferred_where_gradients_are_dropped_or_it_is_asked_for(
     options: dict[str, Any], transfer: str
 ) -> None:
-    resolved = resolve(Config(**options))[1]
+    resolved = resolve(named.config(**options))[1]
     assert resolved.transfer == transfer
     assert (resolved.transfer_merge is None) == (transfer == "none")
 
 
 @pytest.mark.parametrize(
-    ("options", "share", "limit"),
+    ("options", "share", "short"),
     [
-        ({}, 0.05, 0.01),
-        ({"sync": "sync"}, 0.05, 0.01),
-        ({"unsent": "drop"}, 1.0, 1.0),
-        ({"unsent": "drop", "link_share": 0.1}, 0.1, 1.0),
-        ({"unsent": "drop", "message_limit": 0.1}, 1.0, 0.1),
-        ({"link_share": 1.0}, 1.0, 1.0),
-        ({"link_share": 1.0, "message_limit": 0.1}, 1.0, 0.1),
-        ({"preset": "paper"}, 1.0, 1.0),
-        ({"preset": "paper", "unsent": "accumulate"}, 1.0, 1.0),
-        ({"max_n": 10.0}, None, None),
-        ({"strategy": "ako"}, None, None),
+        ({}, 0.05, True),
+        ({"sync": "sync"}, 0.05, True),
+        ({"unsent": "accumulate-whole"}, 0.05, True),
+        ({"unsent": "drop"}, 1.0, False),
+        ({"unsent": "drop", "link_share": 0.1}, 0.1, False),
+        ({"link_share": 0.05}, 0.05, False),
+        ({"link_share": 1.0}, 1.0, False),
+        ({"preset": "paper"}, 1.0, False),
+        ({"preset": "paper", "unsent": "accumulate"}, 1.0, False),
+        ({"max_n": 10.0}, 1.0, False),
+        ({"preset": "paper", "max_n": 10.0}, 1.0, False),
     ],
 )
 def test_messages_are_short_unless_gradients_are_dropped_or_it_is_asked_for(
-    options: dict[str, Any], share: float | None, limit: float | None
+    options: dict[str, Any], share: float, short: bool
 ) -> None:
-    resolved = resolve(Config(**options))[1]
-    assert (resolved.link_share, resolved.message_limit) == (share, limit)
+    for config in (named.config(**options), resolve(named.config(**options))[1]):
+        strategy = resolve(config)[0]
+        assert isinstance(strategy, Dlion)
+        assert (strategy.link_share, strategy.short) == (share, short)
 
 
 @pytest.mark.parametrize(
-    ("options", "own_gradient", "patience"),
+    ("options", "as_sent", "patience"),
     [
-        ({}, "as-sent", 0.5),
-        ({"sync": "sync"}, "as-sent", None),
-        ({"sync": "async", "own_gradient": "whole"}, "whole", None),
-        ({"sync": "async"}, "whole", None),
-        ({"unsent": "drop"}, "whole", 0.0),
-        ({"unsent": "drop", "link_share": 0.1}, "whole", 0.5),
-        ({"link_share": 1.0}, "as-sent", 0.0),
-        ({"max_n": 10.0}, "as-sent", 0.0),
-        ({"preset": "paper"}, "whole", 0.0),
-        ({"preset": "paper", "unsent": "accumulate"}, "whole", 0.0),
-        ({"preset": "paper", "link_share": 0.1}, "whole", 0.0),
-        ({"max_n": 10.0, "patience": 2.0}, "as-sent", 2.0),
-        ({"strategy": "gaia"}, None, None),
+        ({}, True, 0.5),
+        ({"sync": "sync"}, True, None),
+        ({"sync": "async", "unsent": "accumulate-whole"}, False, None),
+        ({"sync": "async"}, False, None),
+        ({"unsent": "drop"}, False, 0.0),
+        ({"unsent": "drop", "link_share": 0.1}, False, 0.5),
+        ({"link_share": 1.0}, True, 0.0),
+        ({"max_n": 10.0}, True, 0.0),
+        ({"preset": "paper"}, False, 0.0),
+        ({"preset": "paper", "unsent": "accumulate-whole"}, False, 0.0),
+        ({"preset": "paper", "link_share": 0.1}, False, 0.0),
+        ({"max_n": 10.0, "patience": 2.0}, True, 2.0),
     ],
 )
 def test_the_own_gradient_is_applied_as_sent_where_the_rest_is_remembered(
-    options: dict[str, Any], own_gradient: str | None, patience: float | None
+    options: dict[str, Any], as_sent: bool, patience: float | None
 ) -> None:
-    resolved = resolve(Config(**options))[1]
-    assert (resolved.own_gradient, resolved.patience) == (own_gradient, patience)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"unsent": "drop", "own_gradient": "as-sent"}, "needs --unsent accumulate"),
-        ({"sync": "sync", "patience": 0.5}, "--patience belongs to --sync bounded"),
-        ({"strategy": "hop", "patience": 0.5}, "--patience is not used by --strategy hop"),
-        ({"preset": "paper", "own_gradient": "as-sent"}, "needs --unsent accumulate"),
-    ],
-)
-def test_what_would_never_be_applied_or_waited_for_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        resolve(Config(**options))
+    strategy, resolved = resolve(named.config(**options))
+    assert isinstance(strategy, Dlion)
+    assert (strategy.applies_as_sent(resolved), resolved.patience) == (as_sent, patience)
 
 
 def test_the_paper_s_preset_stands_behind_what_is_given() -> None:
     paper = resolve(Config(preset="paper"))[1]
-    assert (paper.batching, paper.weighting, paper.unsent, paper.transfer) == ("proportional", "paper", "drop", "all")
+    assert (paper.batching, paper.transfer, paper.transfer_period) == ("proportional", "all", 100)
+    assert (paper.patience, paper.value_type, paper.exchange_share) == (0.0, "float32", 0.0)
+    assert paper.strategy_options == {"dlion.unsent": "drop", "dlion.link_share": 1.0, "dlion.weighting": "paper"}
     assert paper.transfer_merge == 0.75
-    given = resolve(Config(preset="paper", unsent="accumulate", transfer="none"))[1]
-    assert (given.unsent, given.transfer, given.transfer_merge) == ("accumulate", "none", None)
+    given = resolve(named.config(preset="paper", unsent="accumulate", transfer="none"))[1]
+    assert (own(given, "dlion.unsent"), given.transfer, given.transfer_merge) == ("accumulate", "none", None)
 
 
-def test_a_technique_that_is_off_has_no_options() -> None:
-    resolved = resolve(Config(batching="fixed", gbs_schedule="fixed", transfer="none", max_n=10.0))[1]
-    assert resolved.rebalance_every is None
-    assert resolved.gbs_interval is None
+def test_what_has_no_effect_is_left_out() -> None:
+    resolved = resolve(named.config(transfer="none", max_n=10.0))[1]
     assert resolved.transfer_period is None
-    assert resolved.n_min is None
+    assert "dlion.link_share" not in resolved.strategy_options
     assert resolved.exchange_share == 0.15, "what the exchange may cost is bounded whatever N is"
+    hop = resolve(Config(strategy="hop", sync="sync"))[1]
+    assert hop.strategy_options == {"hop.graph": "all"}
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
@@ -472,25 +470,31 @@ def test_staleness_is_for_bounded_alone(mode: str) -> None:
     [
         ({"strategy": "hope"}, "--strategy hope: unknown; known are dlion, baseline"),
         ({"strategy": "baseline", "sync": "async"}, "baseline does not support --sync async: it supports sync"),
-        ({"strategy": "baseline", "max_n": 10.0}, "--max-n is not used by --strategy baseline"),
+        ({"strategy": "baseline", "dlion.max_n": 10.0}, "--dlion.max-n belongs to --strategy dlion, not to baseline"),
+        ({"strategy": "hop", "patience": 0.5}, "--patience is not used by --strategy hop"),
         ({"strategy": "baseline", "transfer": "all"}, "--transfer is not used by --strategy baseline"),
-        ({"strategy": "baseline", "lbs_max": 64}, "--lbs-max is not used by --strategy baseline"),
-        ({"strategy": "baseline", "preset": "paper"}, "--preset paper is dlion's, not of --strategy baseline"),
+        ({"strategy": "baseline", "batch_size_max": 64}, "--batch-size-max is not used by --strategy baseline"),
+        ({"strategy": "baseline", "preset": "paper"}, "--preset paper: unknown; --strategy baseline has none"),
+        ({"preset": "article"}, "--preset article: unknown; --strategy dlion has paper"),
         ({"strategy": "baseline", "staleness": 1}, "--staleness is not used by --strategy baseline"),
-        ({"strategy": "baseline", "backup": 1}, "--sync sync, which has no options of its own: drop it"),
-        ({"strategy": "ako", "max_n": 9.0}, "which has --ako-partitions, --exchange-thread, --window: drop it"),
-        ({"strategy": "ako", "sync": "bounded", "max_n": 9.0}, "which has --staleness, --ako-partitions, --exch"),
-        (
-            {"strategy": "gaia", "backup": 1},
-            "has --staleness, --gaia-threshold, --gaia-barrier, --exchange-thread, --window: drop",
-        ),
-        ({"sync": "sync", "exchange_thread": "on"}, "--exchange-thread is not used by --strategy dlion --sync sync"),
-        ({"sync": "sync", "exchange_share": 0.2}, "--exchange-share is not used by --strategy dlion --sync sync"),
-        ({"sync": "sync", "window": 4}, "--window is not used by --strategy dlion --sync sync"),
-        ({"strategy": "baseline", "window": 2}, "--window is not used by --strategy baseline"),
-        ({"strategy": "hop", "sync": "sync", "hop_skip": 1}, "--strategy hop --sync sync, which has --hop-graph: drop"),
+        ({"strategy": "baseline", "backup": 1}, "--strategy baseline, which has no options: drop it"),
+        ({"strategy": "ako", "transfer": "all"}, "which has --staleness, --ako.partitions: drop it"),
+        ({"strategy": "gaia", "backup": 1}, "has --staleness, --gaia.threshold, --gaia.barrier: drop it"),
+        ({"sync": "sync", "exchange_share": 0.2}, "--exchange-share has no effect with --sync sync"),
+        ({"strategy": "ako", "staleness": 2}, "--staleness has no effect with --sync async: drop one of them"),
+        ({"strategy": "hop", "sync": "sync", "hop.skip": 1}, "--hop.skip has no effect with --sync sync"),
+        ({"dlion.max_n": 10.0, "dlion.link_share": 1.0}, "--dlion.link-share has no effect with --dlion.max-n 10"),
     ],
 )
 def test_what_a_strategy_does_not_use_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        resolve(Config(**options))
+        resolve(Config.of(options))
+
+
+# ---- options that were
+
+
+def test_no_option_has_the_name_of_one_that_was() -> None:
+    assert not (RENAMED.keys() | FIXED.keys()) & OPTIONS.keys()
+    for said in RENAMED.values():
+        assert said.split()[0].rstrip(":").removeprefix("--").replace("-", "_") in OPTIONS

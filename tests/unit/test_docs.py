@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from dlion_mpi.cli import _parser
+from dlion_mpi.cli import parser as parser_of
 from dlion_mpi.commands.launch import COMMANDS
-from dlion_mpi.config.options import Config, from_toml
-from dlion_mpi.config.parsing import TABLES, config_of
+from dlion_mpi.config.fields import declared
+from dlion_mpi.config.options import TABLES
 from dlion_mpi.microcloud import environments
 from dlion_mpi.simulation import idealised
+from dlion_mpi.strategies.given import config_of
 from dlion_mpi.strategies.registry import STRATEGIES, resolve
 from tests.markdown import PAGES, ROOT, Block, anchors, blocks, every_block, label, links, prose, write_files
 
@@ -95,8 +96,9 @@ def test_the_reference_has_every_table_and_every_command() -> None:
         found = (block.language for block in blocks(ROOT / "docs" / page))
         return [language.removeprefix(f"{{{name}}} ") for language in found if language.startswith(f"{{{name}}}")]
 
-    assert sorted(directives("configuration.md", "options")) == sorted(TABLES)
-    assert sorted(directives("commands.md", "command")) == sorted(leaves(_parser()))
+    tables_of_strategies = [name for name, cls in STRATEGIES.items() if any(declared(cls.Options))]
+    assert sorted(directives("configuration.md", "options")) == sorted([*TABLES, *tables_of_strategies])
+    assert sorted(directives("commands.md", "command")) == sorted(leaves(parser_of()))
 
 
 def leaves(parser: argparse.ArgumentParser, *before: str) -> Iterator[str]:
@@ -128,7 +130,7 @@ def test_toml_is_an_environment_or_a_configuration(block: Block, beside_the_file
     if "[[phases]]" in block.text:
         assert environments.load(path).workers > 0
     else:
-        resolve(Config(**from_toml(str(path))))
+        resolve(config_of({"config": str(path)}))
 
 
 # ---- commands
@@ -159,13 +161,10 @@ def test_a_command_line_is_taken_as_it_stands(words: list[str], beside_the_files
     (beside_the_files / "run.toml").touch()
     if words == ["--help"] or words[1:] == ["--help"]:
         return
-    args = _parser().parse_args(words)
+    args = parser_of(words).parse_args(words)
     if words[0] == "launch" and args.rank_command[0] in COMMANDS:
         words = args.rank_command
-        args = _parser().parse_args(words)
-    if words[0] == "launch" and args.rank_command[0] in COMMANDS:
-        words = args.rank_command
-        args = _parser().parse_args(words)
+        args = parser_of(words).parse_args(words)
     if words[0] in ("train", "simulate"):
         config = config_of(vars(args))
         if config.strategy in idealised.IDEALS and words[0] == "simulate":
@@ -178,7 +177,8 @@ def test_a_command_line_is_taken_as_it_stands(words: list[str], beside_the_files
 
 def known_options(parser: argparse.ArgumentParser) -> set[str]:
     """The long options of a parser and of all below it."""
-    found = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+    shown = [a for a in parser._actions if getattr(a, "full_help", a.help) != argparse.SUPPRESS]
+    found = {option for action in shown for option in action.option_strings if option.startswith("--")}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             found |= {option for own in action.choices.values() for option in known_options(own)}
@@ -189,10 +189,10 @@ def known_options(parser: argparse.ArgumentParser) -> set[str]:
 def test_every_option_and_command_that_is_mentioned_exists(page: Path) -> None:
     if page.name == "CHANGELOG.md":  # it also lists former options
         return
-    known = known_options(_parser()) | FOREIGN
-    names = {words.split()[0] for words in leaves(_parser())}
+    known = known_options(parser_of()) | FOREIGN
+    names = {words.split()[0] for words in leaves(parser_of())}
     for code in re.findall(r"`([^`\n]+)`", prose(page)):
-        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z][\w-]*)?", code):
             assert option in known, f"`{code}`: no command has {option}"
         for name in re.findall(r"^dlion ([a-z]+)", code):
             assert name in names, f"`{code}`: no such command"

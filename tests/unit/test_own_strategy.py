@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,20 @@ from dlion_mpi.cli import main
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.simulation.simulate import micro_cloud, simulate
+from dlion_mpi.strategies.given import config_of
 from dlion_mpi.strategies.registry import STRATEGIES, find, resolve
 from tests.contract.problem import OPTIMUM, ROUGH, trained
 from tests.markdown import write_files
 
 MODULE = """
+from dataclasses import dataclass
+
+from dlion_mpi.config.fields import Bounds, option
 from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.baseline import Baseline
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.dlion import Dlion
+from dlion_mpi.strategies.options import StrategyOptions
 
 number = 3
 
@@ -59,7 +65,7 @@ class List(Baseline):
 
 
 class Unknown(Baseline):
-    uses = {"staleness": 5, "lbs": 64}
+    uses = {"staleness": 5, "seed": 64}
 
 
 class Arguments(Baseline):
@@ -68,7 +74,7 @@ class Arguments(Baseline):
 
 
 class Wrong(Dlion):
-    uses = {**Dlion.uses, "n_min": 0.0}
+    uses = {**Dlion.uses, "backup": -1}
 
 
 class Sum(AllReduce):
@@ -81,6 +87,38 @@ class ByHorovod(Horovod):
 
 class Fine(Dlion):
     uses = {"staleness": 2}
+
+
+class Mild(Baseline):
+    name = "mild"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(StrategyOptions):
+        share: float = option(0.5, "share of the gradient", bounds=Bounds(0, 1, "in [0, 1]"))
+        most_steps: int = option(9, "steps")
+        kind: str = option("plain", "kind", choices=("plain", "odd"))
+
+    def incoming(self, state, local, weights, messages):
+        effect = super().incoming(state, local, weights, messages)
+        effect.gradient[:] *= self.options.share
+        return effect
+
+
+class Milder(Mild):
+    name = "milder"
+
+
+class Loose(Baseline):
+    name = "loose"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(StrategyOptions):
+        share: list = option(None, "no such type")
+
+
+class NoOptions(Baseline):
+    name = "none"
+    Options = 3
 """
 
 
@@ -118,9 +156,9 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         ("brought:Modes", "modes is 'sync', but must be a tuple of some of sync, bounded, async"),
         ("brought:OtherModes", "modes is ('sync', 'sometimes'), but must be"),
         ("brought:List", "uses must be a dictionary"),
-        ("brought:Unknown", "uses has lbs, but the shared options are "),
+        ("brought:Unknown", "uses has seed, but the shared options are "),
         ("brought:Arguments", "it must be possible to make one without arguments"),
-        ("brought:Wrong", "--n-min 0: must be in (0, 100]"),
+        ("brought:Wrong", "--backup -1: must be 0 or more workers"),
     ],
 )
 def test_what_is_no_strategy_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], spec: str, said: str) -> None:
@@ -134,11 +172,70 @@ def test_what_is_no_strategy_is_refused_in_one_line(capsys: pytest.CaptureFixtur
 def test_its_defaults_and_options_hold() -> None:
     strategy, config = resolve(Config(strategy="brought:Fine"))
     assert type(strategy).__name__ == "Fine"
-    assert (config.sync, config.staleness, config.n_min) == ("bounded", 2, None)
+    assert (config.sync, config.staleness, config.exchange_share) == ("bounded", 2, None)
     assert resolve(config)[1] == config
     assert resolve(Config(strategy="brought:Fine", staleness=7))[1].staleness == 7
-    with pytest.raises(UserError, match="--n-min is not used by --strategy"):
-        resolve(Config(strategy="brought:Fine", n_min=3.0))
+    with pytest.raises(UserError, match="--exchange-share is not used by --strategy"):
+        resolve(Config(strategy="brought:Fine", exchange_share=3.0))
+
+
+def simulated(*words: str) -> list[str]:
+    common = ("--env", "homo-b", "--data", "digits", "--model", "tests.nets:dense", "--steps", "3")
+    return ["simulate", *common, "--strategy", "brought:Mild", "--out", "run", *words]
+
+
+def test_its_own_options_hold_on_the_command_line_and_in_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(simulated("--mild.share", "0.25", "--mild.most-steps=7")) == 0
+    written = Path("run/config.toml").read_text(encoding="utf-8")
+    assert written.endswith('[mild]\nshare = 0.25\nmost_steps = 7\nkind = "plain"\n')
+    again = config_of({"config": "run/config.toml"})
+    strategy, resolved = resolve(again)
+    assert (strategy.options.share, strategy.options.most_steps) == (0.25, 7)
+    assert resolved == again
+    assert config_of({"config": "run/config.toml", "mild.share": "0.75"}).strategy_options["mild.share"] == 0.75
+    losses = []
+    for share in ("0", "1"):
+        capsys.readouterr()
+        assert main([*simulated("--mild.share", share), "--out", f"run{share}", "--learning-rate", "0.3"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["accuracy_mean"])
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mild.share", "2"], "--mild.share 2: must be in [0, 1]"),
+        (["--mild.share", "x"], "--mild.share x: must be a number"),
+        (["--mild.kind", "x"], "--mild.kind x: must be one of plain, odd"),
+        (["--mild.shar", "1"], "unrecognized arguments: --mild.shar 1"),
+        (["--hop.skip", "1"], "--hop.skip belongs to --strategy hop, not to mild: drop it"),
+        (["--strategy", "brought:Milder", "--milder.share", "2"], "--milder.share 2: must be in [0, 1]"),
+        (["--strategy", "brought:Milder", "--mild.share", "1"], "unrecognized arguments: --mild.share 1"),
+        (["--strategy", "brought:Loose"], "the option share is a list, but must be an int, a float, a str or an Every"),
+        (["--strategy", "brought:NoOptions"], "Options must be a dataclass that inherits from StrategyOptions"),
+    ],
+)
+def test_a_mistake_in_its_own_options_is_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(simulated(*words)) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert said in err
+
+
+def test_help_shows_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*simulated(), "--help-all"])
+    assert "--mild.share SHARE    share of the gradient (default: 0.5)" in capsys.readouterr().out
+
+
+def test_in_python_its_own_options_are_arguments() -> None:
+    cls: Any = find("brought:Mild")
+    assert cls(share="0.1").options == cls.Options(share=0.1)
+    for options in ({"share": 2}, {"size": 2}, {"most_steps": 0.5}):
+        with pytest.raises(UserError, match=r"--mild\."):
+            cls(**options)
 
 
 def test_a_name_without_a_module_is_one_of_ours() -> None:
@@ -159,6 +256,6 @@ def test_a_sum_over_all_is_simulated() -> None:
 @pytest.mark.parametrize("mode", ["bounded", "async"])
 def test_the_documentations_strategy_reaches_what_only_all_together_know(mode: str) -> None:
     """On links that are late and often busy: so nothing of a gradient is lost, or applied twice."""
-    settings: dict[str, Any] = {"strategy": "turns:Turns", "sync": mode, "steps": 400, "lbs": 8}
+    settings: dict[str, Any] = {"strategy": "turns:Turns", "sync": mode, "steps": 400, "batch_size": 8}
     result = trained(Config(**settings), weather=ROUGH)
     np.testing.assert_allclose(result.weights, np.tile(OPTIMUM, (3, 1)), atol=0.02)

@@ -280,8 +280,8 @@ def test_the_folder_of_a_run_is_no_difference(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_one_run_lacks_is_a_difference(runs: list[Run], tmp_path: Path) -> None:
-    adaptive = load(runfiles.make_run(tmp_path / "c", workers=4, config=Config(seconds=60.0, n_min=0.85).to_toml()))
-    assert ("exchange.n_min", ["–", "0.85"], True) in settings([runs[0], adaptive])
+    adaptive = load(runfiles.make_run(tmp_path / "c", workers=4, config=Config(seconds=60.0, patience=0.85).to_toml()))
+    assert ("run.patience", ["–", "0.85"], True) in settings([runs[0], adaptive])
 
 
 def test_the_phases_of_a_micro_cloud_are_settings(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dlion_mpi.config.options import Config
+from dlion_mpi.loop import batch_sizes, knowledge
 from dlion_mpi.loop.batch_sizes import BatchSizeRounds
 from dlion_mpi.loop.knowledge import KnowledgeRounds
 from dlion_mpi.loop.ports import Until
@@ -17,13 +18,21 @@ from dlion_mpi.metrics.records import Transfer
 from dlion_mpi.strategies.registry import resolve
 from dlion_mpi.vector.layout import Vector
 from tests.inmemory import MemoryCollectives
+from tests.options import grow_soon
 
 WORKERS = 3
 SAMPLES = 6000
 
 
 def resolved(**options: Any) -> Config:
-    return resolve(Config(**{"strategy": "dlion", "gbs_schedule": "fixed", "lbs": 40, **options}))[1]
+    return resolve(Config(**{"strategy": "dlion", "global_batch": "fixed", "batch_size": 40, **options}))[1]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares are asked for every five steps, and two losses tell who is best."""
+    monkeypatch.setattr(batch_sizes, "PERIOD", 5)
+    monkeypatch.setattr(knowledge, "LOSSES", 2)
 
 
 def status_rounds(
@@ -83,20 +92,17 @@ def test_auto_counts_what_every_step_costs_and_proportional_does_not() -> None:
     assert shares == {"auto": [30, 50], "proportional": [40, 40]}
 
 
-def test_nobody_gets_more_than_lbs_max() -> None:
-    rounds, _ = status_rounds(resolved(lbs_max=50))
+def test_nobody_gets_more_than_batch_size_max() -> None:
+    rounds, _ = status_rounds(resolved(batch_size_max=50))
     for r, beta in zip(rounds, (0.001, 0.01, 0.01), strict=True):
         timed(r, 0.0, beta)
     first(rounds)
     assert [r.lbs for r in rounds] == [50, 35, 35]
 
 
-def test_a_global_batch_beyond_all_limits_is_cut_to_them() -> None:
-    rounds, _ = status_rounds(
-        resolved(
-            gbs_schedule="grow", gbs_interval=1, gbs_warmup_step=100, gbs_warmup_limit=1.0, gbs_limit=1.0, lbs_max=60
-        )
-    )
+def test_a_global_batch_beyond_all_limits_is_cut_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    grow_soon(monkeypatch, every=1, samples=100)
+    rounds, _ = status_rounds(resolved(global_batch="grow", batch_size_max=60))
     for r in rounds:
         timed(r, 0.0, 0.001)
         list(r.advance(10))
@@ -106,7 +112,7 @@ def test_a_global_batch_beyond_all_limits_is_cut_to_them() -> None:
 
 
 def test_a_round_is_asked_for_every_so_many_steps_and_one_at_a_time() -> None:
-    rounds, shared = status_rounds(resolved(rebalance_every=5))
+    rounds, shared = status_rounds(resolved())
     for step in range(1, 23):
         list(rounds[0].advance(step))
     assert rounds[0].started == 1, "the others have not answered yet"
@@ -121,7 +127,7 @@ def test_a_round_is_asked_for_every_so_many_steps_and_one_at_a_time() -> None:
 
 
 def test_without_waiting_a_share_changes_when_the_round_is_done() -> None:
-    rounds, _ = status_rounds(resolved(sync="async", rebalance_every=5))
+    rounds, _ = status_rounds(resolved(sync="async"))
     for r, beta in zip(rounds, (0.001, 0.002, 0.002), strict=True):
         timed(r, 0.0, beta)
     for r in rounds[:2]:
@@ -139,7 +145,7 @@ def test_without_waiting_a_share_changes_when_the_round_is_done() -> None:
 
 
 def test_shares_of_a_step_add_up_to_the_global_batch_also_if_one_worker_is_behind() -> None:
-    rounds, _ = status_rounds(resolved(rebalance_every=5))
+    rounds, _ = status_rounds(resolved())
     for r, beta in zip(rounds, (0.001, 0.002, 0.002), strict=True):
         timed(r, 0.0, beta)
     after: dict[int, list[int]] = {step: [] for step in range(1, 12)}
@@ -153,7 +159,7 @@ def test_shares_of_a_step_add_up_to_the_global_batch_also_if_one_worker_is_behin
 
 
 def test_in_sync_the_round_of_a_step_is_awaited_at_the_next() -> None:
-    rounds, _ = status_rounds(resolved(sync="sync", rebalance_every=5))
+    rounds, _ = status_rounds(resolved(sync="sync"))
     for r in rounds:
         timed(r, 0.0, 0.001)
         assert waits(r.advance(4)) == []
@@ -169,17 +175,9 @@ def waits_of_the_first(rounds: BatchSizeRounds, step: int) -> list[Until]:
     return [next(iter(rounds.advance(step)))]
 
 
-def test_batches_that_are_fixed_follow_the_schedule_alone() -> None:
-    config = resolved(
-        batching="fixed",
-        gbs_schedule="grow",
-        gbs_interval=10,
-        gbs_warmup_step=10,
-        gbs_warmup_limit=0.025,
-        gbs_speedup_factor=2.0,
-        gbs_limit=0.1,
-    )
-    rounds, shared = status_rounds(config)
+def test_batches_that_are_fixed_follow_the_schedule_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    grow_soon(monkeypatch, every=10, samples=10, warmup=0.025, factor=2.0, most=0.1)
+    rounds, shared = status_rounds(resolved(batching="fixed", global_batch="grow"))
     seen = []
     for step in (5, 10, 20, 30, 40, 50, 60):
         for r in rounds:
@@ -191,10 +189,10 @@ def test_batches_that_are_fixed_follow_the_schedule_alone() -> None:
     assert shared.calls == {}
 
 
-def test_the_schedule_is_that_of_the_step_at_which_everyone_asked() -> None:
+def test_the_schedule_is_that_of_the_step_at_which_everyone_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are at different steps when a round is done; all must solve for the same global batch."""
-    config = resolved(gbs_schedule="grow", gbs_interval=10, gbs_warmup_step=12, gbs_warmup_limit=1.0, gbs_limit=1.0)
-    rounds, _ = status_rounds(config)
+    grow_soon(monkeypatch, every=10, samples=12)
+    rounds, _ = status_rounds(resolved(global_batch="grow"))
     for r in rounds:
         timed(r, 0.0, 0.001)
         list(r.advance(10))
@@ -204,7 +202,7 @@ def test_the_schedule_is_that_of_the_step_at_which_everyone_asked() -> None:
 
 
 def test_one_worker_has_nobody_to_share_with() -> None:
-    (rounds,), _ = status_rounds(resolved(rebalance_every=2), workers=1)
+    (rounds,), _ = status_rounds(resolved(), workers=1)
     assert not rounds.adapts
     timed(rounds, 0.1, 0.5)
     for step in range(1, 9):
@@ -216,7 +214,7 @@ def test_one_worker_has_nobody_to_share_with() -> None:
 
 
 def test_the_target_is_reached_by_the_mean_of_all() -> None:
-    rounds, _ = status_rounds(resolved(target_accuracy=0.8, rebalance_every=5))
+    rounds, _ = status_rounds(resolved(target_accuracy=0.8))
     for accuracies, reached in (((0.9, 0.9, math.nan), False), ((0.9, 0.9, 0.5), False), ((0.9, 0.9, 0.75), True)):
         step = 5 * (rounds[0].started + 1)
         for r, accuracy in zip(rounds, accuracies, strict=True):
@@ -238,7 +236,7 @@ def test_a_target_is_watched_even_where_batches_are_fixed() -> None:
 
 
 def test_when_somebody_has_left_the_shares_stay() -> None:
-    rounds, _ = status_rounds(resolved(rebalance_every=5))
+    rounds, _ = status_rounds(resolved())
     for r, beta in zip(rounds, (0.001, 0.002, 0.002), strict=True):
         timed(r, 0.0, beta)
     for r in rounds[:2]:
@@ -252,7 +250,7 @@ def test_when_somebody_has_left_the_shares_stay() -> None:
 
 
 def test_who_leaves_takes_part_in_what_others_have_started() -> None:
-    rounds, shared = status_rounds(resolved(rebalance_every=5))
+    rounds, shared = status_rounds(resolved())
     list(rounds[0].advance(5))
     assert not rounds[0].settled()
     rounds[1].leave(1)
@@ -292,7 +290,7 @@ class Minds:
 
 
 def knowing(policy: str = "all", *, mode: str = "async", merge: float = 0.5, **options: Any) -> Config:
-    return resolved(sync=mode, transfer=policy, transfer_period=10, transfer_merge=merge, transfer_losses=2, **options)
+    return resolved(sync=mode, transfer=policy, transfer_period=10, transfer_merge=merge, **options)
 
 
 @pytest.mark.parametrize(

@@ -264,15 +264,15 @@ def test_an_allreduce_takes_what_the_ring_takes() -> None:
 
 def test_an_ideal_refuses_what_it_does_not_use() -> None:
     for options, word in (
-        ({"max_n": 10.0}, "--max-n"),
+        ({"dlion.max_n": 10.0}, "--dlion.max-n belongs to --strategy dlion"),
+        ({"preset": "paper"}, "--preset paper"),
         ({"sync": "async"}, "--sync async"),
         ({"transfer": "all"}, "--transfer"),
-        ({"gbs_interval": 5}, "--gbs-interval"),
     ):
         with pytest.raises(UserError, match=word):
-            resolve(Config(strategy="free-network", **options))
-    assert resolve(Config(strategy="allreduce")).gbs_schedule == "fixed"
-    assert resolve(Config(strategy="allreduce", gbs_schedule="grow")).gbs_interval is not None
+            resolve(Config.of({"strategy": "free-network", **options}))
+    assert resolve(Config(strategy="allreduce")).global_batch == "fixed"
+    assert resolve(Config(strategy="allreduce", global_batch="grow")).global_batch == "grow"
 
 
 # ---- micro-clouds

@@ -89,7 +89,7 @@ def test_only_what_the_file_lacks_is_run_and_every_run_is_kept_at_once(
     [
         small(1),
         small(0, env="homo-a"),
-        small(0, system="ako --ako-partitions 4"),
+        small(0, system="ako --ako.partitions 4"),
         Case("emulated", "homo-b", "ako", 0, 3000.0, 2000, 120.0, 0.1),
         Case("simulated", "homo-b", "ako", 0, 300.0, 2000, 120.0, 0.1),
         Case("simulated", "homo-b", "ako", 0, 3000.0, 900, 120.0, 0.1),
@@ -116,9 +116,11 @@ def test_half_a_line_is_passed_over_and_spoils_no_other(tmp_path: Path, rest: st
 def test_runs_come_seed_by_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Case] = []
     monkeypatch.setattr(systems, "run_all", lambda results, cases, jobs: asked.extend(cases))
-    systems.main(["--results", str(tmp_path / "r"), "--env", "homo-a", "homo-b", "--system", "ako", " gaia  --lbs 8 "])
+    systems.main(
+        ["--results", str(tmp_path / "r"), "--env", "homo-a", "homo-b", "--system", "ako", " gaia  --batch-size 8 "]
+    )
     assert [case.seed for case in asked] == [0] * 4 + [1] * 4 + [2] * 4
-    assert {case.system for case in asked} == {"ako", "gaia --lbs 8"}
+    assert {case.system for case in asked} == {"ako", "gaia --batch-size 8"}
     assert len(systems.ENVIRONMENTS) == 10
 
 
@@ -272,7 +274,7 @@ def test_the_best_rival_is_the_fastest_of_all_with_any_options() -> None:
         finished("dlion --preset paper", 20.0),
         finished("baseline", None),
         finished("ako", 300.0),
-        finished("gaia --gaia-threshold 0.1", 250.0),
+        finished("gaia --gaia.threshold 0.1", 250.0),
         finished("hop", 260.0),
         finished("baseline", None, env="homo-a") | {"lasted_s": 500.0},  # it had taken all its steps
         finished("gaia", None, env="homo-a"),
@@ -297,14 +299,14 @@ def test_settings_stand_below_each_other_with_their_seeds_and_failures() -> None
     runs = [finished("dlion", 90.0, seed=0)]  # measured anew below
     runs += [finished("dlion", 100.0 + seed, seed=seed) | {"mean_accuracy_to": 0.7} for seed in range(3)]
     runs += [finished("dlion --sync sync", None) | {"mean_accuracy_to": 0.6}]
-    runs += [finished("dlion --unsent drop", None, seed=seed) | (ended if seed else {}) for seed in range(3)]
-    runs += [finished("dlion --unsent drop", None, env="homo-a") | ended]
+    runs += [finished("dlion --dlion.unsent drop", None, seed=seed) | (ended if seed else {}) for seed in range(3)]
+    runs += [finished("dlion --dlion.unsent drop", None, env="homo-a") | ended]
     assert systems_table.settings(runs, ["homo-b", "homo-a"]).splitlines() == [
         "|  | homo-b | homo-a |",
         "| --- | --- | --- |",
         "| `dlion` | 70.0; 101; 76.0 (1.0) |  |",
         "| `dlion --sync sync` | 60.0; -; 75.0 (1.0) [1] |  |",
-        "| `dlion --unsent drop` | -; -; 75.0 (1.0), 2 failed | all failed [1] |",
+        "| `dlion --dlion.unsent drop` | -; -; 75.0 (1.0), 2 failed | all failed [1] |",
     ]
 
 

@@ -1,0 +1,72 @@
+"""From options as a user gives them, by command line, TOML or Python, to a Config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dlion_mpi.config import toml
+from dlion_mpi.config.fields import Field, convert, declared
+from dlion_mpi.config.options import FIELDS, TABLES, Config
+from dlion_mpi.config.renamed import refusal
+from dlion_mpi.errors import UserError
+from dlion_mpi.strategies.options import StrategyOptions
+from dlion_mpi.strategies.registry import STRATEGIES, find
+
+
+def own_options(strategy: str = "") -> dict[str, type[StrategyOptions]]:
+    """The options of strategies' own by table: of all that come with the package, and of the user's ``strategy``."""
+    classes = [*STRATEGIES.values(), *([find(strategy)] if ":" in strategy else [])]
+    return {cls.Options.table: cls.Options for cls in classes}
+
+
+def values_of(options: Mapping[str, Any], *, strategy: str = Config.strategy) -> dict[str, Any]:
+    """Options by full name as their types, the command line's before those of the file ``options["config"]``.
+
+    ``options``: what was parsed; names that are no options are left out. ``strategy``: the one that is meant where
+    none is given. Raises UserError.
+    """
+    path = options.get("config")
+    tables = toml.read(path) if path else {}
+    strategy = str(options.get("strategy") or tables.get("run", {}).get("strategy") or strategy)
+    named = tables.keys() | {name.partition(".")[0] for name in options if "." in name}
+    fields = _by_table(strategy if named - TABLES.keys() - STRATEGIES.keys() else "")
+    values = {}
+    for table, entries in tables.items():
+        for key, value in entries.items():
+            try:
+                name, f = _known(fields, table, key)
+                values[name] = convert(f, value, name.removesuffix(f.name))
+            except UserError as error:
+                raise UserError(f"--config {path}: {error}") from None
+    known = {name: f for entries in fields.values() for name, f in entries.values()}
+    given = {name: value for name, value in options.items() if name in known}
+    return values | {n: convert(known[n], value, n.removesuffix(known[n].name)) for n, value in given.items()}
+
+
+def config_of(options: Mapping[str, Any]) -> Config:
+    """The Config of parsed options: the file's, overruled by the command line's. Raises UserError."""
+    return Config.of(values_of(options))
+
+
+Named = tuple[str, Field]
+
+
+def _by_table(strategy: str) -> dict[str, dict[str, Named]]:
+    """Per table the options by key, each with its full name."""
+    tables: dict[str, dict[str, Named]] = {table: {} for table in TABLES}
+    for name, f in FIELDS.items():
+        tables[f.metadata["table"]][name] = name, f
+    for table, own in own_options(strategy).items():
+        tables[table] = {f.name: (f"{table}.{f.name}", f) for f in declared(own)}
+    return tables
+
+
+def _known(tables: Mapping[str, Mapping[str, Named]], table: str, key: str) -> Named:
+    entries = tables.get(table, {})
+    if (name := key.replace("-", "_")) in entries:
+        return entries[name]
+    if (said := refusal(name)) is not None:
+        raise UserError(said)
+    known = "known there: " + ", ".join(entries) if entries else "tables are " + ", ".join(filter(tables.get, tables))
+    raise UserError(f"unknown key '{key}' in [{table}]; {known}")
