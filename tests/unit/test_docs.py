@@ -198,6 +198,14 @@ def test_every_option_and_command_that_is_mentioned_exists(page: Path) -> None:
             assert name in names, f"`{code}`: no such command"
 
 
+@pages
+def test_every_source_file_that_is_mentioned_exists(page: Path) -> None:
+    if page.name in ("CHANGELOG.md", "log.md"):  # they also tell of former files
+        return
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", prose(page)):
+        assert (ROOT / name).exists() or (ROOT / "dlion_mpi" / name).exists(), name
+
+
 def test_every_strategy_is_described() -> None:
     text = prose(ROOT / "docs/algorithms.md")
     for name in STRATEGIES:
