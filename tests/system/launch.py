@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -10,6 +11,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from dlion_mpi.mpi import launcher
+from dlion_mpi.mpi.launcher import Launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -29,13 +33,13 @@ def command(ranks: int | None, *words: str) -> list[str]:
     """The command, under `mpirun` if ``ranks`` is given."""
     if ranks is None:
         return [str(BIN / words[0]), *words[1:]]
-    mpirun = [str(BIN / "mpirun"), "-n", str(ranks)]
-    version = subprocess.run([mpirun[0], "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    if "Open MPI" in version:
-        mpirun.append("--oversubscribe")
-        if os.geteuid() == 0:
-            mpirun.append("--allow-run-as-root")
-    return [*mpirun, str(BIN / words[0]), *words[1:]]
+    program = [str(BIN / words[0]), *words[1:]]
+    return launcher.command_line(_mpirun(), program, ranks=ranks, root=os.geteuid() == 0)
+
+
+@functools.cache
+def _mpirun() -> Launcher:
+    return launcher.find()
 
 
 def start(ranks: int | None, *words: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
