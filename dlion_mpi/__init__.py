@@ -18,7 +18,7 @@ __all__ = ["RunError", "UserError", "__version__", "fit", "rank", "size"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load what trains when it is asked for, so that ``import dlion_mpi`` is light."""
+    """Import the training functions on first use, so that ``import dlion_mpi`` is fast."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from dlion_mpi import api

@@ -1,12 +1,12 @@
-"""The two ways a run ends badly, told apart by the exit code a job script sees."""
+"""The two kinds of failure, which a job script distinguishes by the exit code."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can put right: one line that says what to change. Exit code 2.
+    """A mistake that the user can fix; one line says what to change. Exit code 2.
 
-    ``quiet``: another rank says it already.
+    ``quiet``: another rank reports it already.
     """
 
     def __init__(self, message: str, *, quiet: bool = False) -> None:
@@ -15,4 +15,4 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """The run itself failed, for example a loss that is no longer finite. Exit code 1."""
+    """A failure of the run itself, for example a loss that is not finite. Exit code 1."""

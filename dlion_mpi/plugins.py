@@ -1,4 +1,4 @@
-"""What users bring of their own and name as PACKAGE.MODULE:NAME: a model, a strategy."""
+"""Import of a user's model or strategy, named as PACKAGE.MODULE:NAME."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dlion_mpi.errors import UserError
 
 
 def load(option: str, spec: str, *, built_in: str, kind: str) -> Any:
-    """The ``kind`` (function, class) that ``spec`` names, imported as `python -m` would from the current folder.
+    """Import the ``kind`` (function, class) that ``spec`` names, with the current folder on the path.
 
-    ``option``, ``built_in``: for the message, what was given and the names that need no module. Raises UserError
-    where ``spec`` is no such name, or its module cannot be imported or lacks it.
+    ``option``: the option that named it, and ``built_in``: the built-in names; both for the message. Raises UserError
+    if ``spec`` is not such a name, or its module cannot be imported or lacks it.
     """
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise UserError(f"{option} {spec}: unknown; give {built_in}, or PACKAGE.MODULE:{kind.upper()}")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a file beside the user's data is found
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, so that files in the current folder are found
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions and commit."""
+"""Provenance of a result: versions and commit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("dlion-mpi", "mpi4py", "numpy", "h5py", "keras")
-"""Whose versions must be equal on all ranks, and are recorded."""
+"""Packages whose versions must be equal on all ranks and are recorded."""
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The versions that all ranks must share."""
+    """Return the versions that all ranks must share."""
     found = {}
     for package in (*PACKAGES, "tensorflow", "tensorflow-cpu"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """The git commit of the package if it runs from a checkout, else an empty text."""
+    """Return the git commit of the package in a checkout, else an empty text."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""
