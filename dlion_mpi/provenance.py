@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("dlion-mpi", "mpi4py", "numpy", "h5py", "keras")
+PACKAGES = ("dlion-mpi", "mpi4py", "numpy", "h5py", "keras", "tensorflow", "tensorflow-cpu", "jax")
 """Packages whose versions must be equal on all ranks and are recorded."""
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Return the versions that all ranks must share."""
-    found = {}
-    for package in (*PACKAGES, "tensorflow", "tensorflow-cpu"):
+    """Return the versions that all ranks must share, and Keras's backend where the environment names one."""
+    found = {"backend": os.environ["KERAS_BACKEND"]} if "KERAS_BACKEND" in os.environ else {}
+    for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

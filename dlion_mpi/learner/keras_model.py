@@ -90,7 +90,7 @@ def value_for_rank(variable: Any, rank: int) -> Array:
 
     Ranks start from equal weights, but must not drop the same units.
     """
-    value = np.array(variable.numpy())
+    value = np.array(variable.value)
     if variable.name == "seed_generator_state" and value.shape == (2,) and value.dtype.kind in "iu":
         value += np.array([rank, 0], value.dtype)
     return value

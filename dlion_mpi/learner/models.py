@@ -8,6 +8,7 @@ from typing import Any
 from dlion_mpi import plugins
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner.backend import quiet
 
 
 def cipher(input_shape: Sequence[int], classes: int) -> Any:
@@ -48,7 +49,8 @@ def build(spec: str, input_shape: Sequence[int], classes: int, seed: int) -> Any
     import keras
 
     builder = cipher if spec == "cipher" else plugins.load("--model", spec, built_in="cipher", kind="function")
-    keras.utils.set_random_seed(seed)
+    with quiet():  # Keras imports TensorFlow here, whatever its backend
+        keras.utils.set_random_seed(seed)
     model = builder(tuple(input_shape), classes)
     if not isinstance(model, keras.Model):
         raise UserError(f"--model {spec}: returned {type(model).__name__}, but must return a keras.Model")
