@@ -54,7 +54,7 @@ def info_main(args: argparse.Namespace) -> int:
 
 
 def _partition(args: argparse.Namespace) -> dict[str, Any]:
-    """How the data is dealt, as `split` and `info` take it. Raises UserError."""
+    """The arguments of `split` and `info` that say how rows are dealt. Raises UserError."""
     try:
         ranks = int(args.ranks)
     except ValueError:

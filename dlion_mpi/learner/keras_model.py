@@ -54,7 +54,7 @@ class KerasModel:
     def loss(self, y: Any, outputs: Any, losses: Sequence[Any], rows: Any = None) -> Any:
         """The mean loss of a batch; ``losses``: the layers' own, such as regularisation.
 
-        ``rows``: only the first so many of the batch count, the others are padding.
+        ``rows``: the number of real rows; the rows after them are padding and do not count.
         """
         loss = self._loss(y, outputs, rows)
         return loss + sum(losses) if losses else loss
@@ -90,7 +90,7 @@ def value_for_rank(variable: Any, rank: int) -> Array:
 
     Ranks start from equal weights, but must not drop the same units.
     """
-    value = np.array(variable.value)
+    value = np.array(variable.numpy())
     if variable.name == "seed_generator_state" and value.shape == (2,) and value.dtype.kind in "iu":
         value += np.array([rank, 0], value.dtype)
     return value

@@ -22,7 +22,7 @@ def cipher(input_shape: Sequence[int], classes: int) -> Any:
     if len(input_shape) != 3 or min(input_shape[:2]) < 4:
         raise UserError(
             f"--model cipher wants images of at least 4x4, but the data is {tuple(input_shape)}: "
-            "bring a model of your own (--model PACKAGE.MODULE:FUNCTION)"
+            "give a model that takes it (--model PACKAGE.MODULE:FUNCTION)"
         )
     layers = keras.layers
     return keras.Sequential(

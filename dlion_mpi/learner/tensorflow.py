@@ -48,7 +48,7 @@ def start(threads: int, concurrent: int, local_rank: int) -> None:
 
 
 class _Graphs:
-    """What graphs are made of, and the one that tests."""
+    """The parts that graphs are made of, and the graph that tests."""
 
     def __init__(self, keras_model: KerasModel) -> None:
         self._tf = tf = load()
@@ -124,7 +124,7 @@ class InPlace(_Graphs):
         self._write[len(vector)](self._tf.convert_to_tensor(vector))
 
     def value(self, variable: Any) -> Array:
-        """See `backend.InPlace`. No copy: TensorFlow copies a value that somebody still reads before it writes."""
+        """See `backend.InPlace`. No copy: TensorFlow writes to a copy while another reads the value."""
         return np.asarray(self._tf.convert_to_tensor(variable.value))
 
     def _compile_training(self) -> None:

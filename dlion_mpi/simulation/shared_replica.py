@@ -39,7 +39,7 @@ class SharedReplica:
 
     def weights(self) -> Vector:
         """The weights that all workers start with, (P,) float32."""
-        return _flat([variable.value for variable in self.keras.trainable])
+        return _flat([variable.numpy() for variable in self.keras.trainable])
 
     def state(self, rank: int) -> Tensors:
         """The model's non-trainable variables, with random seeds of this rank."""
@@ -47,7 +47,7 @@ class SharedReplica:
 
     def slots(self) -> Tensors:
         """The optimizer's variables."""
-        return [np.array(variable.value) for variable in self.keras.optimizer.variables]
+        return [variable.numpy() for variable in self.keras.optimizer.variables]
 
     def update(self, weights: Vector, slots: Tensors, gradient: Vector) -> tuple[Vector, Tensors]:
         """Weights and slots after the optimizer got ``gradient``. For one thread only."""

@@ -1,7 +1,7 @@
 """One float32 vector for all trainable variables, and the layout of its segments.
 
-Everything between the model and the wire works on this vector: selection, encoding and the weighted update
-never see a variable, only its segment.
+All code between the model and the wire works on this vector. Selection, encoding and the weighted update see no
+variable, only its segment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Indices = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where each variable lies in the flat vector.
+    """The place of each variable in the flat vector.
 
     ``shapes``: the variables' shapes in order. ``starts``: (V + 1,) offsets, in entries; variable v is
     ``vector[starts[v]:starts[v + 1]]``.
@@ -67,7 +67,7 @@ class Entries:
         return len(self.values)
 
     def places(self) -> slice | npt.NDArray[np.intp]:
-        """What indexes these entries in a vector: a slice where they are successive, which NumPy reads fastest."""
+        """The index of these entries in a vector: a slice where they are successive, which NumPy reads fastest."""
         if self.indices is None:
             return slice(None)
         if len(self) and int(self.indices[-1]) - int(self.indices[0]) == len(self) - 1:
@@ -85,5 +85,5 @@ class Entries:
 
 
 def blocks(segment: slice, most: int) -> list[slice]:
-    """A segment in slices of at most ``most`` entries."""
+    """Cut a segment into slices of at most ``most`` entries."""
     return [slice(k, min(k + most, segment.stop)) for k in range(segment.start, segment.stop, most)]

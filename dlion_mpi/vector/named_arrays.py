@@ -1,4 +1,4 @@
-"""Named arrays: what each part of a worker keeps in a checkpoint, and how it takes it back, checked. Pure numpy."""
+"""Named arrays: the state that each part of a worker saves in a checkpoint and restores, checked. Pure NumPy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dlion_mpi.vector.layout import Vector
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
-"""By name; a name may have parts, as in ``owed/3``."""
+"""Arrays by name; a name may have parts, as in ``statistics/3``."""
 
 
 class StateError(ValueError):
-    """Saved state that does not fit what it is to be put into; says what was found and what was expected."""
+    """Saved state that does not fit; the message names what was found and what was expected."""
 
 
 def array(arrays: Mapping[str, Array], name: str, dtype: npt.DTypeLike, *shape: int | None) -> Array:
@@ -73,7 +73,7 @@ def part(arrays: Mapping[str, Array], prefix: str) -> Arrays:
 
 
 def by_rank(arrays: Mapping[str, Array], prefix: str, ranks: Iterable[int]) -> Arrays:
-    """Those of `part`, whose names must be ranks. Raises StateError."""
+    """The arrays of `part`; their names must be ranks. Raises StateError."""
     found = part(arrays, prefix)
     strange = set(found) - {str(rank) for rank in ranks}
     if strange:
@@ -82,12 +82,12 @@ def by_rank(arrays: Mapping[str, Array], prefix: str, ranks: Iterable[int]) -> A
 
 
 def vectors_by_rank(arrays: Mapping[str, Array], prefix: str, ranks: Iterable[int], size: int) -> dict[int, Vector]:
-    """One (``size``,) float32 array per rank that has one. Raises StateError."""
+    """The (``size``,) float32 arrays of the ranks that have one. Raises StateError."""
     found = by_rank(arrays, prefix, ranks)
     return {int(rank): vector(found, rank, size) for rank in found}
 
 
 def integers_by_rank(arrays: Mapping[str, Array], prefix: str, ranks: Iterable[int]) -> dict[int, int]:
-    """One whole number per rank that has one. Raises StateError."""
+    """The whole numbers of the ranks that have one. Raises StateError."""
     found = by_rank(arrays, prefix, ranks)
     return {int(rank): integer(found, rank) for rank in found}

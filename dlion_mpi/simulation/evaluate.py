@@ -1,0 +1,64 @@
+"""Test accuracy in a simulated run: in threads, while the events continue."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from dlion_mpi.learner.batches import Batch
+from dlion_mpi.metrics.records import Evaluation
+from dlion_mpi.simulation.shared_replica import SharedReplica
+from dlion_mpi.vector.layout import Vector
+
+MOST_SNAPSHOTS = 3
+"""Snapshots of one worker that wait to be tested."""
+MOST_KNOWN = 256
+"""Accuracies that are kept, for workers with the same snapshot."""
+
+
+class Accuracies:
+    """Tests the snapshots of all workers in threads, and each snapshot only once."""
+
+    def __init__(self, shared: SharedReplica, rows: Batch, pool: ThreadPoolExecutor) -> None:
+        self._shared, self._rows, self._pool = shared, rows, pool
+        self._known: dict[bytes, Future[float]] = {}
+
+    def of(self, knowledge: Vector) -> Future[float]:
+        """The accuracy of this snapshot, which must not be changed any more."""
+        digest = hashlib.blake2b(knowledge.data, digest_size=16).digest()
+        if digest not in self._known:
+            if len(self._known) == MOST_KNOWN:
+                del self._known[next(iter(self._known))]
+            self._known[digest] = self._pool.submit(self._shared.accuracy, knowledge, self._rows)
+        return self._known[digest]
+
+
+class VirtualEvaluator:
+    """Tests one worker's snapshots, which takes no virtual time. See `learner.evaluate.BackgroundEvaluator`.
+
+    ``at_once``: the next `poll` waits for all results, because they may end the run. Otherwise a result arrives when
+    its thread is done.
+    """
+
+    def __init__(self, accuracies: Accuracies, *, at_once: bool) -> None:
+        self._accuracies, self._at_once = accuracies, at_once
+        self._submitted: deque[tuple[int, float, Future[float]]] = deque()
+
+    def pending(self) -> int:
+        """Zero: in virtual time no snapshot waits."""
+        return 0
+
+    def submit(self, step: int, time_s: float, knowledge: Vector) -> None:
+        """Test this snapshot; it must not be changed any more."""
+        if len(self._submitted) == MOST_SNAPSHOTS:
+            self._submitted[0][2].exception()  # wait: snapshots are as large as the model
+        self._submitted.append((step, time_s, self._accuracies.of(knowledge)))
+
+    def poll(self, *, wait: bool = False) -> list[Evaluation]:
+        """Evaluations that were finished since the last call; with ``wait``, all that were submitted."""
+        tested = []
+        while self._submitted and (wait or self._at_once or self._submitted[0][2].done()):
+            step, time_s, future = self._submitted.popleft()
+            tested.append(Evaluation(step, time_s, future.result()))
+        return tested
