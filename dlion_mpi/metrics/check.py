@@ -49,7 +49,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _read_apart(paths: Sequence[Path]) -> set[Path]:
     """Read the files in another process. Returns those on which it hung or crashed."""
     done = subprocess.run(
-        [sys.executable, "-m", "dlion_mpi.metrics.check"],
+        [sys.executable, "-m", "dlion_mpi.metrics.check", str(LIMIT_S)],
         input="\0".join(map(str, paths)),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -59,7 +59,7 @@ def _read_apart(paths: Sequence[Path]) -> set[Path]:
     return {Path(name) for name in done.stdout.split("\0") if name}
 
 
-def main() -> None:
+def main(limit_s: float) -> None:
     """Read the files whose names are on stdin. Print those on which reading hangs or crashes. Names end with NUL."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     waiting = sys.stdin.read().split("\0")
@@ -67,7 +67,7 @@ def main() -> None:
     while waiting or running:
         if waiting and len(running) < AT_ONCE:
             name = waiting.pop()
-            running[_fork_reader(name)] = name
+            running[_fork_reader(name, limit_s)] = name
             continue
         pid, status = os.wait()
         name = running.pop(pid)
@@ -75,7 +75,7 @@ def main() -> None:
             sys.stdout.write(f"{name}\0")
 
 
-def _fork_reader(name: str) -> int:
+def _fork_reader(name: str, limit_s: float) -> int:
     """Read a file in a forked process, which a signal ends if that takes too long. Returns its id."""
     from dlion_mpi.metrics.rank import read_everything
 
@@ -83,7 +83,7 @@ def _fork_reader(name: str) -> int:
     if pid == 0:
         try:
             path = Path(name)
-            signal.setitimer(signal.ITIMER_REAL, LIMIT_S + path.stat().st_size / BYTES_PER_S)
+            signal.setitimer(signal.ITIMER_REAL, limit_s + path.stat().st_size / BYTES_PER_S)
             read_everything(path)
         finally:
             os._exit(0)
@@ -91,4 +91,4 @@ def _fork_reader(name: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))

@@ -25,7 +25,7 @@ UNREADABLE = (OSError, RuntimeError, KeyError, ValueError)
 _GIVE = "give the folder that --out of a run has made"
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _WRITER = 4
-"""The bit of the superblock that is set while a SWMR writer has the file open, or if that writer was killed."""
+"""The bit of a superblock of version 3 that a SWMR writer sets when it opens the file and clears when it closes it."""
 _ATTEMPTS = 4
 """A file that is shorter than it should be may be growing at this moment."""
 
@@ -65,26 +65,28 @@ def find_files(folder: Path) -> dict[int, dict[int, Path]]:
 def open_file(path: Path) -> h5py.File:
     """Open a metrics file, also while it is written or after its writer was killed. Raises OSError."""
     for _ in range(_ATTEMPTS):
-        head = _superblock(path)
-        if not _is_metrics(head) or path.stat().st_size >= int.from_bytes(head[28:36], "little"):
-            return h5py.File(path, "r", swmr=_is_metrics(head) and bool(head[11] & _WRITER), locking="best-effort")
+        written, size_bytes = _superblock(path)
+        if path.stat().st_size >= size_bytes:
+            return h5py.File(path, "r", swmr=written, locking="best-effort")
+        if not written:
+            break
         time.sleep(0.05)
     raise OSError("truncated")
 
 
 def is_closed(path: Path) -> bool:
     """Whether the writer has closed the file, at the end of the run or before. Raises OSError."""
-    return not _superblock(path)[11] & _WRITER
+    written, _ = _superblock(path)
+    return not written
 
 
-def _superblock(path: Path) -> bytes:
-    """The first bytes. In version 3, byte 11 tells whether a writer is active; bytes 28 to 36 are the file's size."""
+def _superblock(path: Path) -> tuple[bool, int]:
+    """Whether a SWMR writer has the file open or was killed, and how many bytes the file must have."""
     with open(path, "rb") as file:
-        return file.read(36).ljust(36, b"\0")
-
-
-def _is_metrics(superblock: bytes) -> bool:
-    return superblock.startswith(_SIGNATURE) and superblock[8] == 3
+        head = file.read(36)
+    if len(head) < 36 or not head.startswith(_SIGNATURE) or head[8] != 3:
+        return False, 0
+    return bool(head[11] & _WRITER), int.from_bytes(head[28:36], "little")
 
 
 def attributes_of(file: h5py.File) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
 from typing import Annotated, get_type_hints
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class Measure:
@@ -223,3 +225,12 @@ CHARTS = [
     Chart("age_steps", "age-steps", "Message age at each worker, in steps", "age (steps)"),
 ]
 """The charts, in the order of the report."""
+
+
+def table(group: str) -> str:
+    """A Markdown table of the columns of a group, for the documentation."""
+    lines = ["| data set | type | unit | meaning |", "| --- | --- | --- | --- |"]
+    for name, measure in TABLES[group].items():
+        meaning = f"{measure.meaning[0].upper()}{measure.meaning[1:]}."
+        lines.append(f"| `{group}/{name}` | {np.dtype(measure.dtype)} | {measure.unit} | {meaning} |")
+    return "\n".join(lines)

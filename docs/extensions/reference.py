@@ -1,7 +1,8 @@
-"""Directives that generate the reference of options, commands and micro-clouds from the program.
+"""Directives that generate the reference of options, commands, measures and micro-clouds from the program.
 
 {options} TABLE      the options of `dlion train` that belong to a TOML table, such as `batching` or `gaia`
 {command} WORDS      a command's description, usage and arguments, such as `emulate run`
+{measures} GROUP     the columns of a group of the metrics files, such as `steps`
 {micro-clouds}       the environments that come with the package
 """
 
@@ -19,6 +20,7 @@ from sphinx.util.docutils import SphinxDirective
 from dlion_mpi.cli import parser as parser_of_all
 from dlion_mpi.config.fields import Field, declared, flag
 from dlion_mpi.config.options import FIELDS
+from dlion_mpi.metrics import records
 from dlion_mpi.microcloud import environments
 from dlion_mpi.microcloud.environment import Phase
 from dlion_mpi.strategies.registry import STRATEGIES
@@ -159,6 +161,13 @@ class _Command(SphinxDirective):
         return self.parse_text_to_nodes(command(self.arguments[0]))
 
 
+class _Measures(SphinxDirective):
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        return self.parse_text_to_nodes(records.table(self.arguments[0]))
+
+
 class _MicroClouds(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         return self.parse_text_to_nodes(micro_clouds())
@@ -168,5 +177,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.add_directive("options", _Options)
     app.add_directive("command", _Command)
+    app.add_directive("measures", _Measures)
     app.add_directive("micro-clouds", _MicroClouds)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
