@@ -137,7 +137,7 @@ class Reader:
 
 
 def _start(run: str) -> subprocess.Popen[bytes]:
-    # In a session of its own, so that Ctrl-C reaches only this process.
+    # In a new session, so that Ctrl-C reaches only this process.
     return subprocess.Popen(
         [sys.executable, "-m", "dlion_mpi.view.from_files", run],
         stdin=subprocess.PIPE,

@@ -1,3 +1,3 @@
-"""What a run records, how it is written, read and turned into series."""
+"""The measures of a run: declared, recorded, read and turned into series."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Find metrics files that are damaged, before this process reads them.
 
-HDF5 can loop for ever in a damaged file, or crash. So a child process reads each file first, under a time limit.
+HDF5 can hang in a damaged file, or crash. So a child process reads each file first, under a time limit.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Rank:
 def read_ranks(
     files: Mapping[int, Mapping[int, Path]], damaged: Collection[Path], notes: Notes, last: int | None
 ) -> list[Rank]:
-    """Read every rank that can be read and join its parts. ``last``: read only so many steps of each."""
+    """Read every rank that can be read and join its parts. ``last``: number of steps to read of each."""
     newest = max(part for parts in files.values() for part in parts)
     parts: dict[int, dict[int, Rank | None]] = {rank: {} for rank in sorted(files)}
     for rank, paths in sorted(files.items()):

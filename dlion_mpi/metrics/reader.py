@@ -64,7 +64,7 @@ class Run:
 def load(folder: str | os.PathLike[str], *, last: int | None = None, check: FileCheck | None = None) -> Run:
     """Read the run in a folder that ``--out`` made.
 
-    ``last``: read only so many steps of each rank. ``check``: to be given when the same run is read again and again.
+    ``last``: number of steps to read of each rank. ``check``: to be given when the same run is read again and again.
     Raises UserError if the folder holds no run that can be read.
     """
     path = Path(folder)

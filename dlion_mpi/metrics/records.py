@@ -142,7 +142,7 @@ TABLES: Mapping[str, Mapping[str, Measure]] = {
 
 
 class Reduce(Enum):
-    """How the values of several steps become one number."""
+    """A way to reduce the values of several steps to one number."""
 
     LATEST = "the value of the latest step"
     DONE = "the number of the latest step, plus one"

@@ -159,6 +159,6 @@ def bytes_matrix(run: Run, found: Sequence[Links]) -> Floats:
 
 
 def requested_s(rank: Rank) -> Floats:
-    """When each knowledge transfer of the rank was requested, in seconds since training began, (K,)."""
+    """Times at which the knowledge transfers of the rank were requested, in seconds since training began, (K,)."""
     # `started_step` counts steps done; the times are the ends of steps.
     return np.interp(rank.transfers["started_step"], rank.steps["step"] + 1.0, rank.steps["time_s"])

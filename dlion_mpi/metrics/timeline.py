@@ -1,4 +1,4 @@
-"""When things happened on a rank: the spans of its loop, and the life of each message.
+"""The timeline of a rank: the spans of its loop, and the life of each message.
 
 Records are added as things happen and are never changed, so the file of a killed run is correct as far as it goes. All
 times are seconds on the run's common clock, which is rank 0's. `trace` draws a timeline; docs/metrics.md describes the

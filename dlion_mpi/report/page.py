@@ -75,7 +75,7 @@ def _summary(names: Sequence[str], rows: Sequence[dict[str, str]], runs: Sequenc
 
 
 def _settings(names: Sequence[str], runs: Sequence[Run]) -> str:
-    """Those that differ in sight, the others folded away."""
+    """The table of settings: those that differ, and the others folded."""
     rows = settings(runs)
     differing = [row for row in rows if row[2]]
     alike = [row for row in rows if not row[2]]
@@ -93,9 +93,9 @@ def _table(names: Sequence[str], rows: Sequence[tuple[str, list[str], bool]]) ->
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     body = ""
     for name, values, differs in rows:
-        usual = max(values, key=values.count)
+        common = max(values, key=values.count)
         cells = "".join(
-            f"<td{' class=other' if differs and value != usual else ''}>{escape(value)}</td>" for value in values
+            f"<td{' class=other' if differs and value != common else ''}>{escape(value)}</td>" for value in values
         )
         title = escape(name).replace("_", "_<wbr>")
         body += f'<tr{" class=differs" if differs else ""}><th scope="row">{title}</th>{cells}</tr>'

@@ -1,7 +1,7 @@
 """Write trace events, one per line, without keeping them. Times are whole microseconds since training began.
 
-A rank is a process of the trace. Each track is a thread with a number of its own, since viewers identify threads by
-number alone. Slices on a track are nested or follow each other, as the format requires of complete events
+A rank is a process of the trace. Each track is a thread with a unique number, since viewers identify threads by number
+alone. Slices on a track are nested or follow each other, as the format requires of complete events
 (``"ph": "X"``). Source: "Trace Event Format", Chromium project; google/perfetto, src/trace_processor/importers/json.
 """
 
@@ -55,7 +55,7 @@ class Events:
         self._file = file
         self._lines: list[str] = []
         self._separator = ""
-        # Larger than the numbers of processes, since each process has a thread of its own number.
+        # Larger than the numbers of processes, since each process has a thread with the same number.
         self._threads = 10 ** max(2, len(str(processes)))
         self.count = 0
         self.size_bytes = 0

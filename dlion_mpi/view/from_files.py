@@ -71,7 +71,7 @@ def read_state(folder: str, check: FileCheck) -> dict[str, Any]:
 
 
 def _not_begun(path: Path) -> str | None:
-    """Why there is nothing to see yet; None if there is, or never will be."""
+    """The reason for which there is nothing to show yet; None if there is something, or never will be."""
     if not path.exists() and not path.is_symlink():
         return "not there yet"
     if path.is_dir() and not any(path.glob("metrics-*.h5")):

@@ -24,7 +24,7 @@ BAR = (10, 40)
 GAP = 2
 """Spaces between columns."""
 LINKS_SHARE = 3
-"""One line in so many shows links, even when the ranks do not fit."""
+"""A third of the lines shows links, even when the ranks do not fit."""
 
 
 def view(snapshot: Snapshot, width: int, height: int) -> RenderableType:

@@ -1,7 +1,7 @@
 """`--tensorboard`: the gauges of each rank as TensorBoard scalars; each rank is one of TensorBoard's runs.
 
-The loop only counts steps. Once a second it passes an event to TensorFlow's writer, which has a thread of its own: at
-fifty steps a second, a point per step would be far more than the thousand points that TensorBoard shows.
+The loop only counts steps. Once a second it passes an event to TensorFlow's writer, which has its own thread: at fifty
+steps a second, a point per step would be far more than the thousand points that TensorBoard shows.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ class _LinesAbove:
 
 
 class View:
-    """Draws frames in a thread of its own.
+    """Draws frames in its own thread.
 
     ``frame``: makes a frame for a width and a height. ``every_s``: seconds between frames. ``stays``: whether the last
     frame remains. Drawing ends when a frame cannot be made or the terminal is gone; then `failure` is set.

@@ -84,10 +84,10 @@ def test_a_damaged_file_is_named_or_read_within_seconds(
     assert named | read == set(range(RANKS + 1))
     assert not named & read
     assert RANKS in read
-    for rank in run.ranks:
-        rank.links()
+    for sound_rank in run.ranks:
+        sound_rank.links()
         for name in RECORDS:
-            rank.timeline(name)
+            sound_rank.timeline(name)
     assert time.monotonic() - begun_s < 60  # all hang, four at a time, would be 20 s
     if way is truncate:
         assert named == set(range(RANKS))

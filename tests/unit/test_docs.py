@@ -17,6 +17,7 @@ from dlion_mpi.cli import parser as parser_of
 from dlion_mpi.commands.launch import COMMANDS
 from dlion_mpi.config.fields import declared
 from dlion_mpi.config.options import TABLES
+from dlion_mpi.metrics import records
 from dlion_mpi.microcloud import environments
 from dlion_mpi.simulation import idealised
 from dlion_mpi.strategies.given import config_of
@@ -97,6 +98,7 @@ def test_the_reference_has_every_table_and_every_command() -> None:
         return [language.removeprefix(f"{{{name}}} ") for language in found if language.startswith(f"{{{name}}}")]
 
     tables_of_strategies = [name for name, cls in STRATEGIES.items() if any(declared(cls.Options))]
+    assert sorted(directives("metrics.md", "measures")) == sorted(records.TABLES)
     assert sorted(directives("configuration.md", "options")) == sorted([*TABLES, *tables_of_strategies])
     assert sorted(directives("commands.md", "command")) == sorted(leaves(parser_of()))
 

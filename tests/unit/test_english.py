@@ -15,13 +15,9 @@ BUDGETS = {
     "dlion_mpi/commands": 1,
     "dlion_mpi/config": 12,
     "dlion_mpi/loop": 27,
-    "dlion_mpi/metrics": 7,
     "dlion_mpi/mpi": 22,
-    "dlion_mpi/report": 1,
     "dlion_mpi/simulation": 18,
     "dlion_mpi/strategies": 30,
-    "dlion_mpi/trace": 2,
-    "dlion_mpi/view": 4,
     "dlion_mpi/wire": 7,
     "docs": 41,
 }
