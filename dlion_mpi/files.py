@@ -44,7 +44,7 @@ def new_recorder(
 ) -> AnyRecorder:
     """Make the recorder of a rank's metrics, in the folders of ``--out`` and ``--tensorboard``.
 
-    ``about``: attributes of this run, besides those of every run. ``part``: 0, or the number of times that the run
+    ``about``: attributes of this run, added to those of every run. ``part``: 0, or the number of times that the run
     was resumed. Raises UserError.
     """
     recorder: Recorder | NoRecorder = NoRecorder()

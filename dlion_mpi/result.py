@@ -21,7 +21,7 @@ from dlion_mpi.view.lines import summary
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a run ended; the same on every rank but for ``rank``.
+    """The result of a run, the same on every rank but for ``rank``.
 
     ``summary``: the run's JSON object. ``exit_code``: 0; 1 if a rank failed; 75 if the run can be started again and
     resumes; 128 + the signal that ended it.
@@ -34,7 +34,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
-    """How one worker ended. ``row``: its numbers of `metrics.gauges.summary_names`."""
+    """The end of one worker. ``row``: its numbers of `metrics.gauges.summary_names`."""
 
     row: list[float]
     evaluations: list[Evaluation]
@@ -43,7 +43,7 @@ class Finish:
 
     @classmethod
     def of(cls, worker: Worker, seconds: float) -> Finish:
-        """After ``seconds`` of training, in which the worker has been evaluated at least once."""
+        """Sum up a worker after ``seconds`` of training. It has been evaluated at least once."""
         return cls(
             row=worker.history.totals.row(
                 seconds,
@@ -57,7 +57,7 @@ class Finish:
         )
 
     def to_text(self) -> str:
-        """As JSON."""
+        """Return the finish as JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod

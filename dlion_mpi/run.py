@@ -91,7 +91,7 @@ def _agree(ranks: Ranks, config: Config, start: Start) -> tuple[Strategy, Config
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Built:
-    """What this rank trains with. ``pace``: the machine to emulate, if any."""
+    """The parts of a run on this rank. ``pace``: the machine to emulate, if any."""
 
     shard: Shard
     worker: Worker

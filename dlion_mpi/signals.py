@@ -12,7 +12,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stoppable(Protocol):
-    """A worker, or something else that ends after the step at hand when it is given a reason."""
+    """A worker: it ends after its current step when it is given a reason."""
 
     stop_reason: str | None
     exit_code: int
@@ -20,9 +20,9 @@ class Stoppable(Protocol):
 
 @contextlib.contextmanager
 def stopped_by_signals(workers: Sequence[Stoppable], numbers: Sequence[signal.Signals] = STOPPING) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the workers' run after the step at hand; a second Ctrl-C ends it at once.
+    """End the workers' run after the current step on Ctrl-C or SIGTERM, and at once on a second Ctrl-C.
 
-    A second SIGTERM, which launchers send, changes nothing.
+    A second SIGTERM changes nothing: launchers send several.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -34,7 +34,7 @@ def stopped_by_signals(workers: Sequence[Stoppable], numbers: Sequence[signal.Si
 
     try:
         before = {number: signal.signal(number, stop) for number in numbers}
-    except ValueError:  # not the main thread: signals are the caller's business
+    except ValueError:  # outside the main thread the caller handles signals
         before = {}
     try:
         yield

@@ -105,7 +105,7 @@ def _tell(loaded: Loaded, ranks: Ranks, run: Path, report: bool) -> None:
         say(
             f"dlion: {checkpoint.folder} was taken by {checkpoint.ranks} rank{'s' * (checkpoint.ranks > 1)}, now there "
             f"are {ranks.size}: all resume from the weights of rank {checkpoint.best}, the best, at step "
-            f"{checkpoint.parts[checkpoint.best].step}; the data is dealt anew, and residuals are dropped"
+            f"{checkpoint.parts[checkpoint.best].step}; the data is dealt again, and residuals are dropped"
         )
     else:
         say(f"dlion: resumes from {checkpoint.folder}, {checkpoint.time_s:.1f} s into the run")

@@ -1,7 +1,7 @@
 """The links of one worker: what is in flight on each, what each has carried, and how fast each is.
 
 `Links` keeps the books; a `Transport` moves the bytes. The worker's loop calls `view`, `post`, `poll` and the methods
-after them. The transport calls `deliver`, perhaps from a thread of its own, so a lock guards the books.
+after them. The transport calls `deliver`, perhaps from its own thread, so a lock guards the books.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Channel(IntEnum):
 
 
 class Parcel(Protocol):
-    """What a transport moves: an array of bytes, or in a simulation an object that stands for ``nbytes`` bytes."""
+    """The unit that a transport moves: an array of bytes, or in a simulation an object in place of ``nbytes`` bytes."""
 
     @property
     def nbytes(self) -> int:
@@ -321,7 +321,7 @@ class Links(ABC, Generic[P]):
 
 
 def _nothing() -> None:
-    """Nobody waits for this parcel's memory."""
+    """No memory waits for this parcel."""
 
 
 class ByteLinks(Links[Bytes]):

@@ -1,3 +1,3 @@
-"""All of MPI: start-up, links, collectives, and the thread that drives them."""
+"""All of MPI: start-up, ranks, transport, collectives, and the thread that drives them."""
 
 from __future__ import annotations

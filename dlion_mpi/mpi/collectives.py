@@ -1,7 +1,7 @@
-"""Non-blocking collectives, each kind on a communicator of its own so that kinds may overtake one another.
+"""Non-blocking collectives. Each channel has its own communicator, so channels may overtake one another.
 
-The worker's loop asks for a gather or a broadcast and gets a ticket; the thread that owns MPI starts and
-completes them in order. All ranks must ask for the same sequence on a channel, at their own pace.
+The worker's loop asks for a gather, a broadcast or a sum and gets a ticket. The thread that owns MPI starts and
+completes them in order. All ranks must ask for the same sequence on a channel, each at its own pace.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Table = npt.NDArray[np.float64]
 
 @dataclass(slots=True)
 class Ticket:
-    """A collective under way. ``table``: (n, k) of a gather, row r from rank r; ``vector``: of a broadcast or sum."""
+    """A collective in flight. ``table``: (n, k) of a gather, row r from rank r; ``vector``: of a broadcast or sum."""
 
     done: bool = False
     table: Table = field(default_factory=lambda: np.empty((0, 0)))
@@ -38,11 +38,15 @@ class Ticket:
 class _Operation:
     ticket: Ticket
     pieces: Iterator[list[MPI.Request]]
-    """Starts a piece when it is asked for the next one, which is when the one before it is complete."""
+    """Starts the next piece each time it is asked, which is when the previous piece is complete."""
 
 
 class Collectives:
-    """The channels of one worker, by name."""
+    """The channels of one worker, by name.
+
+    ``wake``: called when there is work to do. ``carried``: counts the bytes of each piece of a sum, as
+    `loop.links.Links.carried`, by the clock ``now_s``.
+    """
 
     def __init__(
         self,
@@ -58,11 +62,10 @@ class Collectives:
         self._requests: dict[str, list[MPI.Request]] = {name: [] for name in channels}
         self._wake = wake
         self._carried = carried
-        """Is told what `reduce` has sent to and received from a peer, and since when by ``now_s``."""
         self._now_s = now_s
 
     def gather(self, channel: str, record: Sequence[float]) -> Ticket:
-        """Everyone's ``record`` to everyone (`Iallgather`); all records have the same length."""
+        """Gather the ``record`` of each rank on all ranks (`Iallgather`). All records have the same length."""
         communicator = self._communicators[channel]
         own = np.array(record, dtype=np.float64)
         table = np.empty((self._size, len(own)), dtype=np.float64)
@@ -73,7 +76,7 @@ class Collectives:
         return self._ask(channel, Ticket(table=table), pieces())
 
     def broadcast(self, channel: str, root: int, vector: Vector) -> Ticket:
-        """Rank ``root``'s ``vector`` (K,) float32 to everyone, in chunks (`Ibcast`), into the others' ``vector``."""
+        """Overwrite ``vector`` (K,) float32 on all ranks with rank ``root``'s, chunk by chunk (`Ibcast`)."""
         communicator = self._communicators[channel]
 
         def pieces() -> Iterator[list[MPI.Request]]:
@@ -83,7 +86,7 @@ class Collectives:
         return self._ask(channel, Ticket(vector=vector), pieces())
 
     def reduce(self, channel: str, vector: Vector | None) -> Ticket:
-        """The sum of all ranks' ``vector`` (K,) float32, in its place, bit for bit the same on every rank.
+        """Overwrite ``vector`` (K,) float32 with the sum over all ranks, bit for bit the same on every rank.
 
         None: this rank has no vector, now or later. Then no rank gets a sum: every ``ticket.vector`` is empty. The
         ranks find that out first, so it costs a word and not a vector.
@@ -127,7 +130,7 @@ class Collectives:
         return ticket
 
     def progress(self) -> bool:
-        """Start and complete what can be. True if anything moved. Called by the thread that owns MPI."""
+        """Start and complete pieces, in the thread that owns MPI. True if anything moved."""
         moved = False
         for name, queue in self._queues.items():
             while queue:
@@ -140,6 +143,6 @@ class Collectives:
         return moved
 
     def free(self) -> None:
-        """Free the channels' communicators; nothing may be under way."""
+        """Free the communicators. Nothing may be in flight."""
         for communicator in self._communicators.values():
             communicator.Free()

@@ -1,4 +1,4 @@
-"""How many cores a rank has."""
+"""The share of the cores that a rank has."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from dlion_mpi.mpi.ranks import Ranks
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""Linux: the same for all processes of one machine, also in containers and namespaces with host names of their own."""
+"""Linux: the same for all processes of one machine, also in containers and namespaces with other host names."""
 
 
 def share_of_cores(ranks: Ranks) -> int:

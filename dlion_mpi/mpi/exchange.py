@@ -30,11 +30,11 @@ class Exchange:
         self.clock = CommonClock(ranks)
         self.progress = ProgressThread()
         self._communicator = ranks.communicator.Dup()
-        self._transport = MpiTransport(self._communicator, self.progress.wake)
+        self.transport = MpiTransport(self._communicator, self.progress.wake)
         self.links = ByteLinks(
             ranks.rank,
             ranks.size,
-            self._transport,
+            self.transport,
             size=size,
             window=window,
             now_s=self.clock.now_s,
@@ -50,11 +50,11 @@ class Exchange:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Let the thread own MPI. At the end, after `leave`, nothing is in flight."""
-        self.progress.start(self._transport.progress, self.collectives.progress)
+        self.progress.start(self.transport.progress, self.collectives.progress)
         yield
         self.encoder.close()
         self.progress.stop()
         self.sums.close()
-        self._transport.close()
+        self.transport.close()
         self.collectives.free()
         self._communicator.Free()

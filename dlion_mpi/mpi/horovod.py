@@ -1,6 +1,6 @@
 """Sums by Horovod: what most users of MPI and TensorFlow run today.
 
-The only module that imports Horovod, on first use. Horovod calls MPI from a thread of its own, over a duplicate of the
+The only module that imports Horovod, on first use. Horovod calls MPI from its own thread, over a duplicate of the
 run's communicator.
 """
 
@@ -35,7 +35,7 @@ def load() -> Any:
     """Import Horovod for TensorFlow. Raises UserError where it was built for other libraries than those here."""
     try:
         import horovod.tensorflow as hvd
-    except Exception as error:  # TensorFlow has errors of its own for a library that does not fit
+    except Exception as error:  # TensorFlow has its own errors for a library that does not fit
         first = str(error).strip().partition("\n")[0]
         raise UserError(f"--strategy horovod: Horovod does not load ({first}): build it again with {BUILD}") from None
     return hvd

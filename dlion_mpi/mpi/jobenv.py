@@ -1,4 +1,4 @@
-"""What the environment says of the job and the launcher that started this process. Asks nobody, imports nothing."""
+"""The job and the launcher that started this process, as the environment describes them. No MPI call, no import."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """This process among those that its launcher started. ``launcher``: by which name a user knows it."""
+    """This process among those that its launcher started. ``launcher``: the name by which a user knows it."""
 
     launcher: str
     rank: int
     size: int
     speaks_mpi: bool = True
-    """Whether the launcher told it how MPI finds the others."""
+    """Whether the launcher gave MPI a way to find the other processes."""
 
 
 def place(environ: Mapping[str, str]) -> Place | None:
-    """Where this process stands, or None if no launcher says so.
+    """Return the place of this process, or None if no launcher says it.
 
-    The innermost launcher counts: mpirun inside a Slurm job starts its own processes by srun, whose variables they
-    then have too.
+    The innermost launcher counts: mpirun inside a Slurm job starts its processes with srun, whose variables they then
+    have too.
     """
     if "OMPI_COMM_WORLD_RANK" in environ:
         return _place(environ, "mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
     by_srun = "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ
-    # MPICH's mpirun counts the ranks of a node in a variable of its own, which srun --mpi=pmi2 does not set.
+    # MPICH's mpirun counts the ranks of a node in a variable that srun --mpi=pmi2 does not set.
     if "PMI_RANK" in environ and ("MPI_LOCALNRANKS" in environ or not by_srun):
         return _place(environ, "mpirun (MPICH)", "PMI_RANK", "PMI_SIZE")
     if not by_srun:
@@ -46,9 +46,9 @@ def _place(environ: Mapping[str, str], launcher: str, rank: str, size: str, *, s
 
 
 def alone_by_mistake(environ: Mapping[str, str], ranks: int) -> str:
-    """What to do if the launcher started several processes of which MPI sees only this one; else an empty text.
+    """Return a remedy if the launcher started several processes and MPI sees only this one; else an empty text.
 
-    Each of them would train by itself and believe that it is the whole run.
+    Each process would train alone and take itself for the whole run.
     """
     here = place(environ)
     if ranks > 1 or here is None or here.size < 2:
@@ -60,7 +60,7 @@ def alone_by_mistake(environ: Mapping[str, str], ranks: int) -> str:
 
 
 def slurm(environ: Mapping[str, str]) -> str:
-    """The Slurm job in one line, or an empty text outside of one."""
+    """Return the Slurm job in one line, or an empty text outside of one."""
     if "SLURM_JOB_ID" not in environ:
         return ""
     count = environ.get("SLURM_JOB_NUM_NODES", "?")
@@ -81,7 +81,7 @@ def slurm(environ: Mapping[str, str]) -> str:
 
 
 def visible_gpus(environ: Mapping[str, str]) -> str:
-    """Which GPUs the job leaves to this process, in its own words, or an empty text where it says nothing."""
+    """Return the variable with the GPUs of this process, or an empty text if the job sets none."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         if name in environ:
             return f"{name}={environ[name]}"
@@ -89,7 +89,7 @@ def visible_gpus(environ: Mapping[str, str]) -> str:
 
 
 def ranges(cores: list[int]) -> str:
-    """Sorted core numbers in short: 0-3,8."""
+    """Write sorted core numbers in short: 0-3,8."""
     parts: list[list[int]] = []
     for core in cores:
         if parts and core == parts[-1][-1] + 1:

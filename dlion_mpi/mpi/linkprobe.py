@@ -1,9 +1,8 @@
-"""The MPI program behind `dlion emulate check`: every worker sends to all its peers at once, then paces.
+"""The MPI program of `dlion emulate check`: every worker sends to all its peers at once, then runs paced iterations.
 
-Its arguments are the host names of the ranks, in order.
-
-Rank 0 prints one JSON line: payload bytes that each link delivered in each tenth of a second since the
-start, and how long paced iterations took. `linkcheck` holds them against the environment.
+The arguments are the host names of the ranks, in order. Rank 0 prints one JSON line: the payload bytes that each link
+delivered in each tenth of a second since the start, and the duration of paced iterations. `linkcheck` compares them
+with the environment.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from dlion_mpi.microcloud import environments
 from dlion_mpi.microcloud.environments import Environment, PaceClock
 
 BIN_S = 0.1
-WINDOW = 6  # messages under way per link and direction
-MESSAGE_S = 0.015  # what a message lasts on its link
-# Its bounds: above 64 KiB Open MPI asks the receiver first, and that question waits behind the other direction.
+WINDOW = 6  # messages in flight per link and direction
+MESSAGE_S = 0.015  # duration of a message on its link
+# Bounds of a message: above 64 KiB Open MPI asks the receiver first, and the question waits behind the other direction.
 MESSAGE_BYTES = (4_096, 49_152)
-WARM_UP_S = 2.0  # before the clock starts: connections are made, TCP finds its rate
+WARM_UP_S = 2.0  # time before the clock starts, in which connections open and TCP finds its rate
 IDLE_S = 0.0003
 PACED_BATCH = 32
 PACED_ITERATIONS = 5
@@ -44,7 +43,7 @@ def measure_links(
     peers = [peer for peer in range(comm.size) if peer != comm.rank]
     bins = math.ceil(run_seconds / BIN_S)
     received_bytes = np.zeros((comm.size, bins), dtype=np.int64)
-    inbox = np.empty(MESSAGE_BYTES[1], dtype=np.uint8)  # contents do not matter: all may share it
+    inbox = np.empty(MESSAGE_BYTES[1], dtype=np.uint8)  # all receives share it, since the contents do not matter
     receives = [comm.Recv_init(inbox, peer, TAG) for peer in peers for _ in range(WINDOW)]
     sends = [
         comm.Send_init(np.zeros(message_bytes(environment, comm.rank, peer), dtype=np.uint8), peer, TAG)
@@ -82,7 +81,7 @@ def measure_links(
         if not done:
             time.sleep(IDLE_S)
     MPI.Request.Waitall([*goodbyes, *sends])
-    for index in waiting:  # nothing will match these
+    for index in waiting:  # no message will match these
         receives[index].Cancel()
         receives[index].Wait()
     for request in requests:
@@ -91,7 +90,7 @@ def measure_links(
 
 
 def message_bytes(environment: Environment, source: int, destination: int) -> int:
-    """Size of a link's messages: small against its slowest rate, so that bins are filled evenly."""
+    """Return the size of a link's messages: small for its slowest rate, so that bins fill evenly."""
     slowest_mbit = min(environment.rate_mbit(source, destination, phase) for phase in environment.phases)
     return int(np.clip(slowest_mbit * 1e6 / 8 * MESSAGE_S, *MESSAGE_BYTES))
 
@@ -118,7 +117,7 @@ def measure_pace(environment: Environment, worker: int, run_seconds: float) -> n
 
 
 def main() -> None:
-    """Measure, gather on rank 0, print. Exits with a message if a rank is not where it should be."""
+    """Measure, gather on rank 0, print. Exits with a message if a rank runs on the wrong host."""
     comm = MPI.COMM_WORLD
     environment = environments.load(os.environ[environments.ENVIRONMENT_VARIABLE])
     run_seconds = float(os.environ[environments.SECONDS_VARIABLE])

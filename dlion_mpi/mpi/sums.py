@@ -1,4 +1,4 @@
-"""What computes a strategy's sums: a ring over MPI, or Horovod; see `Strategy.summed_by`."""
+"""Sums over all ranks: by a ring over MPI, or by Horovod; see `Strategy.summed_by`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Summer(Protocol):
 
 
 class Ring:
-    """A ring over MPI, on a channel of its own."""
+    """A ring over MPI, on its own channel."""
 
     def __init__(self, collectives: Collectives) -> None:
         self.reduce = partial(collectives.reduce, SUM)
@@ -48,7 +48,7 @@ def check(ranks: Ranks, summed_by: str) -> None:
 def summer(
     ranks: Ranks, summed_by: str, collectives: Collectives, size: int, carried: Callable[[int, int, int], None]
 ) -> Summer:
-    """Make what sums. ``size``: entries of the gradient vector (P); ``carried``: see `loop.links.Links.carried`."""
+    """Set up the sums. ``size``: entries of the gradient vector (P); ``carried``: see `loop.links.Links.carried`."""
     if summed_by == "horovod":
         return horovod.HorovodSums(ranks.together(horovod.load), ranks, size, carried)
     return Ring(collectives)

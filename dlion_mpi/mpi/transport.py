@@ -42,7 +42,7 @@ class _Source:
 
 
 class MpiTransport:
-    """Moves bytes over ``communicator``, which nobody else may use. ``wake``: called when there is work to do."""
+    """Moves bytes over ``communicator``, which has no other user. ``wake``: called when there is work to do."""
 
     def __init__(self, communicator: MPI.Intracomm, wake: Callable[[], None]) -> None:
         self._communicator = communicator

@@ -40,21 +40,21 @@ class VirtualTransport:
 
     def __init__(self, rank: int, network: Network) -> None:
         self._rank, self._network = rank, network
-        self._everyone: Sequence[VirtualTransport] = ()
+        self._transports: Sequence[VirtualTransport] = ()
         self._deliver: Callable[[int, Channel, VirtualParcel, Done], None] = lambda *parcel: None
 
     def open(self, deliver: Callable[[int, Channel, VirtualParcel, Done], None]) -> None:
         """Call ``deliver`` for each parcel that arrives."""
         self._deliver = deliver
 
-    def connect(self, everyone: Sequence[VirtualTransport]) -> None:
-        """Join the ends of every link: ``everyone`` by rank."""
-        self._everyone = everyone
+    def connect(self, transports: Sequence[VirtualTransport]) -> None:
+        """Join the ends of every link. ``transports``: of all workers, by rank."""
+        self._transports = transports
 
     def send(self, peer: int, channel: Channel, parcel: VirtualParcel, done: Done) -> None:
         """Begin to send a parcel, behind what the peer's stream holds already."""
         stream = self._network.stream(self._rank, peer)
-        stream.send(parcel.nbytes, self._everyone[peer].arrive, (self._rank, channel, parcel, done))
+        stream.send(parcel.nbytes, self._transports[peer].arrive, (self._rank, channel, parcel, done))
 
     def arrive(self, parcel: tuple[int, Channel, VirtualParcel, Done]) -> None:
         """Deliver a parcel that is across: its sender, its channel, the parcel."""
@@ -117,9 +117,9 @@ class VirtualLinks(Links[VirtualParcel]):
         """Called when a parcel has arrived that the loop may be waiting for."""
         self._no_entries = Entries(size, np.empty(0, np.float32), np.empty(0, np.uint32))
 
-    def connect(self, everyone: Sequence[VirtualLinks]) -> None:
-        """Join the ends of every link: ``everyone`` by rank."""
-        self.transport.connect([links.transport for links in everyone])
+    def connect(self, all_links: Sequence[VirtualLinks]) -> None:
+        """Join the ends of every link. ``all_links``: of all workers, by rank."""
+        self.transport.connect([links.transport for links in all_links])
 
     def post(self, messages: dict[int, Outgoing], stamp: Stamp) -> dict[int, int]:
         """Send a message per peer. Returns the bytes of each."""
@@ -154,7 +154,7 @@ class VirtualLinks(Links[VirtualParcel]):
         self.wake()
 
     def cpu_s(self) -> float:
-        """Processor seconds that messages have cost so far, as the same work takes in a real run."""
+        """Processor seconds that messages have cost so far, as in a real run."""
         return self.processor.spent_s
 
     def _packed(self, message: Outgoing) -> tuple[Entries, int]:

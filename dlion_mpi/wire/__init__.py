@@ -1,4 +1,4 @@
-"""Messages and their bytes: see `wire.format` for the layout."""
+"""Messages as bytes. `wire.format` has the layout."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from dlion_mpi.wire.decode import decode
 from dlion_mpi.wire.encode import encode, encode_again
 from dlion_mpi.wire.format import (
     HEADER_BYTES,
-    MAGIC,
     VALUE_TYPES,
-    VERSION,
     Bytes,
     Encoding,
     Header,
@@ -24,9 +22,7 @@ from dlion_mpi.wire.values import rounded
 
 __all__ = [
     "HEADER_BYTES",
-    "MAGIC",
     "VALUE_TYPES",
-    "VERSION",
     "Bytes",
     "Encoding",
     "Header",

@@ -1,4 +1,4 @@
-"""Reading messages: everything is checked before it is used."""
+"""Read messages. Everything is checked before it is used."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ from dlion_mpi.wire.values import from_wire
 
 
 class _Frame(NamedTuple):
+    """The header of a message, and the form of its entries."""
+
     header: Header
     encoding: Encoding
     value_type: ValueType
@@ -44,11 +46,10 @@ class _Frame(NamedTuple):
 
 
 def decode(buffer: Bytes, *, size: int, copy: bool = True) -> Message:
-    """The message in ``buffer``: exactly the bytes that arrived, for a vector of ``size`` entries.
+    """Return the message in ``buffer``, which holds exactly the received bytes, for a vector of ``size`` entries.
 
-    Checks everything before it is used, and raises WireError naming what is wrong. The arrays are the
-    caller's own; with ``copy=False`` they may lie in ``buffer``, valid only until that is reused. Entries
-    sent DENSE have ``indices=None``; a header-only message has no entries.
+    Without ``copy``, the arrays of the message may lie in ``buffer``. Entries that were sent DENSE have
+    ``indices=None``; a message of a header alone has no entries. Raises WireError naming the first thing that is wrong.
     """
     frame = _read_frame(buffer, size)
     if frame.entries == 0:
@@ -69,7 +70,7 @@ def decode(buffer: Bytes, *, size: int, copy: bool = True) -> Message:
 
 
 def _read_frame(buffer: Bytes, size: int) -> _Frame:
-    """The header of an intact message whose lengths agree with each other and with the run."""
+    """Read the header. Raises WireError unless the message is intact and its lengths agree with each other."""
     if len(buffer) < HEADER_BYTES:
         raise WireError(f"bad length of {len(buffer)} bytes, expected {HEADER_BYTES} or more for a header")
     magic, version, encoding, value_type, *rest = HEADER.unpack_from(buffer.data)
@@ -98,7 +99,7 @@ def _read_frame(buffer: Bytes, size: int) -> _Frame:
 
 
 def _read_indices(frame: _Frame, stream: Bytes, size: int, copy: bool) -> Indices | None:
-    """The indices, strictly ascending and below ``size``; None for all entries."""
+    """Read the indices, strictly ascending and below ``size``; None for all entries. Raises WireError."""
     if frame.encoding is Encoding.DENSE:
         _expect("length of the index stream", len(stream), 0)
         return None
@@ -108,7 +109,7 @@ def _read_indices(frame: _Frame, stream: Bytes, size: int, copy: bool) -> Indice
     elif frame.encoding is Encoding.RANGE:
         _expect("length of the index stream", len(stream), 4)
         first = int(stream.view("<u4")[0])
-        if first + frame.entries > size:  # beforehand, so that every index fits uint32
+        if first + frame.entries > size:  # checked first, so that every index fits uint32
             raise WireError(f"bad index {first + frame.entries - 1}, expected less than {size}")
         indices = np.arange(first, first + frame.entries, dtype=np.uint32)
     elif frame.encoding is Encoding.PLAIN:
@@ -128,7 +129,7 @@ def _read_indices(frame: _Frame, stream: Bytes, size: int, copy: bool) -> Indice
 
 def _read_gaps(stream: npt.NDArray[Any], count: int, size: int) -> Indices:
     last = int(stream.sum(dtype=np.uint64)) + count - 1
-    if last >= size:  # beforehand, so that the running sum fits uint32
+    if last >= size:  # checked first, so that the running sum fits uint32
         raise WireError(f"bad index {last}, expected less than {size}")
     sums = np.cumsum(stream, dtype=np.uint32)
     ends = stream != escape_of(stream.dtype)

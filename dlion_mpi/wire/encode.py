@@ -1,4 +1,4 @@
-"""Writing messages."""
+"""Write messages."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from dlion_mpi.wire.values import to_wire
 def encode(header: Header, entries: Entries | None, out: Bytes, value_type: ValueType = "float32") -> int:
     """Write a message into ``out``, a contiguous uint8 buffer, and return its length in bytes.
 
-    Values are written as ``rounded`` describes. A GRADIENT whose sparse form would not be smaller becomes
-    DENSE with zeros in the gaps, which adds up to the same. Raises ValueError if ``out`` is too small, a
-    header field is out of range, or the entries do not suit the kind.
+    ``entries``: None for the kinds of HEADER_ONLY. Values are rounded to ``value_type``, see `wire.rounded`. A sparse
+    GRADIENT that would be no smaller is written DENSE, with zeros for the other entries, which adds up to the same.
+    Raises ValueError if ``out`` is too small, a header field is out of range, or the entries do not suit the kind.
     """
     parameters, values, indices = _content(header.kind, entries)
     dtype, width = dtype_of(value_type), value_width(header.kind, value_type)
@@ -64,7 +64,10 @@ def encode(header: Header, entries: Entries | None, out: Bytes, value_type: Valu
 
 
 def encode_again(header: Header, message: Bytes, out: Bytes) -> int:
-    """Write an encoded ``message`` into ``out`` under another ``header`` of its kind; cheaper than to encode it."""
+    """Write an encoded ``message`` into ``out`` with another ``header`` of the same kind. Returns its length in bytes.
+
+    That is a copy, and cheaper than to encode the entries again.
+    """
     out[HEADER_BYTES : len(message)] = message[HEADER_BYTES:]
     _, _, encoding, code, *_, count, parameters, payload_bytes = HEADER.unpack_from(message.data)
     _write_header(header, Plan(Encoding(encoding), payload_bytes), code, count, parameters, out)
@@ -73,7 +76,7 @@ def encode_again(header: Header, message: Bytes, out: Bytes) -> int:
 
 
 def _content(kind: Kind, entries: Entries | None) -> tuple[int, Vector, Indices | None]:
-    """Parameters, values and indices of the message."""
+    """Return the number of parameters, the values and the indices. Raises ValueError if they do not suit the kind."""
     if kind in HEADER_ONLY:
         if entries is not None and len(entries):
             raise ValueError(f"a {kind.name} message carries no entries, got {len(entries)}")

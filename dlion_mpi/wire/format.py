@@ -1,10 +1,19 @@
-"""Messages and their bytes: a fixed header, then the values, then where in the vector they belong.
+"""The layout of a message, and its size. Everything is little-endian.
 
-    | header, 88 bytes | values, K x 4 or 2 bytes | index stream, its form named by ``Encoding`` |
+    offset   bytes    field
+    0        4        magic, "DLN1"
+    4        1        version
+    5        1        `Encoding` of the positions
+    6        1        value type: its place in VALUE_TYPES
+    7        1        `Kind`
+    8        56       the other fields of `Header`, in their order; 4 bytes of padding after ``quality``
+    64       8        number of entries (K), number of parameters (P)
+    72       8        bytes after the header
+    80       8        checksum: xxh3_64 of all other bytes
+    88       K x 4    values, or K x 2; none in a message of INDICES
+    ...               index stream: where the values belong, in the form that ``Encoding`` names
 
-Everything is little-endian. The checksum is the header's last field: xxh3_64 over all bytes but its own. Of
-the index encodings the one that is smallest for the entries at hand is taken, so no message is larger than
-the dense one. ``decode`` believes nothing: whatever arrives is checked before it is used.
+Of the encodings a message has the smallest, so no message is larger than the dense one.
 """
 
 from __future__ import annotations
@@ -23,44 +32,61 @@ from dlion_mpi.vector.layout import Entries, Indices
 
 MAGIC = b"DLN1"
 VERSION = 1
+HEADER = struct.Struct("<4sBBBB II QQQ II f4xd II Q")
+"""All of the header but the checksum."""
+CHECKSUM = struct.Struct("<Q")
+HEADER_BYTES = HEADER.size + CHECKSUM.size
+"""88, a multiple of 8, so the values are aligned."""
 
 Bytes = npt.NDArray[np.uint8]
 ValueType = Literal["float32", "float16", "bfloat16"]
-VALUE_TYPES: tuple[ValueType, ...] = ("float32", "float16", "bfloat16")  # on the wire: the position
+VALUE_TYPES: tuple[ValueType, ...] = ("float32", "float16", "bfloat16")
+VALUE_DTYPE: dict[ValueType, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),  # NumPy has no bfloat16: these are the upper halves of float32
+}
+BLOCK = 1 << 17
+"""Entries per block where a step needs scratch space: a block fits a core's cache."""
 
 
 class Kind(IntEnum):
-    """What a message is for."""
+    """The purpose of a message."""
 
-    GRADIENT = 1  # entries of a gradient, or of an update; what is not sent counts as zero
-    WEIGHTS = 2  # parameters, always all of them
-    PROGRESS = 3  # header only: the step the sender has reached
-    CLOSE = 4  # header only: the sender leaves the exchange
-    ACK = 5  # header only: acknowledges a sequence number
-    STOP = 6  # header only: the sender leaves, and the run must end everywhere
-    INDICES = 7  # which entries the next message will carry, without their values
+    GRADIENT = 1  # entries of a gradient or of an update; the others count as zero
+    WEIGHTS = 2  # all parameters
+    PROGRESS = 3  # header only: the step that the sender has reached
+    CLOSE = 4  # header only: the sender leaves
+    ACK = 5  # header only: acknowledges messages
+    STOP = 6  # header only: the sender leaves, and the run must end on all ranks
+    INDICES = 7  # the positions of the entries in the sender's next message, without values
+
+
+HEADER_ONLY = frozenset({Kind.PROGRESS, Kind.CLOSE, Kind.ACK, Kind.STOP})
 
 
 class Encoding(IntEnum):
-    """How the positions of the values are written; gap = index - previous index - 1."""
+    """The form of the index stream. A gap is index - previous index - 1; the first gap is the first index."""
 
-    DENSE = 0  # nothing: every entry is there
-    BITMAP = 1  # one bit per entry, lowest bit first
-    DELTA8 = 2  # a gap g as g // 255 bytes of 255, then g % 255
+    DENSE = 0  # empty: all entries are there
+    BITMAP = 1  # one bit per parameter, lowest bit first
+    DELTA8 = 2  # each gap as gap // 255 bytes of 255, then gap % 255
     DELTA16 = 3  # the same with uint16 and 65535
     PLAIN = 4  # the indices as uint32
-    EMPTY = 5  # nothing: no entry is there
-    RANGE = 6  # successive entries: the first one's index as uint32
+    EMPTY = 5  # empty: no entries are there
+    RANGE = 6  # consecutive entries: the first index as uint32
+
+
+GAP_DTYPE: dict[Encoding, np.dtype[Any]] = {Encoding.DELTA8: np.dtype("u1"), Encoding.DELTA16: np.dtype("<u2")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What a message says beside its entries.
+    """The fields of a message, without its entries.
 
-    ``sender``: rank. ``epoch``: of the membership. ``sequence``: counts the messages of this link.
-    ``acknowledged``: the highest sequence received from the addressee. ``lbs``: samples behind this gradient;
-    ``gbs``: samples of all workers. ``quality``: the N of Max N (float32 on the wire). ``computed_at``:
-    seconds on the run's common clock.
+    ``sender``: rank. ``epoch``: of the membership. ``sequence``: number of the message on its link, from 1.
+    ``acknowledged``: number of messages that the sender has received on this link. ``lbs``: samples of this gradient.
+    ``gbs``: samples of all workers. ``quality``: N of Max N, a float32. ``computed_at``: seconds on the run's clock.
     """
 
     kind: Kind
@@ -77,76 +103,29 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A header and its entries (none for the header-only kinds)."""
+    """A header and its entries. The kinds of HEADER_ONLY have none."""
 
     header: Header
     entries: Entries
 
 
 class WireError(ValueError):
-    """What arrived is not a message for this run; says what was found and what was expected."""
-
-
-# magic, version, encoding, value type; the fields of Header in their order, padded by 4 bytes after quality;
-# number of entries, number of parameters, payload bytes. The checksum follows.
-HEADER = struct.Struct("<4sBBBB II QQQ II f4xd II Q")
-CHECKSUM = struct.Struct("<Q")
-HEADER_BYTES = HEADER.size + CHECKSUM.size  # 88, a multiple of 8, so that the values are aligned
-
-HEADER_ONLY = frozenset({Kind.PROGRESS, Kind.CLOSE, Kind.ACK, Kind.STOP})
-VALUE_DTYPE: dict[ValueType, np.dtype[Any]] = {
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype("<u2"),  # numpy has no bfloat16: the upper half of a float32's bits
-}
-LARGEST: dict[ValueType, float] = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
-GAP_DTYPE: dict[Encoding, np.dtype[Any]] = {
-    Encoding.DELTA8: np.dtype("u1"),
-    Encoding.DELTA16: np.dtype("<u2"),
-}
-BLOCK = 1 << 17  # entries worked on at a time where a step needs scratch space; fits a core's cache
-
-
-def capacity_bytes(size: int) -> int:
-    """Bytes of the largest possible message for a vector of ``size`` entries: all of them as float32."""
-    return HEADER_BYTES + 4 * size
-
-
-def encoded_bytes(
-    indices: Indices | None, size: int, value_type: ValueType = "float32", kind: Kind = Kind.GRADIENT
-) -> int:
-    """Bytes that ``encode`` writes for these entries of a vector of ``size``, header included; exact."""
-    return HEADER_BYTES + plan_encoding(indices, size, value_width(kind, value_type)).payload_bytes
-
-
-def bytes_for_count(count: int, size: int, value_type: ValueType = "float32") -> int:
-    """Expected message bytes when ``count`` of ``size`` entries are kept at uniformly random positions.
-
-    With K kept, gaps are nearly geometric with mean (size - K) / (K + 1), so a gap g costs on average
-    1 + q / (1 - q) units, q = P(g >= limit), where limit is the escape value. Clustered positions cost less.
-    Raises ValueError unless 0 <= count <= size.
-    """
-    if not 0 <= count <= size:
-        raise ValueError(f"cannot keep {count} of {size} entries")
-    if count == 0:
-        return HEADER_BYTES
-    miss = 1.0 - (count + 1) / (size + 1)
-    index_bytes = min(float(bitmap_bytes(size)), 4.0 * count)
-    for dtype in GAP_DTYPE.values():
-        beyond = miss ** escape_of(dtype)
-        index_bytes = min(index_bytes, dtype.itemsize * count / (1.0 - beyond))
-    width = dtype_of(value_type).itemsize
-    return HEADER_BYTES + min(width * size, width * count + math.ceil(index_bytes))
+    """Error: received bytes are no message of this run. Says what was found and what was expected."""
 
 
 class Plan(NamedTuple):
+    """An encoding, and the bytes after the header with it. ``gaps``: (K,) uint32, if the encoding needs them."""
+
     encoding: Encoding
     payload_bytes: int
     gaps: Indices | None = None
 
 
 def plan_encoding(indices: Indices | None, size: int, width: int) -> Plan:
-    """The smallest encoding and its exact payload, with the gaps if it needs them."""
+    """Choose the smallest encoding for these indices of a vector of ``size`` entries, all if None.
+
+    ``width``: bytes of a value.
+    """
     if size == 0 or (indices is not None and len(indices) == 0):
         return Plan(Encoding.EMPTY, 0)
     dense = Plan(Encoding.DENSE, width * size)
@@ -161,41 +140,77 @@ def plan_encoding(indices: Indices | None, size: int, width: int) -> Plan:
     gaps: Indices | None = None
     for encoding, dtype in GAP_DTYPE.items():
         if (width + dtype.itemsize) * count >= best.payload_bytes:
-            continue  # already without escapes it is no smaller
-        gaps = gaps_of(indices) if gaps is None else gaps
-        wide = gaps[gaps >= escape_of(dtype)]  # few: an escape is worth its while only if it is rare
+            continue  # no smaller even if no gap needs an escape
+        gaps = _gaps(indices) if gaps is None else gaps
+        wide = gaps[gaps >= escape_of(dtype)]
         units = count + int((wide // escape_of(dtype)).sum(dtype=np.int64))
         if width * count + dtype.itemsize * units < best.payload_bytes:
             best = Plan(encoding, width * count + dtype.itemsize * units, gaps)
     return best if best.payload_bytes < dense.payload_bytes or not width else dense
 
 
+def capacity_bytes(size: int) -> int:
+    """Bytes of the largest message for a vector of ``size`` entries: all of them as float32."""
+    return HEADER_BYTES + 4 * size
+
+
+def encoded_bytes(
+    indices: Indices | None, size: int, value_type: ValueType = "float32", kind: Kind = Kind.GRADIENT
+) -> int:
+    """Exact bytes of the message with these entries of a vector of ``size``."""
+    return HEADER_BYTES + plan_encoding(indices, size, value_width(kind, value_type)).payload_bytes
+
+
+def bytes_for_count(count: int, size: int, value_type: ValueType = "float32") -> int:
+    """Expected bytes of a message with ``count`` of ``size`` entries at uniformly random positions.
+
+    Gaps are nearly geometric with mean (P - K) / (K + 1), so a gap costs on average 1 + q / (1 - q) units, where q is
+    the probability that it reaches the escape value. Clustered positions cost less. Raises ValueError unless
+    0 <= count <= size.
+    """
+    if not 0 <= count <= size:
+        raise ValueError(f"cannot keep {count} of {size} entries")
+    if count == 0:
+        return HEADER_BYTES
+    miss = 1.0 - (count + 1) / (size + 1)
+    index_bytes = min(float(bitmap_bytes(size)), 4.0 * count)
+    for dtype in GAP_DTYPE.values():
+        escape_probability = miss ** escape_of(dtype)
+        index_bytes = min(index_bytes, dtype.itemsize * count / (1.0 - escape_probability))
+    width = dtype_of(value_type).itemsize
+    return HEADER_BYTES + min(width * size, width * count + math.ceil(index_bytes))
+
+
 def checksum(message: Bytes) -> int:
+    """Checksum of a message, without the bytes of the checksum itself."""
     digest = xxhash.xxh3_64(message[: HEADER.size].data)
     digest.update(message[HEADER_BYTES:].data)
     return digest.intdigest()
 
 
 def dtype_of(value_type: ValueType) -> np.dtype[Any]:
+    """Return the dtype of values on the wire. Raises ValueError for an unknown type."""
     if value_type not in VALUE_DTYPE:
         raise ValueError(f"unknown value type {value_type!r}, use one of {', '.join(VALUE_TYPES)}")
     return VALUE_DTYPE[value_type]
 
 
 def value_width(kind: Kind, value_type: ValueType) -> int:
-    """Bytes of a value."""
+    """Bytes of a value in a message of this kind."""
     return 0 if kind is Kind.INDICES else dtype_of(value_type).itemsize
 
 
 def bitmap_bytes(size: int) -> int:
+    """Bytes of a bitmap of ``size`` entries."""
     return (size + 7) // 8
 
 
 def escape_of(dtype: np.dtype[Any]) -> int:
+    """Return the unit that says that a gap continues: the largest of its type."""
     return (1 << 8 * dtype.itemsize) - 1
 
 
-def gaps_of(indices: Indices) -> Indices:
+def _gaps(indices: Indices) -> Indices:
     gaps = np.empty_like(indices)
     gaps[0] = indices[0]
     np.subtract(indices[1:], indices[:-1], out=gaps[1:])

@@ -8,28 +8,24 @@ import numpy as np
 import numpy.typing as npt
 
 from dlion_mpi.vector.layout import Vector, blocks
-from dlion_mpi.wire.format import (
-    BLOCK,
-    LARGEST,
-    ValueType,
-    dtype_of,
-)
+from dlion_mpi.wire.format import BLOCK, ValueType, dtype_of
+
+LARGEST: dict[ValueType, float] = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 
 
 def rounded(values: Vector, value_type: ValueType) -> Vector:
-    """The float32 values the receiver will see, bit for bit; ``values`` itself for float32, else a new array.
+    """Return the float32 values that the receiver decodes, bit for bit: ``values`` itself for float32.
 
-    16-bit types round to nearest, ties to even. Finite values beyond the type's range saturate at its largest
-    number instead of overflowing. What is not finite becomes NaN, which ``decode`` refuses.
+    The 16-bit types round to nearest, ties to even. Finite values beyond a type's range become its largest number.
+    Values that are not finite become NaN, which ``decode`` rejects.
     """
     if value_type == "float32":
         return values
-    halves = np.empty(len(values), dtype_of(value_type))
-    return from_wire(to_wire(values, halves, value_type), value_type, copy=True)
+    return from_wire(to_wire(values, np.empty(len(values), dtype_of(value_type)), value_type), value_type, copy=True)
 
 
 def to_wire(values: Vector, out: npt.NDArray[Any], value_type: ValueType) -> npt.NDArray[Any]:
-    """Write ``values`` into ``out``, which has the value type's dtype; returns ``out``."""
+    """Write ``values`` (K,) into ``out`` (K,), which has the dtype of the value type, and return ``out``."""
     if value_type == "float32":
         out[:] = values
         return out
@@ -40,7 +36,7 @@ def to_wire(values: Vector, out: npt.NDArray[Any], value_type: ValueType) -> npt
     bits = values.view(np.uint32)
     for block in blocks(slice(0, len(values)), BLOCK):
         half = bits[block] >> 16
-        half &= 1  # ties go to the even neighbour
+        half &= 1  # ties to even
         half += 0x7FFF
         half += bits[block]
         half >>= 16
@@ -49,6 +45,7 @@ def to_wire(values: Vector, out: npt.NDArray[Any], value_type: ValueType) -> npt
 
 
 def from_wire(slots: npt.NDArray[Any], value_type: ValueType, copy: bool) -> Vector:
+    """Return the float32 values of ``slots`` (K,). Without ``copy`` they may be ``slots`` itself."""
     if value_type != "bfloat16":
         return slots.astype(np.float32, copy=copy)
     words = slots.astype(np.uint32)
@@ -57,8 +54,8 @@ def from_wire(slots: npt.NDArray[Any], value_type: ValueType, copy: bool) -> Vec
 
 
 def _saturated(values: Vector, largest: float) -> Vector:
-    """``values`` within +-largest; what is not finite becomes the one NaN that survives rounding."""
-    with np.errstate(invalid="ignore"):  # a signalling NaN may warn, depending on numpy
+    """Clip finite values to +-largest, and make all others the one NaN that survives rounding."""
+    with np.errstate(invalid="ignore"):  # some versions of NumPy warn of a signalling NaN
         if not len(values) or (values.max() <= largest and values.min() >= -largest):
             return values  # NaN fails both comparisons
         return np.where(np.isfinite(values), np.clip(values, -largest, largest), np.float32(np.nan))

@@ -51,7 +51,7 @@ def test_a_late_rank_holds_up_nobodys_thread(world: MPI.Intracomm) -> None:
             time.sleep(0.5)
         ticket = e.collectives.gather("test", [1.0])
         if world.Get_rank() != 0:
-            assert not e.progress.wait_until(lambda: ticket.done, timeout_s=0.05) or ticket.done
+            assert not e.exchange.progress.wait_until(lambda: ticket.done, timeout_s=0.05) or ticket.done
         e.wait(lambda: ticket.done)
         assert ticket.table.sum() == world.Get_size()
 

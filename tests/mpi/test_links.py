@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,11 +11,11 @@ from mpi4py import MPI
 
 from dlion_mpi import wire
 from dlion_mpi.errors import RunError
-from dlion_mpi.loop.links import UNREAD_MESSAGES, ByteLinks, Channel
+from dlion_mpi.loop.links import UNREAD_MESSAGES, Channel
 from dlion_mpi.loop.ports import Stamp
-from dlion_mpi.mpi.collectives import Collectives
-from dlion_mpi.mpi.progress import ProgressThread
-from dlion_mpi.mpi.transport import MpiTransport
+from dlion_mpi.metrics.timeline import Unlogged
+from dlion_mpi.mpi.exchange import Exchange
+from dlion_mpi.mpi.ranks import Ranks
 from dlion_mpi.strategies.types import Outgoing
 from dlion_mpi.vector.layout import Entries
 
@@ -25,28 +23,19 @@ SIZE = 50_000
 WINDOW = 2
 
 
-class Exchange:
-    """Links, collectives and their thread, as a run has them."""
+class Rank:
+    """An exchange with one more channel, as a test uses it."""
 
     def __init__(self, world: MPI.Intracomm) -> None:
-        self.communicator = world.Dup()
-        self.progress = ProgressThread()
-        self.transport = MpiTransport(self.communicator, self.progress.wake)
-        self.links = ByteLinks(
-            world.Get_rank(),
-            world.Get_size(),
-            self.transport,
-            size=SIZE,
-            window=WINDOW,
-            now_s=time.monotonic,
-            lock=threading.Lock(),
+        self.ranks = Ranks(world)
+        self.exchange = Exchange(
+            self.ranks, size=SIZE, window=WINDOW, summed_by="mpi", channels=["test"], log=Unlogged()
         )
-        self.collectives = Collectives(self.communicator, ["test"], self.progress.wake, self.links.carried)
-        self.peers = [r for r in range(world.Get_size()) if r != world.Get_rank()]
-        self.progress.start(self.transport.progress, self.collectives.progress)
+        self.links, self.collectives = self.exchange.links, self.exchange.collectives
+        self.peers = [r for r in range(self.ranks.size) if r != self.ranks.rank]
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        assert self.progress.wait_until(ready, timeout_s=60), "nothing arrived for 60 s"
+        assert self.exchange.progress.wait_until(ready, timeout_s=60), "nothing arrived for 60 s"
 
     def received(self, count: int) -> list[wire.Message]:
         messages: list[wire.Message] = []
@@ -62,29 +51,24 @@ class Exchange:
         ticket = self.collectives.gather("test", [0.0])
         self.wait(lambda: ticket.done)
 
-    def close(self) -> None:
-        self.progress.stop()
-        self.transport.close()
-        self.collectives.free()
-        self.communicator.Free()
+    def drain(self) -> None:
+        """Leave as a run does: compare counts, receive what is missing."""
+        sent = self.collectives.gather("test", [float(count) for count in self.links.fall_silent()])
+        self.wait(lambda: self.links.poll() is not None and sent.done)
+        expected = [int(count) for count in sent.table[:, self.ranks.rank]]
+        self.wait(lambda: self.links.poll() is not None and self.links.received_counts() == expected)
+        self.barrier()
 
 
 @contextmanager
-def exchange(world: MPI.Intracomm) -> Iterator[Exchange]:
-    """An exchange that ends as a run does: count, drain, cancel."""
-    e = Exchange(world)
-    yield e
-    sent = e.collectives.gather("test", [float(c) for c in e.links.fall_silent()])
-    e.wait(lambda: e.links.poll() is not None and sent.done)
-    expected = [int(c) for c in sent.table[:, world.Get_rank()]]
-
-    def drained() -> bool:
-        e.links.poll()
-        return e.links.received_counts() == expected
-
-    e.wait(drained)
-    e.barrier()
-    e.close()
+def exchange(world: MPI.Intracomm, *, drained: bool = True) -> Iterator[Rank]:
+    """An exchange that is open, and ends as a run does."""
+    e = Rank(world)
+    with e.exchange.open():
+        yield e
+        if drained:
+            e.drain()
+    e.ranks.free()
 
 
 def stamp(step: int) -> Stamp:
@@ -111,6 +95,19 @@ def test_what_is_sent_arrives_whole_in_order_and_says_who_and_when(world: MPI.In
             for m in messages:
                 assert (m.header.lbs, m.header.gbs, m.header.computed_at) == (3, 12, 1.5)
                 np.testing.assert_array_equal(m.entries.values, vector(peer, m.header.step))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_short_message_does_not_overtake_a_long_one(world: MPI.Intracomm) -> None:
+    """MPI matches them in order, but the short one may complete first."""
+    with exchange(world) as e:
+        for step in range(10):
+            e.links.post(dict.fromkeys(e.peers, Outgoing(entries=Entries(SIZE, vector(0, 0)))), stamp(step))
+            e.links.post(dict.fromkeys(e.peers, Outgoing()), stamp(step))
+        messages = e.received(20 * len(e.peers))
+        for peer in e.peers:
+            sequences = [m.header.sequence for m in messages if m.header.sender == peer]
+            assert sequences == list(range(1, 21))
 
 
 @pytest.mark.mpi(min_size=2)
@@ -147,33 +144,28 @@ def test_a_link_that_is_not_acknowledged_is_not_ready_until_it_is(world: MPI.Int
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("damage", ["magic", "checksum", "short"])
 def test_a_malformed_message_is_refused_and_its_sender_named(world: MPI.Intracomm, damage: str) -> None:
-    rank = world.Get_rank()
-    e = Exchange(world)
-    if rank == 0:
-        buffer = np.empty(wire.capacity_bytes(SIZE), np.uint8)
-        header = wire.Header(kind=wire.Kind.GRADIENT, sender=0, epoch=0, step=0, sequence=1, acknowledged=0)
-        length = wire.encode(header, Entries(SIZE, vector(0, 0)), buffer)
-        if damage == "magic":
-            buffer[0] ^= 1
-        elif damage == "checksum":
-            buffer[length // 2] ^= 1
+    buffer = np.empty(wire.capacity_bytes(SIZE), np.uint8)
+    header = wire.Header(kind=wire.Kind.GRADIENT, sender=0, epoch=0, step=0, sequence=1, acknowledged=0)
+    length = wire.encode(header, Entries(SIZE, vector(0, 0)), buffer)
+    if damage == "magic":
+        buffer[0] ^= 1
+    elif damage == "checksum":
+        buffer[length // 2] ^= 1
+    else:
+        length -= 40
+    with exchange(world, drained=False) as e:
+        if world.Get_rank() == 0:
+            for peer in e.peers:
+                e.exchange.transport.send(peer, Channel.MESSAGE, buffer[:length], lambda: None)
         else:
-            length -= 40
-        for peer in e.peers:
-            e.transport.send(peer, Channel.MESSAGE, buffer[:length], lambda: None)
-    if rank == 1:
-        with pytest.raises(RunError, match="rejected a message from rank 0"):
-            e.received(1)
-    elif rank > 1:
-        with pytest.raises(RunError, match="rank 0"):
-            e.received(1)
-    e.barrier()
-    e.close()
+            with pytest.raises(RunError, match="rejected a message from rank 0"):
+                e.received(1)
+        e.barrier()
 
 
 @pytest.mark.mpi(min_size=2)
 def test_closing_leaves_nothing_behind_whoever_stops_first(world: MPI.Intracomm) -> None:
-    """Many messages are still under way when ranks fall silent at different times."""
+    """Many messages are still in flight when ranks fall silent at different times."""
     for _ in range(5):
         with exchange(world) as e:
             whole = Outgoing(entries=Entries(SIZE, vector(0, 0)), quality=100.0)
