@@ -11,14 +11,11 @@ from tests.english import DOCSTRING, MARKS, ROOT, files, marks, openings, patter
 BUDGETS = {
     "dlion_mpi": 11,
     "dlion_mpi/algorithms": 73,
-    "dlion_mpi/checkpoint": 2,
     "dlion_mpi/commands": 1,
     "dlion_mpi/config": 12,
     "dlion_mpi/loop": 27,
-    "dlion_mpi/mpi": 22,
     "dlion_mpi/simulation": 18,
     "dlion_mpi/strategies": 30,
-    "dlion_mpi/wire": 7,
     "docs": 41,
 }
 
