@@ -22,9 +22,9 @@ from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError
 from dlion_mpi.loop.clock import Clock
 from dlion_mpi.loop.leave import leave
-from dlion_mpi.loop.links import ByteLinks, Channel, Done
+from dlion_mpi.loop.links import ByteLinks
 from dlion_mpi.loop.membership import Membership
-from dlion_mpi.loop.ports import Compute, Computed, EncodedBatch, Loop, Stamp, Until
+from dlion_mpi.loop.ports import Channel, Compute, Computed, Done, EncodedBatch, Loop, Stamp, Until
 from dlion_mpi.loop.sums import SUM
 from dlion_mpi.loop.train import train
 from dlion_mpi.loop.worker import Worker
@@ -166,7 +166,7 @@ class Network:
 
 
 class MemoryTransport:
-    """See `loop.links.Transport`."""
+    """See `loop.ports.ByteTransport`."""
 
     def __init__(self, network: Network, rank: int) -> None:
         self._network, self._rank = network, rank

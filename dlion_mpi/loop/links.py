@@ -11,9 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from enum import IntEnum
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ import numpy.typing as npt
 from dlion_mpi import wire
 from dlion_mpi.algorithms.bandwidth import LinkRate, rooms_bytes
 from dlion_mpi.errors import RunError
-from dlion_mpi.loop.ports import Stamp
+from dlion_mpi.loop.ports import ByteTransport, Channel, Done, P, Stamp, Transport
 from dlion_mpi.metrics.timeline import MessageLog, Unlogged
 from dlion_mpi.strategies.types import LinkView, Outgoing
 from dlion_mpi.wire import Bytes, Header, Kind, Message
@@ -29,50 +28,6 @@ from dlion_mpi.wire import Bytes, Header, Kind, Message
 UNREAD_MESSAGES = 3
 """Messages of a peer that are received and acknowledged before `Links.poll` returns them. Later ones wait without an
 acknowledgement, so the sender's window closes: a slow reader slows its writers, and no queue grows."""
-
-
-class Channel(IntEnum):
-    """Parcels of one channel arrive in order; those of different channels may overtake one another."""
-
-    MESSAGE = 1
-    ACK = 2
-    REPORT = 3
-
-
-class Parcel(Protocol):
-    """The unit that a transport moves: an array of bytes, or in a simulation an object in place of ``nbytes`` bytes."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the parcel takes of its link."""
-
-
-P = TypeVar("P", bound=Parcel)
-Done = Callable[[], None]
-"""Says that a parcel has been sent, or read, and its memory may be reused. May be called from any thread."""
-
-
-class Transport(Protocol[P]):
-    """Moves parcels between one worker and its peers, whole and in the order of each channel."""
-
-    def open(self, deliver: Callable[[int, Channel, P, Done], None]) -> None:
-        """Call ``deliver(peer, channel, parcel, done)`` for each parcel that arrives."""
-
-    def send(self, peer: int, channel: Channel, parcel: P, done: Done) -> None:
-        """Queue a parcel for ``peer``, from any thread. Call ``done`` when it has been sent."""
-
-
-class ByteTransport(Transport[Bytes], Protocol):
-    """A transport of a real run."""
-
-    def expect(self, channel: Channel, size_bytes: int, buffers: int) -> None:
-        """Prepare to receive parcels of at most ``size_bytes``, of which ``buffers`` per peer may be unread.
-
-        Called before the first parcel of the channel can arrive.
-        """
-
-    def cpu_s(self) -> float:
-        """Processor seconds that the transport's own thread has used."""
 
 
 @dataclass(frozen=True, slots=True)

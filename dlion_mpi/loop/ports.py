@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays
+from dlion_mpi.wire import Bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,50 @@ class Collectives(Protocol):
 
     def reduce(self, channel: str, vector: Vector | None) -> Ticket:
         """The sum of everyone's vectors to everyone; an empty one if anyone gives None."""
+
+
+class Channel(IntEnum):
+    """Parcels of one channel arrive in order; those of different channels may overtake one another."""
+
+    MESSAGE = 1
+    ACK = 2
+    REPORT = 3
+
+
+class Parcel(Protocol):
+    """The unit that a transport moves: an array of bytes, or in a simulation an object in place of ``nbytes`` bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the parcel takes of its link."""
+
+
+P = TypeVar("P", bound=Parcel)
+Done = Callable[[], None]
+"""Says that a parcel has been sent, or read, and its memory may be reused. May be called from any thread."""
+
+
+class Transport(Protocol[P]):
+    """Moves parcels between one worker and its peers, whole and in the order of each channel."""
+
+    def open(self, deliver: Callable[[int, Channel, P, Done], None]) -> None:
+        """Call ``deliver(peer, channel, parcel, done)`` for each parcel that arrives."""
+
+    def send(self, peer: int, channel: Channel, parcel: P, done: Done) -> None:
+        """Queue a parcel for ``peer``, from any thread. Call ``done`` when it has been sent."""
+
+
+class ByteTransport(Transport[Bytes], Protocol):
+    """A transport of a real run."""
+
+    def expect(self, channel: Channel, size_bytes: int, buffers: int) -> None:
+        """Prepare to receive parcels of at most ``size_bytes``, of which ``buffers`` per peer may be unread.
+
+        Called before the first parcel of the channel can arrive.
+        """
+
+    def cpu_s(self) -> float:
+        """Processor seconds that the transport's own thread has used."""
 
 
 class Replica(Protocol):

@@ -1,4 +1,4 @@
-"""Bytes from rank to rank by non-blocking MPI; see `loop.links.Transport`.
+"""Bytes from rank to rank by non-blocking MPI; see `loop.ports.Transport`.
 
 Any thread calls `send`. Only the thread that owns MPI calls `progress` and `close`.
 """
@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from dlion_mpi.errors import RunError
-from dlion_mpi.loop.links import Channel, Done
+from dlion_mpi.loop.ports import Channel, Done
 from dlion_mpi.mpi.startup import MPI
 from dlion_mpi.wire import Bytes
 

@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 
 from dlion_mpi import wire
-from dlion_mpi.loop.links import Channel, Done, Link, Links
-from dlion_mpi.loop.ports import EncodedBatch, Stamp
+from dlion_mpi.loop.links import Link, Links
+from dlion_mpi.loop.ports import Channel, Done, EncodedBatch, Stamp
 from dlion_mpi.metrics.timeline import MessageLog
 from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.strategies.types import Outgoing
@@ -36,7 +36,7 @@ class VirtualParcel:
 
 
 class VirtualTransport:
-    """One worker's streams; see `loop.links.Transport`."""
+    """One worker's streams; see `loop.ports.Transport`."""
 
     def __init__(self, rank: int, network: Network) -> None:
         self._rank, self._network = rank, network

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,15 +13,15 @@ import pytest
 
 from dlion_mpi import wire
 from dlion_mpi.errors import RunError
-from dlion_mpi.loop.links import UNREAD_MESSAGES, ByteLinks, Channel, Links
-from dlion_mpi.loop.ports import Stamp
+from dlion_mpi.loop.links import UNREAD_MESSAGES, ByteLinks, Links
+from dlion_mpi.loop.ports import Channel, Done, Stamp
 from dlion_mpi.microcloud.environments import Environment, Phase
 from dlion_mpi.simulation.links import VirtualLinks
 from dlion_mpi.simulation.network import Events
 from dlion_mpi.simulation.network import Network as VirtualNetwork
 from dlion_mpi.strategies.types import Outgoing
 from dlion_mpi.vector.layout import Entries
-from dlion_mpi.wire import HEADER_BYTES, Header, Kind
+from dlion_mpi.wire import HEADER_BYTES, Bytes, Header, Kind
 from tests.inmemory import MemoryTransport, Network, Weather
 
 SIZE, RANKS, WINDOW = 1000, 3, 2
@@ -78,6 +81,62 @@ class Memory:
             self.network.receive(rank)
 
 
+class ThreadedTransport:
+    """Bytes that a thread of their receiver delivers; see `loop.ports.ByteTransport`."""
+
+    def __init__(self, rank: int, inboxes: list[queue.Queue[Any]], go: threading.Event) -> None:
+        self.rank, self.inboxes, self.go = rank, inboxes, go
+
+    def open(self, deliver: Callable[[int, Channel, Bytes, Done], None]) -> None:
+        threading.Thread(target=self.run, args=(deliver,), daemon=True).start()
+
+    def expect(self, channel: Channel, size_bytes: int, buffers: int) -> None: ...
+
+    def send(self, peer: int, channel: Channel, parcel: Bytes, done: Done) -> None:
+        self.inboxes[peer].put((self.rank, channel, parcel.copy()))
+        done()
+
+    def cpu_s(self) -> float:
+        return 0.0
+
+    def run(self, deliver: Callable[[int, Channel, Bytes, Done], None]) -> None:
+        inbox = self.inboxes[self.rank]
+        while True:
+            sender, channel, parcel = inbox.get()
+            self.go.wait()
+            deliver(sender, channel, parcel, lambda: None)
+            inbox.task_done()
+
+
+class Threaded:
+    """Parcels arrive in other threads than the loop's."""
+
+    def __init__(self) -> None:
+        self.inboxes: list[queue.Queue[Any]] = [queue.Queue() for _ in range(RANKS)]
+        self.go = threading.Event()
+        self.logs = [Log() for _ in range(RANKS)]
+        self.links = [
+            ByteLinks(
+                rank,
+                RANKS,
+                ThreadedTransport(rank, self.inboxes, self.go),
+                size=SIZE,
+                window=WINDOW,
+                now_s=time.monotonic,
+                lock=threading.Lock(),
+                log=self.logs[rank],
+            )
+            for rank in range(RANKS)
+        ]
+
+    def settle(self) -> None:
+        self.go.set()
+        while any(inbox.unfinished_tasks for inbox in self.inboxes):  # a delivery may send an acknowledgement
+            for inbox in self.inboxes:
+                inbox.join()
+        self.go.clear()
+
+
 class Simulated:
     """A virtual network of 8 Mbit/s."""
 
@@ -97,7 +156,7 @@ class Simulated:
         self.events.run(lambda: False)
 
 
-@pytest.fixture(params=[Memory, Simulated])
+@pytest.fixture(params=[Memory, Threaded, Simulated])
 def cloud(request: pytest.FixtureRequest) -> Cloud:
     made: Cloud = request.param()
     return made

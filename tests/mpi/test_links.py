@@ -11,8 +11,8 @@ from mpi4py import MPI
 
 from dlion_mpi import wire
 from dlion_mpi.errors import RunError
-from dlion_mpi.loop.links import UNREAD_MESSAGES, Channel
-from dlion_mpi.loop.ports import Stamp
+from dlion_mpi.loop.links import UNREAD_MESSAGES
+from dlion_mpi.loop.ports import Channel, Stamp
 from dlion_mpi.metrics.timeline import Unlogged
 from dlion_mpi.mpi.exchange import Exchange
 from dlion_mpi.mpi.ranks import Ranks

@@ -24,6 +24,18 @@ def test_text_of_any_length_and_script_reaches_everyone(world: MPI.Intracomm) ->
 
 
 @pytest.mark.mpi
+def test_numbers_and_vectors_reach_all_ranks(world: MPI.Intracomm) -> None:
+    ranks = Ranks(world)
+    np.testing.assert_array_equal(ranks.gather_numbers(ranks.rank, 0.5), [[rank, 0.5] for rank in range(ranks.size)])
+    own = np.full(3, ranks.rank, np.float32)
+    np.testing.assert_array_equal(ranks.mean(own), np.full(3, (ranks.size - 1) / 2, np.float32))
+    assert own.tolist() == [ranks.rank] * 3
+    last = ranks.size - 1
+    assert ranks.share(own, last).tolist() == [last] * 3
+    ranks.free()
+
+
+@pytest.mark.mpi
 def test_a_mistake_on_the_last_rank_is_raised_on_all_and_said_by_it(world: MPI.Intracomm) -> None:
     ranks = Ranks(world)
 

@@ -214,7 +214,7 @@ OVERSIZED = """
 import itertools, sys
 import numpy as np
 from dlion_mpi.cli import main
-from dlion_mpi.loop.links import Channel
+from dlion_mpi.loop.ports import Channel
 from dlion_mpi.mpi.transport import MpiTransport
 messages, original = itertools.count(), MpiTransport.send
 def send(self, peer, channel, parcel, done):
