@@ -21,8 +21,8 @@ def full_names(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def config(**options: Any) -> Config:
-    """The Config of options by name, of the strategy's own by their short names."""
-    named = full_names(options)
+    """The Config of options by name, of the strategy's own by their short names. None: not given."""
+    named = full_names({name: value for name, value in options.items() if value is not None})
     values = values_of(named)
     assert values.keys() == named.keys(), f"no options: {sorted(named.keys() - values.keys())}"
     return Config.of(values)

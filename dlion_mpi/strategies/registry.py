@@ -14,11 +14,15 @@ from dlion_mpi.strategies.ako import Ako
 from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.baseline import Baseline
 from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.diloco import Diloco
 from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.hop import Hop
+from dlion_mpi.strategies.powersgd import PowerSgd
 
-STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Dlion, Baseline, Ako, Gaia, Hop, AllReduce, Horovod)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    cls.name: cls for cls in (Dlion, Baseline, Ako, Gaia, Hop, PowerSgd, Diloco, AllReduce, Horovod)
+}
 
 
 def find(name: str) -> type[Strategy]:

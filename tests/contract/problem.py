@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.strategies.registry import STRATEGIES
-from dlion_mpi.strategies.types import Effect, LocalGradient, Sums
+from dlion_mpi.strategies.types import Effect, LocalGradient, Sum, Sums
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 from dlion_mpi.wire import Header, Kind, Message
 from tests.inmemory import Quadratic, Run, Weather, run
@@ -37,6 +38,8 @@ def config(name: str, mode: str, **options: Any) -> Config:
         small["transfer_period"] = 40
     if name == "hop" and mode == "bounded":  # every step, and no bound but the staleness
         small |= {"backup": 0, "max_gap": 1000, "skip": 0}
+    if name == "diloco":
+        small["h"] = 5
     used = {option: value for option, value in (small | options).items() if has_option(name, option)}
     return options_config(**{"strategy": name, "sync": mode, "steps": 250, "batch_size": 8, **used})
 
@@ -64,17 +67,36 @@ def trained(settings: Config, workers: int = 3, weather: Weather | None = None, 
     return run(settings, specialists(workers), rows(workers), weather=weather, **options)
 
 
-def effect_of(answer: Effect | Sums[Effect]) -> Effect:
-    """What a strategy has answered; where it asks for sums, on the only worker."""
-    if isinstance(answer, Effect):
-        return answer
-    try:
-        request = next(answer)
-        while True:
-            request = answer.send(request.vector)
-    except StopIteration as stop:
-        effect = stop.value
-    assert isinstance(effect, Effect)
+def effects_of(
+    answers: Sequence[Effect | Sums[Effect | None] | None], see: Callable[[Sum], None] = lambda request: None
+) -> list[Effect]:
+    """The effects that the strategies of all workers have answered; their sums are taken together.
+
+    ``see``: called with every sum that the first worker asks for. None becomes an effect that does nothing.
+    """
+    effects = [Effect() if answer is None else answer for answer in answers if not isinstance(answer, Generator)]
+    running = [answer for answer in answers if isinstance(answer, Generator)]
+    assert not (effects and running), "some workers ask for sums and some do not"
+    totals: list[Any] = [None] * len(running)
+    while running:
+        requests, ended = [], []
+        for answer, total in zip(running, totals, strict=True):
+            try:
+                requests.append(answer.send(total))
+            except StopIteration as stop:
+                ended.append(stop.value or Effect())
+        if ended:
+            assert not requests, "some workers ask for more sums than others"
+            return ended
+        see(requests[0])
+        total = np.sum([request.vector for request in requests], axis=0, dtype=np.float32)
+        totals = [total.copy() for _ in requests]
+    return effects
+
+
+def effect_of(answer: Effect | Sums[Effect | None] | None) -> Effect:
+    """The effect that the strategy of the only worker has answered."""
+    (effect,) = effects_of([answer])
     return effect
 
 

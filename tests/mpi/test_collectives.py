@@ -100,3 +100,11 @@ def test_a_sum_sends_what_a_ring_does(world: MPI.Intracomm, size: int) -> None:
     assert {peer: [t.bytes_sent, t.bytes_received] for peer, t in totals.items()} == expected
     assert abs(sent - 8 * size * (ranks - 1) / ranks) <= 8 * ranks
     assert sum(world.allgather(sent)) == sum(world.allgather(received)) == 8 * size * (ranks - 1)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_vectors_that_differ_in_size_are_refused_by_every_rank(world: MPI.Intracomm) -> None:
+    with exchange(world, drained=False) as e:
+        ticket = e.collectives.reduce("test", np.ones(10 + world.Get_rank(), np.float32))
+        with pytest.raises(RuntimeError, match=f"differ in size: from 10 to {9 + world.Get_size()} entries"):
+            e.wait(lambda: ticket.done)

@@ -76,6 +76,8 @@ WHOLE: dict[str, tuple[int, int]] = {
     "ako.partitions": (0, 10**6),
     "hop.max_gap": (1, 10**6),
     "hop.skip": (0, 10**6),
+    "powersgd.rank": (1, 10**6),
+    "diloco.h": (1, 10**6),
     "test_samples": (1, 10**9),
     "transfer_period": (1, 10**6),
 }
@@ -87,6 +89,8 @@ REAL: dict[str, tuple[float, float]] = {
     "momentum": (0, 0.999),
     "dirichlet_alpha": (1e-6, 1e30),
     "gaia.threshold": (0, 1e30),
+    "diloco.outer_learning_rate": (1e-9, 1e30),
+    "diloco.outer_momentum": (0, 0.999),
     "dlion.max_n": (1e-3, 100),
     "dlion.link_share": (1e-3, 1),
     "patience": (0, 1e300),
