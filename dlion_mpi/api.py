@@ -1,4 +1,4 @@
-"""What ``import dlion_mpi`` offers: train from Python, with arrays in place of a data set's name."""
+"""Public functions of ``import dlion_mpi``: train from Python with a Keras model and arrays."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Arrays = tuple[Any, Any]
 
 
 def rank() -> int:
-    """This process's MPI rank, from 0: to choose its part of the data. Starts MPI as `fit` wants it."""
+    """Return this process's MPI rank, from 0, to choose its part of the data. Starts MPI with the settings of `fit`."""
     from dlion_mpi.mpi import startup
 
     return startup.world()[0]
 
 
 def size() -> int:
-    """The number of MPI ranks. Starts MPI as `fit` wants it."""
+    """Return the number of MPI ranks. Starts MPI with the settings of `fit`."""
     from dlion_mpi.mpi import startup
 
     return startup.world()[1]
 
 
 def _fit(model: Any, train: Arrays, test: Arrays, **options: Any) -> dict[str, Any]:
-    """Do what `fit` says, with the options that were given."""
+    """Run `fit` with the options that were given."""
     from dlion_mpi.checkpoint.start import plan
     from dlion_mpi.learner.shards import shard_of_arrays
     from dlion_mpi.mpi import startup
@@ -62,7 +62,7 @@ def _fit(model: Any, train: Arrays, test: Arrays, **options: Any) -> dict[str, A
 
 
 def _options_of(strategy: Any) -> dict[str, Any]:
-    """What ``strategy=Gaia`` and ``strategy=Gaia(threshold=0.2)`` say, as options by full name."""
+    """Convert ``strategy=Gaia`` or ``strategy=Gaia(threshold=0.2)`` to options by full name."""
     cls = strategy if isinstance(strategy, type) else type(strategy)
     if not issubclass(cls, Strategy):
         return {}
@@ -77,9 +77,9 @@ def _options_of(strategy: Any) -> dict[str, Any]:
 
 
 def _done_by(does: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Give a function its signature, for editors and `help`; what is called is ``does``, with what was given alone.
+    """Give ``does`` the signature of the decorated function, for editors and `help`, and pass only the given options.
 
-    So an option that was not given stays apart from one that was given its default: a resumed run keeps its own.
+    An option that was not given is thus different from one given with its default value: a resumed run keeps its value.
     """
 
     def decorate(signature: Callable[P, R]) -> Callable[P, R]:
@@ -148,14 +148,14 @@ def fit(
     Args:
         model: A Keras model. If it is compiled, its optimizer and loss are used.
         train: This rank's (x, y): x (m, F), (m, H, W) or (m, H, W, C) of uint8 or float, y (m,) whole numbers.
-        test: The test data, alike.
-        strategy: A name, a class, or an instance with options of its own, such as ``Gaia(threshold=0.2)``. A class of
-            yours must be at the top level of a module.
-        resume: The folder of a run, which continues from its newest checkpoint with its options; those that are given
-            here win, where they may change.
+        test: The test data, in the same form.
+        strategy: A name, a class, or an instance with its options, such as ``Gaia(threshold=0.2)``. Your class must be
+            at the top level of a module.
+        resume: The folder of a run to resume from its newest checkpoint. It keeps its options, except those that are
+            given here and may change.
 
-    The other options are those of ``dlion train``, see `the configuration <configuration.md>`_. One that is None, or is
-    left out, has the default of the strategy. Returns the run's JSON object, the same on every rank. Raises UserError
+    The other options are those of ``dlion train``, see `the configuration <configuration.md>`_. An option that is None
+    or omitted has the default of the strategy. Returns the run's JSON object, the same on every rank. Raises UserError
     for a mistake in the options or the data, RunError if the run failed.
     """
-    raise NotImplementedError("the decorator calls what does it")
+    raise NotImplementedError("the decorator calls the implementation")

@@ -1,4 +1,4 @@
-"""The command line: parse, run the command, turn what went wrong into a line and an exit code."""
+"""The command line: parse it, run the command, and turn an error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not error.quiet:
             complain(str(error))
         return 2
-    except RunError as error:  # the ranks could not even leave in good order
+    except RunError as error:  # the ranks could not leave regularly
         complain(str(error))
         return _end_job(1)
     except KeyboardInterrupt:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end_job(code: int) -> int:
-    """End all ranks: others may wait for this one for ever."""
+    """Abort all ranks, because the other ranks may wait for this one forever."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1:
         sys.stderr.flush()
@@ -45,7 +45,7 @@ def _end_job(code: int) -> int:
 
 
 def parser(words: Sequence[str] = ()) -> Parser:
-    """The parser of all commands, each of which brings its own. ``words``: the command line."""
+    """Return the parser of all commands, each of which adds its own arguments. ``words``: the command line."""
     top = Parser(
         prog="dlion",
         description="Train one Keras model across unequal machines and slow links, over MPI.",

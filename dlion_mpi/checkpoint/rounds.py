@@ -157,7 +157,7 @@ class CheckpointRounds:
         """Record a received message for the current checkpoint, in case it was in flight at the cut."""
         open_ = self._taken is not None and self._writing is None and not self._sync
         if open_ and message.header.kind in (Kind.GRADIENT, Kind.WEIGHTS):
-            self._log.append((w.collected[message.header.sender], message))
+            self._log.append((message.header.sequence, message))
 
     def end(self, reason: str) -> None:
         """Request the end of the run on all workers, after a last checkpoint."""
@@ -252,7 +252,8 @@ class CheckpointRounds:
         if not self._sync:
             self._log = [(0, message) for message in w.inbox.held]
         self.holding = not (self._awaited or w.strategy.restates)
-        self._cut = self._collectives.gather(STAGES, [w.step, *(w.posted[peer] for peer in range(ranks))])
+        posted = w.links.posted()
+        self._cut = self._collectives.gather(STAGES, [w.step, *(posted.get(peer, 0) for peer in range(ranks))])
 
     def _move_on(self, w: Worker) -> None:
         """Start each stage whose input is ready. Does not block."""
@@ -275,7 +276,7 @@ class CheckpointRounds:
 
     def _has_all(self, w: Worker, sent: Table) -> bool:
         """Whether every message that was in flight at the cut has arrived."""
-        return self._sync or all(w.collected[rank] >= count for rank, count in enumerate(sent))
+        return self._sync or all(w.inbox.received.get(rank, 0) >= count for rank, count in enumerate(sent))
 
     def _write(self, w: Worker, sent: Table) -> None:
         assert self._taken is not None

@@ -173,7 +173,7 @@ def _threads(answer: Answer) -> Check:
     lines = answer.out.splitlines()
     if len(lines) < 2:
         found = f"unknown: MPI did not start outside mpirun and srun ({answer.problem})"
-        return Check("MPI threads", "warn", found, "try mpirun -n 1 dlion train --steps 1")
+        return Check("MPI threads", "warn", found, "try dlion launch -n 1 train --steps 1")
     level = lines[1]
     if level in ("MPI_THREAD_SERIALIZED", "MPI_THREAD_MULTIPLE"):
         return Check("MPI threads", "ok", level, needed=True)

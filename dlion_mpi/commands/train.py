@@ -11,11 +11,11 @@ from dlion_mpi.commands.arguments import add_run_options, show
 from dlion_mpi.log import complain, say
 
 EXAMPLES = """examples:
-  mpirun -n 4 dlion train --data fashion-mnist --steps 500 --out runs/a
-  mpirun -n 4 dlion train --strategy baseline --steps 500 --out runs/b
-  dlion train --data digits --steps 200                      one rank, no mpirun
-  mpirun -n 4 dlion train --steps 5000 --out runs/c --checkpoint-every 10m
-  mpirun -n 4 dlion train --resume runs/c                    continues from its newest checkpoint
+  dlion launch -n 4 train --data fashion-mnist --steps 500 --out runs/a
+  dlion launch -n 4 train --strategy baseline --steps 500 --out runs/b
+  dlion train --data digits --steps 200                      one rank
+  dlion launch -n 4 train --steps 5000 --out runs/c --checkpoint-every 10m
+  dlion launch -n 4 train --resume runs/c                    resumes from its newest checkpoint
   srun --mpi=pmix dlion train --model mypkg.nets:build --data 'shard-{rank}.h5' --seconds 600
 """
 
@@ -23,26 +23,26 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> None:
     """Add the options of `dlion train`. ``words``: the command line; see `add_run_options`."""
     parser.description = (
-        "Train on every rank of mpirun or srun, or alone as one rank. Progress goes to stderr; the last line on stdout "
-        "is one JSON object."
+        "Train on one rank, or on every rank of dlion launch, mpirun or srun. Progress is written to stderr; the last "
+        "line on stdout is one JSON object."
     )
     parser.epilog = EXAMPLES + "\nMore options: dlion train --help-all"
     add_run_options(parser, words)
     group = parser.add_argument_group("resuming a run")
     show(
         group.add_argument("--resume", metavar="RUN"),
-        "continue a run of --out from its newest checkpoint, with its options; an end that is given (--steps, "
-        "--seconds) is that of the whole run",
+        "resume a run of --out from its newest checkpoint with its options; a new end (--steps, --seconds) counts from "
+        "the start of the run",
         common=True,
     )
     show(
         group.add_argument("--requeue", action="store_true"),
-        "start in --out, or continue from the checkpoint there: for jobs that a scheduler starts again",
+        "start in --out, or resume from a checkpoint there: for jobs that a scheduler starts again",
         common=False,
     )
     show(
         group.add_argument("--resume-earlier", action="store_true"),
-        "if the newest checkpoint is damaged, continue from the one before it",
+        "if the newest checkpoint is damaged, resume from the one before it",
         common=False,
     )
     parser.set_defaults(action=main)
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     from dlion_mpi.strategies.registry import resolve
 
     config, start = plan(vars(args))
-    resolve(config)  # refuse what is wrong before MPI and TensorFlow are started
+    resolve(config)  # refuse mistakes before MPI and Keras start
     from dlion_mpi.run import run
 
     done = run(config, start=start)

@@ -1,3 +1,3 @@
-"""What a run is told: its options, on the command line, in TOML and in Python."""
+"""Options of a run, from the command line, TOML and Python."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How an option is declared, checked, and read from text: the same for a run's options and for a strategy's own."""
+"""Declaration, validation and parsing of options: the same for the options of a run and of a strategy."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Field = dataclasses.Field[Any]
 
 @dataclass(frozen=True, slots=True)
 class Every:
-    """How often something happens: every ``steps`` steps or every ``seconds`` seconds (one of them is set)."""
+    """A period: every ``steps`` steps or every ``seconds`` seconds (one of them is set)."""
 
     steps: int | None = None
     seconds: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> Every:
-        """``"100"`` is 100 steps, ``"20s"``, ``"10m"`` and ``"2h"`` are times. Raises UserError for anything else."""
+        """Parse ``"100"`` as 100 steps, and ``"20s"``, ``"10m"`` or ``"2h"`` as a time. Raises UserError otherwise."""
         match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?(?:e[+-]?\d+)?)([smh])", text.strip())
         if match is None or not 0 < float(match[1] or match[2]) < math.inf:
             raise UserError(f"'{text}' is not a number of steps such as 100, nor a time such as 20s, 10m or 2h")
@@ -38,7 +38,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The lowest and the highest number that an option can be, and how a message says so."""
+    """The lowest and the highest value of a numeric option, and their text in messages."""
 
     low: float
     high: float
@@ -46,7 +46,7 @@ class Bounds:
 
 
 def at_least(low: float, unit: str = "") -> Bounds:
-    """At least ``low``, in a unit such as "step"."""
+    """Return bounds of at least ``low``, in a unit such as "step"."""
     return Bounds(low, math.inf, f"at least {low:g} {unit}".rstrip())
 
 
@@ -64,29 +64,29 @@ def option(
     value: str = "",
     common: bool = False,
 ) -> Any:
-    """Declare a field of a dataclass as an option. A default of None stands for an option that was not given.
+    """Declare a field of a dataclass as an option. A default of None means that it was not given.
 
-    ``choices``: the texts that it can be. ``bounds``: the numbers that it can be. ``idle``: other options, each with
-    the values beside which this one has no effect; without values, any. ``value``: what ``--help`` calls its value.
-    ``common``: whether ``--help`` shows it, and not ``--help-all`` alone. ``table``: its TOML table and its group in
-    ``--help``; for an option of a strategy's own that is the strategy's name.
+    ``choices``: the allowed texts. ``bounds``: the allowed numbers. ``idle``: other options, each with the values that
+    leave this option without effect; an empty tuple means any value. ``value``: name of its value in ``--help``.
+    ``common``: whether ``--help`` shows it; ``--help-all`` always does. ``table``: its TOML table and its group in
+    ``--help``; for an option of a strategy that is the strategy's name.
     """
     metadata = {"help": help_, "table": table, "choices": choices, "bounds": bounds, "idle": idle or {}}
     return dataclasses.field(default=default, metadata={**metadata, "value": value, "common": common})
 
 
 def declared(options: Any) -> Iterator[Field]:
-    """The options of a dataclass, or of an instance of one: the fields that `option` has declared."""
+    """Yield the options of a dataclass or of an instance: the fields declared with `option`."""
     return (f for f in dataclasses.fields(options) if "help" in f.metadata)
 
 
 def flag(name: str) -> str:
-    """The command line's spelling of an option: ``n_min`` is ``--n-min``, ``hop.max_gap`` is ``--hop.max-gap``."""
+    """Return the flag of an option: ``batch_size`` is ``--batch-size``, ``hop.max_gap`` is ``--hop.max-gap``."""
     return "--" + name.replace("_", "-")
 
 
 def check(options: Any, prefix: str = "") -> None:
-    """Raise UserError for an option that is not what its declaration says. ``prefix``: stands before its name."""
+    """Raise UserError for an option that its declaration does not allow. ``prefix``: prefix of its name."""
     values = {f.name: getattr(options, f.name) for f in declared(options)}
     for f in declared(options):
         value = values[f.name]
@@ -104,7 +104,7 @@ def check(options: Any, prefix: str = "") -> None:
 
 
 def idle_due_to(f: Field, values: Mapping[str, Any]) -> str:
-    """The name of another option whose value leaves this one without effect; empty if there is none."""
+    """Return the name of another option whose value leaves this one without effect; empty if there is none."""
     for other, when in f.metadata["idle"].items():
         value = values.get(other)
         if value is not None and (not when or value in when):
@@ -113,7 +113,7 @@ def idle_due_to(f: Field, values: Mapping[str, Any]) -> str:
 
 
 def check_effect(f: Field, values: Mapping[str, Any], prefix: str = "", others: str = "") -> None:
-    """Raise UserError if another option leaves this one without effect. ``others``: stands before the other's name."""
+    """Raise UserError if another option leaves this one without effect. ``others``: prefix of the other's name."""
     if other := idle_due_to(f, values):
         raise UserError(
             f"{flag(prefix + f.name)} has no effect with {flag(others + other)} {values[other]}: drop one of them"
@@ -121,7 +121,7 @@ def check_effect(f: Field, values: Mapping[str, Any], prefix: str = "", others: 
 
 
 def _check_text(name: str, value: Any) -> None:
-    """Texts go to a file and to other ranks as UTF-8; a name that the file system has in another code cannot."""
+    """Raise UserError for a text that is not UTF-8, which could not be written to a file or sent to other ranks."""
     try:
         if isinstance(value, str):
             value.encode()
@@ -130,7 +130,7 @@ def _check_text(name: str, value: Any) -> None:
 
 
 def convert(f: Field, text: Any, prefix: str = "") -> Any:
-    """A value of the command line, of TOML or of Python as the field's type. Raises UserError."""
+    """Convert a value from the command line, TOML or Python to the field's type. Raises UserError."""
     declared_type, name = type_name(f), flag(prefix + f.name)
     if declared_type == "Every":
         try:
@@ -151,6 +151,6 @@ def convert(f: Field, text: Any, prefix: str = "") -> Any:
 
 
 def type_name(f: Field) -> str:
-    """The type that was declared, such as ``int``, without what stands for an option that was not given."""
+    """Return the declared type, such as ``int``, without ``| None``."""
     text = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
     return text.removesuffix(" | None")

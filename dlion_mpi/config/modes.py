@@ -1,4 +1,4 @@
-"""The synchronisation modes (``--sync``): when a worker may go to its next step."""
+"""The synchronisation modes (``--sync``): the rule for when a worker may complete a step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Mode:
     """A synchronisation mode.
 
-    ``lockstep``: a step takes everyone's messages of that step and no others, so all workers are at the same step.
-    ``bounded``: a worker stays at most ``--staleness`` steps ahead of the slowest.
+    ``lockstep``: a step applies exactly the messages of that step from all peers, so all workers are at the same step.
+    ``bounded``: a worker is at most ``--staleness`` steps ahead of the slowest.
     """
 
     name: str
@@ -20,13 +20,13 @@ class Mode:
 
     @property
     def reports_progress(self) -> bool:
-        """Whether peers wait for this worker's step, so that a peer that gets no entries needs a header."""
+        """Whether peers wait for this worker's step, so that they need a bare header when they get no entries."""
         return self.lockstep or self.bounded
 
     def may_advance(self, step: int, newest: Iterable[int], *, staleness: int = 0, backup: int = 0) -> bool:
-        """Whether step ``step`` may be completed. ``newest``: per live peer the step of its newest message.
+        """Whether step ``step`` may be completed. ``newest``: step of the newest message of each live peer.
 
-        ``backup``: the slowest peers that are left out. See docs/algorithms.md, "A step".
+        ``backup``: number of slowest peers to ignore. See docs/algorithms.md, "A step".
         """
         steps = sorted(newest)
         if self.lockstep:

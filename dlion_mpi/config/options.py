@@ -1,4 +1,4 @@
-"""One frozen description of a run. Every option is a field here, or of the strategy's own ``Options``."""
+"""The frozen description of a run. Every option is a field here, or of the strategy's ``Options``."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _SHARE = Bounds(0, 1, "in [0, 1]")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to train, with what, how, and for how long.
+    """The options of a run.
 
     An option that only some strategies use is None until `strategies.registry.resolve` has filled in the strategy's
     default. An option that the chosen strategy does not use is refused.
     """
 
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
-    """The options of the strategy's own, by full name, such as ``gaia.threshold``."""
+    """The strategy's options by full name, such as ``gaia.threshold``."""
 
     strategy: str = _run(
         "dlion",
@@ -65,7 +65,7 @@ class Config:
     )
     backup: int | None = _run(
         None,
-        "bounded: slowest workers that nobody waits for",
+        "bounded: number of slowest workers to ignore",
         bounds=Bounds(0, math.inf, "0 or more workers"),
         idle=_NOT_BOUNDED,
         value="WORKERS",
@@ -90,7 +90,7 @@ class Config:
     )
     evaluate_every: Every = _run(
         Every(seconds=20.0),
-        "test in the background, every so many steps (100) or seconds (20s)",
+        "test in the background, every N steps (100) or seconds (20s)",
         value="STEPS|TIME",
         common=True,
     )
@@ -193,27 +193,26 @@ class Config:
 
     checkpoint_every: Every | None = _checkpoints(
         None,
-        "write a checkpoint to --out in the background, every so many steps (500) or so long (30s, 10m)",
+        "write a checkpoint to --out in the background, every N steps (500) or after a time (30s, 10m)",
         value="STEPS|TIME",
         common=True,
     )
     keep_checkpoints: int | None = _checkpoints(None, "checkpoints to keep (default: 2)", bounds=at_least(1))
     time_limit: Every | None = _checkpoints(
         None,
-        "write a checkpoint and exit with code 75 before this time (90s, 30m, 2h) has passed since the start; the end "
-        "of a Slurm job is known without it",
+        "write a checkpoint and exit with code 75 before this time (90s, 30m, 2h) has passed; not needed under Slurm",
         value="TIME",
     )
     save_model: str | None = _checkpoints(
         None, "write the trained model at the end, a FILE.keras that plain Keras loads", value="FILE.keras", common=True
     )
     save_model_of: str | None = _checkpoints(
-        None, "model to save: of the worker with the best test accuracy, or the mean of all", choices=("best", "mean")
+        None, "model to save: that of the most accurate worker, or the mean of all", choices=("best", "mean")
     )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Config:
-        """The Config of options by full name, the strategy's own among them."""
+        """Build a Config from options by full name, including those of the strategy."""
         own = {name: value for name, value in values.items() if "." in name}
         return cls(strategy_options=own, **{name: value for name, value in values.items() if name not in own})
 
@@ -241,27 +240,27 @@ class Config:
 
     @property
     def mode(self) -> Mode:
-        """The synchronisation mode that ``sync`` names. Only once the strategy's default has been filled in."""
+        """The synchronisation mode that ``sync`` names. Requires that the strategy's default has been filled in."""
         assert self.sync is not None
         return MODES[self.sync]
 
     @property
     def last_step(self) -> float:
-        """Steps after which the run ends: infinite when something else ends it."""
+        """Number of steps of the run; infinite if only a time or an accuracy ends it."""
         if self.steps is not None:
             return self.steps
         return 1000 if self.seconds is None and self.target_accuracy is None else math.inf
 
     def values(self) -> dict[str, Any]:
-        """All options by full name, those of the strategy's own last. None: not given."""
+        """Return all options by full name, those of the strategy last. None: not given."""
         return {name: getattr(self, name) for name in FIELDS} | dict(self.strategy_options)
 
     def to_toml(self) -> str:
-        """The whole Config as TOML, which `config.toml.read` reads back."""
+        """Return the whole Config as TOML, which `config.toml.read` reads."""
         tables: dict[str, list[str]] = {}
         for name, value in self.values().items():
             if value is not None:
-                # Of what JSON writes, TOML knows neither surrogate pairs nor a bare DEL.
+                # JSON text is valid TOML except for surrogate pairs and a bare DEL.
                 text = json.dumps(str(value) if isinstance(value, Every) else value, ensure_ascii=False)
                 text = text.replace("\x7f", "\\u007f")
                 table, _, own = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Options that had another name, or were options once: each is refused with what to write in its place."""
+"""Renamed and removed options. Each is refused with a message that says what to write instead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RENAMED = {
     "unsent": "--dlion.unsent",
     "own_gradient": "--dlion.unsent (accumulate, accumulate-whole or drop)",
     "link_share": "--dlion.link-share",
-    "message_limit": "--dlion.link-share: messages have no limit of their own where it is given",
+    "message_limit": "--dlion.link-share (without a separate limit)",
 }
 FIXED = {
     "n_min": "0.85",
@@ -36,7 +36,7 @@ FIXED = {
 
 
 def refusal(name: str) -> str | None:
-    """What to say about an option that was, or None if there never was one of this name."""
+    """Return the message for a former option, or None if there never was one with this name."""
     if name in RENAMED:
         return f"{flag(name)} is now {RENAMED[name]}"
     if name in FIXED:

@@ -41,7 +41,7 @@ def post(w: Worker, local: LocalGradient, computed: Computed) -> Generator[Until
     links = w.budget.limit(w.step, w.link_views(w.history.step_s or computed.seconds))
     stamp = w.stamp(w.now_s())
     select = partial(w.strategy.outgoing, w.state, local, links)
-    if _encoder(w) is None or w.strategy.selects_in_background(w.plan):
+    if _encoder(w) is None or w.strategy.selects_in_background(w.state.plan):
         _encode_and_queue(w, select, stamp)
     else:
         with w.timed(Phase.SELECT, charged=True):
@@ -100,8 +100,8 @@ def _encode(w: Worker, select: Callable[[], Messages], stamp: Stamp) -> EncodedB
         if message.announced
     }
     if announced:
-        w.post(announced, stamp)
-    w.post(messages, stamp)
+        w.links.post(announced, stamp)
+    w.links.post(messages, stamp)
     quality = {peer: message.quality for peer, message in messages.items() if message.entries is not None}
     return EncodedBatch(stamp.step, start_s, w.now_s(), w.clock.cpu_s() - start_cpu_s, quality)
 

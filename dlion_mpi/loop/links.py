@@ -196,6 +196,10 @@ class Links(ABC, Generic[P]):
                 for peer, link in self._links.items()
             }
 
+    def posted(self) -> dict[int, int]:
+        """Return how many messages were posted to each peer."""
+        return {peer: link.sequence for peer, link in self._links.items()}
+
     def carried(self, peer: int, sent_bytes: int, received_bytes: int, began_s: float | None = None) -> None:
         """Count bytes of a link that were no parcels. ``began_s``: when a piece of a sum began, to log it."""
         if peer == self.rank:

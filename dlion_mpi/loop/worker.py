@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
@@ -21,7 +20,7 @@ from dlion_mpi.metrics.gauges import Totals
 from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.strategies.contract import Strategy
-from dlion_mpi.strategies.types import Inbox, LinkView, Outgoing, Plan
+from dlion_mpi.strategies.types import Inbox, LinkView, Plan
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import Header, Kind, Message
 
@@ -112,7 +111,7 @@ class Worker:
     training_samples: InitVar[int]
     processors: InitVar[int] = 1
     encoder: BackgroundEncoder | None = None
-    """Encodes messages in the background. While it does, it alone changes ``posted`` and the links."""
+    """Encodes messages in the background. While it does, it alone posts to the links."""
     checkpoints: Checkpoints | None = None
     on_step: Callable[[StepRecord], None] = lambda record: None
     # how far it is
@@ -127,13 +126,8 @@ class Worker:
     """Why the run must end early: a signal, a failure, a reached target; "" if another rank knows why."""
     exit_code: int = 0
     # what it has learned
-    plan: Plan = field(init=False)
     state: Any = None
     inbox: Inbox = field(init=False)
-    posted: Counter[int] = field(default_factory=Counter)
-    """Messages posted, by peer."""
-    collected: Counter[int] = field(default_factory=Counter)
-    """Messages received, by peer."""
     summing: bool = field(init=False)
     """Whether the strategy sums and, as far as is known, no worker has ended."""
     budget: ExchangeBudget = field(init=False)
@@ -155,8 +149,8 @@ class Worker:
         self.batch_sizes = BatchSizeRounds(self.config, self.rank, workers, training_samples, self.collectives)
         self.knowledge = KnowledgeRounds(self.config, self.rank, workers, self.collectives, self.now_s)
         self.summing = self.strategy.sums() and not self.alone
-        self.plan = Plan(config=self.config, rank=self.rank, ranks=self.members.ranks, layout=self.replica.layout)
-        self.state = self.strategy.start(self.plan)
+        plan = Plan(config=self.config, rank=self.rank, ranks=self.members.ranks, layout=self.replica.layout)
+        self.state = self.strategy.start(plan)
 
     @property
     def alone(self) -> bool:
@@ -232,11 +226,6 @@ class Worker:
             return {peer: LinkView(False, link.budget_bytes) for peer, link in links.items()}
         return links
 
-    def post(self, messages: dict[int, Outgoing], stamp: Stamp) -> None:
-        """Encode messages and queue them."""
-        self.links.post(messages, stamp)
-        self.posted.update(messages.keys())
-
     def collect(self) -> None:
         """Decode what has arrived: payloads wait in the inbox, departures change the membership."""
         with self.timed(Phase.APPLY, charged=True) as scope:
@@ -244,7 +233,6 @@ class Worker:
             scope.discarded = not messages
         for message in messages:
             sender = message.header.sender
-            self.collected[sender] += 1
             if self.checkpoints is not None:
                 self.checkpoints.arrived(self, message)
             self.inbox.put(message)

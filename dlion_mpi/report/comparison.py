@@ -45,8 +45,8 @@ def _accuracy(curves: Sequence[Accuracy], labels: Sequence[str]) -> Figure:
 
 def default_target(runs: Sequence[Run], curves: Sequence[Accuracy]) -> float | None:
     """The target of the runs if they agree, else the whole per cent that the median run reached."""
-    asked = {run.config.get("run.target_accuracy") for run in runs}
-    only = asked.pop() if len(asked) == 1 else None
+    targets = {run.config.get("run.target_accuracy") for run in runs}
+    only = targets.pop() if len(targets) == 1 else None
     if isinstance(only, int | float):
         return float(only)
     best = sorted(float(curve.mean.max()) for curve in curves if len(curve.mean))

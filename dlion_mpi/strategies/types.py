@@ -68,9 +68,13 @@ class Inbox:
     announced: dict[int, Entries] = field(default_factory=dict)
     """By peer, the entries whose values are in flight: nobody should read them before the values arrive."""
 
+    received: dict[int, int] = field(default_factory=dict)
+    """By peer, the sequence number of its newest message: the messages that it has sent so far."""
+
     def put(self, message: Message) -> None:
         """Add a message that has arrived. Its payload, if any, is held for `take`."""
         header = message.header
+        self.received[header.sender] = header.sequence
         if header.kind is Kind.INDICES:
             self.announced[header.sender] = message.entries
         elif header.kind is Kind.GRADIENT:

@@ -121,4 +121,4 @@ print(*(f"{d.name} {d.version}" for d in metadata.distributions() if d.name.star
 build
 check
 echo "$key" >"$stamp"
-say "installed Horovod $VERSION in ${DLION_VENV##*/} in $((SECONDS - start)) s; try: mpirun -n 2 dlion train --strategy horovod"
+say "installed Horovod $VERSION in ${DLION_VENV##*/} in $((SECONDS - start)) s; try: dlion launch -n 2 train --strategy horovod"
