@@ -51,7 +51,7 @@ DASHED = ("accuracy", "loss")
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw all figures of the runs and print their paths. Return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m analysis.figures", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that --out of a run has made")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="--out folder of a run")
     parser.add_argument("-o", "--output", default="figures", metavar="DIR", help="(default: figures)")
     parser.add_argument("--target-accuracy", metavar="ACCURACY", help="for the time to target, 0 to 1")
     args = parser.parse_args(argv)

@@ -12,10 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `dlion report`."""
     parser.description = (
         "Write one self-contained HTML page about runs: results, time to target, what differs between them, and the "
-        "workers and links of each run. Also of a run that is still going, or was killed."
+        "workers and links of each run. A run may be active, or have been killed."
     )
     parser.set_defaults(action=main)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that --out of a run has made")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="--out folder of a run")
     parser.add_argument(
         "-o",
         "--output",

@@ -28,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `dlion trace`."""
     parser.description = (
         "Write a timeline of a run in Chrome's trace format, for ui.perfetto.dev or chrome://tracing: what every "
-        "rank did, and every message. Also of a run that is still going, or was killed."
+        "rank did, and every message. A run may be active, or have been killed."
     )
     parser.set_defaults(action=main)
-    parser.add_argument("run", metavar="RUN", help="folder that --out of a run has made")
+    parser.add_argument("run", metavar="RUN", help="--out folder of a run")
     parser.add_argument(
         "-o",
         "--output",

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run ends; exit code 1 if it failed or was killed."
     )
     parser.set_defaults(action=main)
-    parser.add_argument("run", metavar="RUN", help="folder that --out of a run makes, or will make")
+    parser.add_argument("run", metavar="RUN", help="--out folder of a run, which need not exist yet")
     parser.add_argument("--once", action="store_true", help="show the run once, then exit")
     parser.add_argument(
         "--every",
@@ -91,7 +91,7 @@ def _follow(reader: Reader, run: str, every_s: float | None, *, once: bool) -> i
         begun_s = time.monotonic()
         reading = reader.read()
         if once and reading.exit_code == 2:
-            raise UserError(f"{run}: {reading.message}; give the folder that --out of a run has made")
+            raise UserError(f"{run}: {reading.message}; give the --out folder of a run")
         snapshot = None if reading.snapshot is None else Snapshot.from_json(reading.snapshot)
         if terminal is not None and snapshot is not None:
             width, height = terminal.size()

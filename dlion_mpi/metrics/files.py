@@ -22,7 +22,7 @@ FILE_NAME = re.compile(r"metrics-(\d{5,})(?:\.(\d+))?\.h5")
 """Rank and part. The files of a run that was never resumed have no part."""
 UNREADABLE = (OSError, RuntimeError, KeyError, ValueError)
 """What h5py raises for a file that is truncated, is just being written, or is not HDF5."""
-_GIVE = "give the folder that --out of a run has made"
+_GIVE = "give the --out folder of a run"
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _WRITER = 4
 """The bit of a superblock of version 3 that a SWMR writer sets when it opens the file and clears when it closes it."""

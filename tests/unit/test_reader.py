@@ -284,7 +284,7 @@ def test_files_of_which_none_is_one(tmp_path: Path) -> None:
     assert said.startswith(f"{tmp_path}: its metrics cannot be read: rank 0: metrics-00000.h5 cannot be read: ")
 
 
-GIVE = "give the folder that --out of a run has made"
+GIVE = "give the --out folder of a run"
 
 
 # ---- several
