@@ -1,4 +1,4 @@
-"""Weighted dynamic batching in rounds: gather everyone's throughput, share out the global batch.
+"""Weighted dynamic batching in rounds: gather the throughput of all workers, divide the global batch.
 
 Rounds run in the background of training. In lockstep a round that starts at one step is awaited at the end of the
 next, so that it takes effect at the same step everywhere. In `bounded` it also takes effect at the same step
@@ -77,7 +77,7 @@ class BatchSizeRounds:
         self._take()
 
     def awaits(self, step: int) -> bool:
-        """Whether everyone takes new batch sizes after step ``step`` and they have not arrived."""
+        """Whether all workers take new batch sizes after step ``step`` and the sizes have not arrived."""
         if not self._in_step or self._ticket is None:
             return False
         return step >= self._asked_step + EFFECT_STEPS and not self._ticket.done

@@ -90,10 +90,10 @@ class ExchangeBudget:
         self.credit_s = min(credit_s, granted_s)
 
     def limit(self, step: int, links: Mapping[int, LinkView]) -> Mapping[int, LinkView]:
-        """The links with the budget's limit on message size, or none of them ready when the budget is overdrawn.
+        """Return the links with the budget's limit on message size, or with none ready if the budget is overdrawn.
 
         A gradient that is not exchanged is treated as on a link that has not drained. In lockstep there is no limit,
-        since everyone waits for everyone's message of every step.
+        because every worker waits for the messages of all peers at every step.
         """
         if not self.share:
             return links

@@ -1,7 +1,7 @@
-"""What a worker sends in a step: select per link, encode, queue.
+"""The sending part of a step: select for each link, encode, queue.
 
-Everyone waits for everyone's message in lockstep, so the loop encodes at once. Otherwise a thread encodes in the
-background while the next gradient is computed; it also selects, where the current step does not depend on that.
+In lockstep all workers wait for the messages of all peers, so the loop encodes at once. Otherwise a thread encodes in
+the background while the next gradient is computed. It also selects, if the current step does not depend on that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Direct knowledge transfer in rounds: find the best worker and bring its weights to the others."""
+"""Direct knowledge transfer in rounds: find the best worker and send its weights to its peers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOSSES = 10
 
 
 class KnowledgeRounds:
-    """Gathers everyone's mean recent loss, broadcasts the best worker's knowledge, merges it as the policy says."""
+    """Gathers the mean recent losses, broadcasts the best worker's knowledge, and merges it by the policy."""
 
     channel = "transfer"
 

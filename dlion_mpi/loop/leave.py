@@ -16,10 +16,10 @@ CLOSING = "closing"
 def leave(w: Worker) -> Loop:
     """Leave the run in order.
 
-    First every worker tells that it has ended and how many rounds it took part in, and takes part in those that it
-    missed. Then nobody sends any more, so the messages in flight can be counted and drained. After that no rank has
-    anything left to do for another. Where a strategy sums, every worker takes part in a last sum without a vector: it
-    tells a worker that waits in a sum that this one has left.
+    First every worker reports that it has ended and how many rounds it has joined, and joins those that it missed. Then
+    no worker sends, so the messages in flight can be counted and drained. After that no rank needs another one. If the
+    strategy sums, every worker joins a last sum without a vector, which shows a worker that waits in a sum that this
+    one has left.
     """
     yield from finish_encoding(w)
     with w.timed(Phase.LEAVE):

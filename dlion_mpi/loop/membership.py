@@ -1,4 +1,4 @@
-"""Who takes part: a value, so that a worker that leaves changes it instead of being a special case everywhere."""
+"""Membership of a run as a value: a worker that leaves changes it, and no other code needs a special case."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Membership:
         return rank in self.ranks
 
     def peers(self, rank: int) -> tuple[int, ...]:
-        """Everyone but ``rank``."""
+        """Return all live ranks except ``rank``."""
         return tuple(r for r in self.ranks if r != rank)
 
     def without(self, rank: int) -> Membership:
-        """The membership after ``rank`` has left."""
+        """Return the membership after ``rank`` has left."""
         return Membership(self.peers(rank), self.epoch + 1)

@@ -20,9 +20,9 @@ from dlion_mpi.wire import Bytes
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Compute a gradient over a ``batch`` of so many ``samples``. The answer is a `Computed`.
+    """Request to compute a gradient over a ``batch`` with a number of ``samples``. The answer is a `Computed`.
 
-    ``alone``: apply it at once, there is no peer to exchange with.
+    ``alone``: apply it at once, because there is no peer.
     """
 
     batch: Any
@@ -32,9 +32,9 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """``gradient``: (P,) float32, None if it was applied at once. ``seconds``: all of it, ``paced_s`` slept.
+    """A computed gradient, (P,) float32; None if it was applied at once.
 
-    ``finite``: whether loss and gradient are.
+    ``finite``: whether loss and gradient are finite. ``seconds``: duration, of which ``paced_s`` were slept.
     """
 
     loss: float
@@ -105,7 +105,7 @@ Loop = Generator[Compute | Until, Computed | None, None]
 
 
 class Ticket(Protocol):
-    """A collective under way. ``table``: (n, k) of a gather, row r from rank r; ``vector``: of a broadcast or sum."""
+    """A collective in flight. ``table``: (n, k) of a gather, row r from rank r. ``vector``: of a broadcast or sum."""
 
     done: bool
     table: npt.NDArray[np.float64]
@@ -118,16 +118,16 @@ See `mpi.collectives.Collectives.reduce`."""
 
 
 class Collectives(Protocol):
-    """What the rounds need of MPI, or of its simulation; see `mpi.collectives.Collectives`."""
+    """Non-blocking collectives of MPI or of its simulation; see `mpi.collectives.Collectives`."""
 
     def gather(self, channel: str, record: Sequence[float]) -> Ticket:
-        """Everyone's record to everyone."""
+        """Gather the records of all ranks on all ranks."""
 
     def broadcast(self, channel: str, root: int, vector: Vector) -> Ticket:
-        """One rank's vector to everyone."""
+        """Send the root's vector to all ranks."""
 
     def reduce(self, channel: str, vector: Vector | None) -> Ticket:
-        """The sum of everyone's vectors to everyone; an empty one if anyone gives None."""
+        """Sum the vectors of all ranks on all ranks. The sum is empty if a rank gives None."""
 
 
 class Channel(IntEnum):

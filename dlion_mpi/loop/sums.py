@@ -31,7 +31,7 @@ def effect_of(w: Worker, answer: Effect | Sums[Effect | None] | None) -> Generat
 
 
 def _sum(w: Worker, vector: Vector) -> Generator[Until, None, Vector | None]:
-    """Sum all workers' vectors. Returns None if a worker has ended: then nobody gets a sum any more."""
+    """Sum the vectors of all workers. Returns None if a worker has ended; then no worker gets another sum."""
     if not len(vector):
         return vector
     with w.timed(Phase.WAIT):

@@ -66,7 +66,7 @@ def train(w: Worker) -> Loop:
 def profile(w: Worker) -> Loop:
     """Time two batch sizes, so that the first step is already balanced.
 
-    The sizes are small, since everyone waits for the slowest worker's timings.
+    The sizes are small, because all workers wait for the timings of the slowest one.
     """
     with w.timed(Phase.PROFILE):
         for size in (max(1, w.config.batch_size // 8), max(1, w.config.batch_size // 2)):

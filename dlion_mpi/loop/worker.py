@@ -80,7 +80,7 @@ class Checkpoints(Protocol):
 
 @dataclass(slots=True)
 class History:
-    """How the run went so far."""
+    """Results of the run so far."""
 
     evaluations: list[Evaluation] = field(default_factory=list)
     evaluated_s: float = 0.0
@@ -119,7 +119,7 @@ class Worker:
     current: Step | None = None
     """The step that has begun and not ended. If the run ends in it, it is never completed."""
     pending: StepRecord | None = None
-    """The record of the previous step, until the background encoder has told what that step sent."""
+    """The record of the previous step, until the background encoder has finished its messages."""
     end_step: float = field(init=False)
     """The step at which the run ends, for this worker or for one that it cannot continue without."""
     stop_reason: str | None = None
@@ -241,7 +241,7 @@ class Worker:
             if message.header.kind in (Kind.CLOSE, Kind.STOP):
                 self.members = self.members.without(sender)
                 self.inbox.newest.pop(sender, None)
-                if self.config.mode.lockstep:  # nobody can complete a step that one has not taken
+                if self.config.mode.lockstep:  # no worker can complete a step without its message
                     self.end_step = min(self.end_step, message.header.step)
 
     def write_record(self) -> None:

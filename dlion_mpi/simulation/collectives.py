@@ -1,6 +1,6 @@
-"""A worker's collectives over a virtual network: what `mpi/collectives.py` is over MPI.
+"""Collectives over a virtual network, as `mpi/collectives.py` has them over MPI.
 
-Each collective sends what the real one sends, through the same streams as gradients, so they contend for the links.
+Each collective sends the messages of the real one through the same streams as gradients, so they share the links.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dlion_mpi.vector.layout import Vector
 CHUNK = 1 << 16
 """Entries of a broadcast in flight at a time; see `mpi.collectives.CHUNK`."""
 LINEAR = 4
-"""Up to this many workers a broadcast goes from the root to everyone, above it along a binomial tree, like Open MPI's
-non-blocking broadcast."""
+"""Up to this many workers a broadcast is sent from the root to all ranks; with more, along a binomial tree, like Open
+MPI's non-blocking broadcast."""
 
 
 @dataclass(slots=True)
@@ -42,17 +42,17 @@ class VirtualCollectives:
         self._asked: dict[str, int] = {}
 
     def gather(self, channel: str, record: Sequence[float]) -> VirtualTicket:
-        """Everyone's ``record`` to everyone."""
+        """Gather the ``record`` of each rank on all ranks."""
         operation = self._operations.gather(channel, self._next(channel))
         return operation.ask(self._rank, record)
 
     def broadcast(self, channel: str, root: int, vector: Vector) -> VirtualTicket:
-        """Rank ``root``'s ``vector`` (K,) float32 to everyone, in chunks, into the others' ``vector``."""
+        """Copy rank ``root``'s ``vector``, (K,) float32, into the ``vector`` of all ranks, in chunks."""
         operation = self._operations.broadcast(channel, self._next(channel), root, len(vector))
         return operation.ask(self._rank, vector)
 
     def reduce(self, channel: str, vector: Vector | None) -> VirtualTicket:
-        """The sum of all workers' ``vector`` (K,) float32, in its place. None: no sum for anyone, now or later."""
+        """Replace ``vector``, (K,) float32, by the sum over all workers. None: no worker gets a sum, now or later."""
         operation = self._operations.sum(channel, self._next(channel))
         return operation.ask(self._rank, vector)
 
@@ -96,7 +96,7 @@ class Operations:
 
 
 class _Gather:
-    """Everyone sends its record to everyone, as Open MPI's non-blocking allgather does."""
+    """A gather in which each worker sends its record to all peers, like Open MPI's non-blocking allgather."""
 
     def __init__(self, operations: Operations, forget: Callable[[], object]) -> None:
         self._operations = operations
@@ -108,7 +108,7 @@ class _Gather:
         self._table: npt.NDArray[np.float64] | None = None
 
     def ask(self, rank: int, record: Sequence[float], then: Callable[[int], None] | None = None) -> VirtualTicket:
-        """Rank ``rank``'s record. ``then``: called with the rank when it has all records, in place of `wake`."""
+        """Send rank ``rank``'s record. ``then``: called with the rank when it has all records, instead of `wake`."""
         self._tickets[rank] = ticket = VirtualTicket()
         self._then = then or self._operations.wake
         self._records[rank] = record
@@ -119,7 +119,7 @@ class _Gather:
         return ticket
 
     def _hear(self, rank: int) -> None:
-        """A record has come to ``rank``; its own counts as one."""
+        """Count a record that has arrived at ``rank``, its own included."""
         self._heard[rank] += 1
         if self._heard[rank] == self._operations.workers:
             if self._table is None:
@@ -134,10 +134,10 @@ class _Gather:
 
 
 class _Broadcast:
-    """Chunk by chunk down a tree: a worker has done with a chunk when its children have it, and then wants the next.
+    """A broadcast in chunks down a tree. A worker requests the next chunk when its children have the current one.
 
-    A chunk goes from a parent to a child when the parent has it and the child wants it, as in MPI, where a long
-    message waits for its receive.
+    A parent sends a chunk when it has it and the child has requested it, as in MPI, where a long message waits for its
+    receive.
     """
 
     def __init__(self, operations: Operations, root: int, entries: int, forget: Callable[[], object]) -> None:
@@ -148,10 +148,10 @@ class _Broadcast:
         self._chunks = [4 * min(CHUNK, entries - start) for start in range(0, entries, CHUNK)]
         self._parent, self._children = _tree(root, workers)
         self._tickets: dict[int, VirtualTicket] = {}
-        self._chunk = [-1] * workers  # which chunk each is at; -1 before it asks
+        self._chunk = [-1] * workers  # current chunk of each worker; -1 before it asks
         self._has = [False] * workers
-        self._served = [0] * workers  # how many children have the chunk
-        self._begun = [-1] * workers  # the last chunk that set out to each
+        self._served = [0] * workers  # number of children that have the chunk
+        self._begun = [-1] * workers  # last chunk that was sent to each worker
         self._left = workers
 
     def ask(self, rank: int, vector: Vector) -> VirtualTicket:
@@ -172,7 +172,7 @@ class _Broadcast:
         self._move_on(rank)
 
     def _begin(self, child: int) -> None:
-        """Send ``child`` the chunk it wants, if its parent has it."""
+        """Send ``child`` the chunk that it has requested, if its parent has it."""
         chunk, parent = self._chunk[child], self._parent[child]
         if chunk > self._begun[child] and chunk == self._chunk[parent] and self._has[parent] and child != self._root:
             self._begun[child] = chunk
@@ -204,9 +204,9 @@ class _Broadcast:
 
 
 class _Sum:
-    """A ring. Each turn a worker sends a chunk to the next one, and waits until it has arrived and its own is here.
+    """A sum in a ring. In each turn a worker sends a chunk to the next one, and waits for that and for its own chunk.
 
-    First all workers tell each other whether they have a vector. If one has none, nobody gets a sum.
+    First the workers gather whether each has a vector. If one has none, no worker gets a sum.
     See `mpi.collectives.Collectives.reduce`.
     """
 
@@ -219,21 +219,21 @@ class _Sum:
         self._present = _Gather(operations, lambda: None)
         self._bytes: list[int] = []  # of every chunk
         self._total: Vector | None = None
-        self._turn = [-1] * workers  # -1: waits for the others' word
+        self._turn = [-1] * workers  # -1: the gather is not complete
         self._began_s = [0.0] * workers
         self._delivered = [0] * workers  # chunks that have reached the next worker
         self._arrived = [0] * workers
         self._left = workers
 
     def ask(self, rank: int, vector: Vector | None) -> VirtualTicket:
-        """Rank ``rank``'s vector, or None."""
+        """Take part with rank ``rank``'s vector, or None."""
         self._vectors[rank] = vector
         self._tickets[rank] = ticket = VirtualTicket()
         self._present.ask(rank, [-1.0 if vector is None else len(vector)], self._begin)
         return ticket
 
     def _begin(self, rank: int) -> None:
-        """A worker knows whether all others take part."""
+        """Start the ring at a worker that has the gathered table."""
         vectors = [vector for _, vector in sorted(self._vectors.items()) if vector is not None]
         workers = self._operations.workers
         if len(vectors) < workers:
@@ -265,7 +265,7 @@ class _Sum:
         stream.send(self._bytes[chunk_sent(rank, self._turn[rank], workers)], self._arrive, rank)
 
     def _arrive(self, sender: int) -> None:
-        """A chunk has arrived at the worker after ``sender``."""
+        """Count a chunk that has arrived at the worker after ``sender``."""
         receiver = (sender + 1) % self._operations.workers
         self._delivered[sender] += 1
         self._arrived[receiver] += 1
@@ -290,7 +290,7 @@ class _Sum:
 
 
 def _tree(root: int, workers: int) -> tuple[list[int], list[list[int]]]:
-    """The parent (the root's is itself) and the children of every rank."""
+    """Return the parent (the root's is itself) and the children of every rank."""
     parent = [root] * workers
     children: list[list[int]] = [[] for _ in range(workers)]
     for place in range(1, workers):  # counted from the root
