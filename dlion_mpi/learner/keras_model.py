@@ -77,7 +77,7 @@ class KerasModel:
     def plain_rate(self) -> np.float32 | None:
         """The learning rate of an optimizer that does no more than ``w - rate g``, else None."""
         config = self.optimizer.get_config()
-        rate = config["learning_rate"]
+        rate = config.get("learning_rate")
         if type(self.optimizer).__name__ != "SGD" or not isinstance(rate, float | np.floating):
             return None
         plain = type(self.optimizer)(rate).get_config() | {"name": config["name"]}
