@@ -83,16 +83,17 @@ def _done_by(does: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R
     """
 
     def decorate(signature: Callable[P, R]) -> Callable[P, R]:
-        known = inspect.signature(signature).parameters
+        shown = inspect.signature(signature, eval_str=True)
 
         @functools.wraps(signature)
         def call(*args: P.args, **options: P.kwargs) -> R:
             for name in options:
-                if name not in known:
-                    has = ", ".join(sorted(known))
-                    raise UserError(refusal(name) or f"{signature.__name__}() has no option {name}; it has {has}")
+                if name not in shown.parameters:
+                    known = ", ".join(sorted(shown.parameters))
+                    raise UserError(refusal(name) or f"{signature.__name__}() has no option {name}; it has {known}")
             return does(*args, **options)
 
+        call.__signature__ = shown  # type: ignore[attr-defined]
         return call
 
     return decorate
@@ -158,4 +159,4 @@ def fit(
     or omitted has the default of the strategy. Returns the run's JSON object, the same on every rank. Raises UserError
     for a mistake in the options or the data, RunError if the run failed.
     """
-    raise NotImplementedError("the decorator calls the implementation")
+    raise NotImplementedError("the decorator calls _fit")

@@ -39,10 +39,10 @@ class Hop(Strategy):
     """Decentralised parallel SGD: ``x_{k+1} = mean_j x_j - eta g(x_k)`` over the neighbours j and the worker itself.
 
     Parameters are sent before their gradient is computed, tagged with their iteration k. Any message of iteration k is
-    a token for k: nobody enters an iteration more than ``--hop-max-gap`` after a neighbour's. A worker advances without
+    a token for k: nobody enters an iteration more than ``--hop.max-gap`` after a neighbour's. A worker advances without
     ``--backup`` of its neighbours, and with parameters of iteration k - s or later (``--staleness`` s); what has
     arrived counts with weight ``iteration - (k - s) + 1``, normalised. A worker that is s or more iterations behind the
-    foremost neighbour leaves out up to ``--hop-skip`` iterations, as far as its tokens allow. `sync`: all neighbours'
+    foremost neighbour leaves out up to ``--hop.skip`` iterations, as far as its tokens allow. `sync`: all neighbours'
     parameters of iteration k, no more and no less.
     Source: Luo et al., "Hop: Heterogeneity-Aware Decentralized Training", ASPLOS 2019, arXiv 1902.01064.
     """

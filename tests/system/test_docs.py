@@ -101,8 +101,7 @@ print("not reached")
 
 @pytest.mark.parametrize("where", ["in the loop", "beside it"])
 def test_an_exception_in_a_users_strategy_on_one_rank_ends_all(folder: Path, where: str) -> None:
-    beside = 'uses = {"staleness": 5, "exchange_thread": "on"}' if where == "beside it" else ""
-    beside += "\n    def selects_in_background(self, plan):\n        return True\n" if beside else ""
+    beside = "def selects_in_background(self, plan):\n        return True\n" if where == "beside it" else ""
     (folder / "raises.py").write_text(RAISES.replace("BESIDE", beside), encoding="utf-8")
     ended = run(2, "python", "raises.py", cwd=folder)
     assert ended.code != 0

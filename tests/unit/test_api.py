@@ -1,0 +1,117 @@
+"""`dlion_mpi.fit` as editors, notebooks and type checkers see it: every option, with its type and default."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+import dlion_mpi
+from dlion_mpi import api
+from dlion_mpi.config.fields import Every, type_name
+from dlion_mpi.config.options import FIELDS
+from dlion_mpi.errors import UserError
+from dlion_mpi.strategies.baseline import Baseline
+from dlion_mpi.strategies.dlion import Dlion
+from dlion_mpi.strategies.gaia import Gaia
+
+ARGUMENTS = ("model", "train", "test")
+OF_THE_DATA = ("data", "partition", "dirichlet_alpha")
+"""Options that the arguments of `fit` take the place of, besides the model."""
+RESUMING = {"resume": None, "requeue": False, "resume_earlier": False}
+OPTIONS = {name: f for name, f in FIELDS.items() if name not in (*ARGUMENTS, *OF_THE_DATA)}
+SIGNATURE = inspect.signature(dlion_mpi.fit)
+HINTS = typing.get_type_hints(api.fit)
+
+
+def test_fit_has_every_option_by_name_and_no_other() -> None:
+    keywords = [p.name for p in SIGNATURE.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert keywords == [*OPTIONS, *RESUMING]
+    assert [p.name for p in SIGNATURE.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD] == [*ARGUMENTS]
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, *RESUMING])
+def test_a_default_of_fit_is_that_of_the_option(name: str) -> None:
+    default = RESUMING[name] if name in RESUMING else OPTIONS[name].default
+    assert SIGNATURE.parameters[name].default == (str(default) if isinstance(default, Every) else default)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "strategy"])
+def test_a_type_of_fit_is_that_of_the_option(name: str) -> None:
+    f, hint = OPTIONS[name], HINTS[name]
+    alternatives = set(typing.get_args(hint)) if typing.get_origin(hint) in (types.UnionType, typing.Union) else {hint}
+    assert (type(None) in alternatives) == (f.default is None)
+    alternatives.discard(type(None))
+    kinds: dict[str, Any] = {"int": {int}, "float": {float}, "str": {str}, "Every": {int, str}}
+    if f.metadata["choices"]:
+        assert alternatives == {Literal[f.metadata["choices"]]}
+    else:
+        assert alternatives == (kinds[type_name(f)] if name != "time_limit" else {str})
+
+
+def test_it_reads_well_in_help() -> None:
+    text = inspect.getdoc(dlion_mpi.fit) or ""
+    assert text.startswith("Train a Keras model on all MPI ranks")
+    assert "steps: int | None = None, seconds: float | None = None, target_accuracy: float | None = None" in str(
+        SIGNATURE
+    )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        (Gaia, {"strategy": "gaia"}),
+        (Gaia(threshold=0.2), {"strategy": "gaia", "gaia.threshold": 0.2}),
+        (Gaia(), {"strategy": "gaia"}),
+        (Dlion(max_n=10, unsent="drop"), {"strategy": "dlion", "dlion.unsent": "drop", "dlion.max_n": 10.0}),
+        ("gaia", {}),
+        (None, {}),
+    ],
+)
+def test_a_strategy_is_a_name_a_class_or_an_instance_with_options(strategy: Any, options: dict[str, Any]) -> None:
+    assert api._options_of(strategy) == options
+
+
+class Brought(Baseline):
+    name = "brought"
+
+
+def test_a_strategy_of_yours_is_named_by_its_module() -> None:
+    assert api._options_of(Brought) == {"strategy": f"{__name__}:Brought"}
+
+
+def test_an_unknown_option_is_refused_with_what_there_is() -> None:
+    options: Any = {"stepps": 5}
+    with pytest.raises(UserError, match=r"fit\(\) has no option stepps; it has .*staleness, steps, strategy"):
+        dlion_mpi.fit(None, ((), ()), ((), ()), **options)
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import json, sys, dlion_mpi; print(json.dumps([m for m in sys.modules if m.startswith('dlion_mpi')]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert sorted(json.loads(done.stdout)) == ["dlion_mpi", "dlion_mpi.errors"]
+    with pytest.raises(AttributeError, match="no attribute 'fits'"):
+        _ = dlion_mpi.fits  # type: ignore[attr-defined]
+
+
+def test_a_type_checker_sees_its_types(tmp_path: Path) -> None:
+    good = "from dlion_mpi import fit, rank\n\nresult: dict[str, object] = fit(None, (1, 2), (1, 2), steps=rank())\n"
+    for name, text, code in (("good", good, 0), ("bad", good.replace("steps=", "stepps="), 1)):
+        file = tmp_path / f"{name}.py"
+        file.write_text(text, encoding="utf-8")
+        checked = subprocess.run(
+            [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", str(file)],
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+            cwd=Path(dlion_mpi.__file__).parent.parent,
+        )
+        assert checked.returncode == code, checked.stdout
