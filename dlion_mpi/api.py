@@ -146,17 +146,16 @@ def fit(
 ) -> dict[str, Any]:
     """Train a Keras model on all MPI ranks, each with its own data. Afterwards ``model`` has the trained weights.
 
-    Args:
-        model: A Keras model. If it is compiled, its optimizer and loss are used.
-        train: This rank's (x, y): x (m, F), (m, H, W) or (m, H, W, C) of uint8 or float, y (m,) whole numbers.
-        test: The test data, in the same form.
-        strategy: A name, a class, or an instance with its options, such as ``Gaia(threshold=0.2)``. Your class must be
-            at the top level of a module.
-        resume: The folder of a run to resume from its newest checkpoint. It keeps its options, except those that are
-            given here and may change.
+    - ``model``: a Keras model. If it is compiled, its optimizer and loss are used.
+    - ``train``: the rank's (x, y): x (m, F), (m, H, W) or (m, H, W, C), uint8 or float; y (m,), whole numbers.
+    - ``test``: the test data, in the same form.
+    - ``strategy``: a name, a class at the top level of a module, or an instance with its own options, such as
+      ``Gaia(threshold=0.2)``.
+    - ``resume``: the folder of a run. It continues from its newest checkpoint with its options, except for those that
+      are given here and may change.
 
-    The other options are those of ``dlion train``, see `the configuration <configuration.md>`_. An option that is None
-    or omitted has the default of the strategy. Returns the run's JSON object, the same on every rank. Raises UserError
-    for a mistake in the options or the data, RunError if the run failed.
+    All others are the options of ``dlion train``. One that is left out, or None, has the default of the strategy.
+    Returns the JSON object of the run, the same on every rank. Raises UserError for a mistake in the options or the
+    data, and RunError if the run failed.
     """
     raise NotImplementedError("the decorator calls _fit")

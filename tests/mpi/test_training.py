@@ -152,6 +152,16 @@ def test_accumulate_sends_later_what_drop_forgets(world: MPI.Intracomm) -> None:
     assert np.linalg.norm(kept - whole) < 0.7 * np.linalg.norm(dropped - whole)
 
 
+@pytest.mark.mpi
+def test_a_strategy_of_the_user_s_has_an_option(world: MPI.Intracomm, shared_folder: Path) -> None:
+    """Half of the gradient at twice the learning rate is the same step. The option is kept with the run."""
+    scaled: dict[str, Any] = {"strategy": "tests.scaled:Scaled", "scaled.factor": "0.5", "learning_rate": 0.2}
+    halved = trained_weights(**scaled, out=str(shared_folder))
+    np.testing.assert_allclose(halved, trained_weights(strategy="baseline", learning_rate=0.1), rtol=0, atol=1e-6)
+    world.Barrier()
+    assert (shared_folder / "config.toml").read_text().endswith("[scaled]\nfactor = 0.5\n")
+
+
 @pytest.mark.mpi(min_size=2)
 def test_n_decides_what_is_sent(world: MPI.Intracomm) -> None:
     sent = [train(**{**PLAIN, "max_n": n}).summary["bytes_sent"] for n in (10, 60, 100)]
