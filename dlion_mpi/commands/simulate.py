@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser, words: Sequence[str] = ()) ->
     parser.epilog = "More options: dlion simulate --help-all"
     cloud = parser.add_argument_group(
         "micro-cloud",
-        "Two more strategies, computed by formula: free-network (synchronous SGD, perfect balance,\n"
-        "communication that costs nothing) and allreduce (equal batches and a ring, as Horovod).",
+        "One more strategy, computed by formula: free-network (synchronous SGD, perfect balance,\n"
+        "communication that costs nothing).",
     )
     cloud.add_argument(
         "--env",

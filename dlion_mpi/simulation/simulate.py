@@ -72,7 +72,7 @@ def simulate(
     ``report``: print progress on stderr. Raises UserError.
     """
     from dlion_mpi.result import sum_up
-    from dlion_mpi.simulation import idealised
+    from dlion_mpi.simulation import free_network
     from dlion_mpi.simulation.driver import drive
     from dlion_mpi.simulation.run import prepare
     from dlion_mpi.strategies import registry as strategies
@@ -80,19 +80,15 @@ def simulate(
     for name in ("checkpoint_every", "save_model"):
         if getattr(config, name) is not None:
             raise UserError(f"{flag(name)} belongs to dlion train: repeat a simulated run from its seed instead")
-    exchanging = [name for name, cls in strategies.STRATEGIES.items() if cls.summed_by == "mpi"]
-    known = [*(name for name in exchanging if name not in idealised.IDEALS), *idealised.IDEALS]
-    if config.strategy not in (*known, *strategies.STRATEGIES) and ":" not in config.strategy:
-        raise UserError(f"--strategy {config.strategy}: unknown; known are {', '.join(known)}, or PACKAGE.MODULE:CLASS")
-    ideal = config.strategy in idealised.IDEALS
-    if not ideal and (library := strategies.find(config.strategy).summed_by) != "mpi":
+    free = free_network.is_named(config)
+    if not free and (library := strategies.find(config.strategy, also=(free_network.NAME,)).summed_by) != "mpi":
         raise UserError(
             f"--strategy {config.strategy} needs real processes, because {library} computes its sums: "
             "simulate --strategy allreduce instead"
         )
-    config = idealised.resolve(config) if ideal else strategies.resolve(config)[1]
+    config = free_network.resolve(config) if free else strategies.resolve(config)[1]
     run = prepare(config, environment, model=model, shards=shards, report=report)
     with run, run.meter.shown():
-        finishes = idealised.train_together(run) if ideal else drive(run)
+        finishes = free_network.train_together(run) if free else drive(run)
         run.complete = not any(finish.exit_code for finish in finishes)
     return sum_up(config, finishes, report=report)

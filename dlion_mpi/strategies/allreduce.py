@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.contract import EQUAL_BATCHES, Strategy
 from dlion_mpi.strategies.state import State
 from dlion_mpi.strategies.types import Effect, Inbox, LocalGradient, Sum, Sums, Weights
 from dlion_mpi.wire import Message
@@ -21,6 +21,7 @@ class AllReduce(Strategy):
 
     name = "allreduce"
     modes = ("sync",)
+    uses = EQUAL_BATCHES
 
     def may_advance(self, state: State, step: int, inbox: Inbox) -> bool:
         return True  # the sum is what a step waits for

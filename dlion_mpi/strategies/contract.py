@@ -16,6 +16,8 @@ from dlion_mpi.wire import Message
 
 BATCHING: Mapping[str, object] = {"batching": "auto", "batch_size_max": 1024, "global_batch": "grow"}
 """To be put into ``uses`` by a strategy whose batch sizes follow the workers' speed. The loop does the rest."""
+EQUAL_BATCHES: Mapping[str, object] = {"batching": "fixed", "batch_size_max": None, "global_batch": "fixed"}
+"""The same options, for a strategy that weighs gradients by their batches and has equal ones by default."""
 TRANSFER: Mapping[str, object] = {"transfer": "worse-than-mean", "transfer_period": 25, "transfer_merge": 0.75}
 """To be put into ``uses`` by a strategy whose workers merge the best worker's weights. The loop does the rest."""
 

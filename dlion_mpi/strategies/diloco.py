@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dlion_mpi.config.fields import ABOVE_0, Bounds, at_least, option
-from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.contract import EQUAL_BATCHES, Strategy
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State
 from dlion_mpi.strategies.types import Effect, Inbox, LocalGradient, Plan, Sum, Sums, Weights
@@ -43,6 +43,7 @@ class Diloco(Strategy):
 
     name = "diloco"
     modes = ("sync",)
+    uses = EQUAL_BATCHES
 
     @dataclass(frozen=True, kw_only=True)
     class Options(StrategyOptions):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dlion_mpi.config.fields import at_least, option
-from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.contract import EQUAL_BATCHES, Strategy
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
 from dlion_mpi.strategies.types import Effect, Inbox, LocalGradient, Plan, Sum, Sums, Weights
@@ -45,6 +45,7 @@ class PowerSgd(Strategy):
 
     name = "powersgd"
     modes = ("sync",)
+    uses = EQUAL_BATCHES
 
     @dataclass(frozen=True, kw_only=True)
     class Options(StrategyOptions):

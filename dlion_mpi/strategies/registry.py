@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dlion_mpi.config.fields import check_effect, declared, flag, idle_due_to
@@ -25,12 +25,16 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
-def find(name: str) -> type[Strategy]:
-    """The strategy of this name, or a user's own, PACKAGE.MODULE:CLASS. Raises UserError if there is none."""
+def find(name: str, *, also: Sequence[str] = ()) -> type[Strategy]:
+    """Return the strategy of this name, or a user's, PACKAGE.MODULE:CLASS. Raises UserError if there is none.
+
+    ``also``: other names that could have been given.
+    """
     if name in STRATEGIES:
         return STRATEGIES[name]
     if ":" not in name:
-        raise UserError(f"--strategy {name}: unknown; known are {', '.join(STRATEGIES)}, or PACKAGE.MODULE:CLASS")
+        known = ", ".join([*STRATEGIES, *also])
+        raise UserError(f"--strategy {name}: unknown; known are {known}, or PACKAGE.MODULE:CLASS")
     return user.load(name, built_in=", ".join(STRATEGIES), options=shared_options())
 
 

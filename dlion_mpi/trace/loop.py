@@ -77,9 +77,10 @@ def _slices(rank: Rank, spans: Array | None) -> Slices:
         parts.append(_sleeps(rank, parts[-1]))
     joined = Slices(*(np.concatenate([getattr(part, f) for part in parts]) for f in ("start", "end", "label", "step")))
     kept = joined.end > joined.start
-    # A step contains spans, and a span contains a sleep, also where they begin and end together.
+    # A step contains spans, and a span contains a sleep, also where they begin and end together. Of two such spans the
+    # later one contains the other, since a span is recorded when it ends.
     depth = np.where(joined.label == STEP_LABEL, 0, np.where(joined.label == SLEEP_LABEL, 2, 1))
-    order = np.lexsort((depth, -joined.end, joined.start))
+    order = np.lexsort((-np.arange(len(depth)), depth, -joined.end, joined.start))
     order = order[kept[order]]
     return Slices(joined.start[order], joined.end[order], joined.label[order], joined.step[order])
 

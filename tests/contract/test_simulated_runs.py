@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
+from dlion_mpi.algorithms.ring import ring_bytes
 from dlion_mpi.config.fields import Every
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
@@ -25,6 +26,7 @@ from dlion_mpi.microcloud import environments
 from dlion_mpi.microcloud.environments import Environment
 from dlion_mpi.result import Result
 from dlion_mpi.simulation import driver as simulation_driver
+from dlion_mpi.simulation import free_network
 from dlion_mpi.simulation import links as simulation_testbed
 from dlion_mpi.simulation.network import payload_bytes_per_s
 from dlion_mpi.simulation.run import prepare
@@ -89,7 +91,9 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
 # ---- the same again, and nothing lost
 
 
-@pytest.mark.parametrize("strategy", ["dlion", "baseline", "ako", "gaia", "hop", "free-network", "allreduce"])
+@pytest.mark.parametrize(
+    "strategy", ["dlion", "baseline", "ako", "gaia", "hop", "powersgd", "diloco", "free-network", "allreduce"]
+)
 def test_the_same_run_twice_is_the_same_to_the_last_byte(strategy: str, tmp_path: Path) -> None:
     environment = cloud((24.0, 12.0, 4.0), mbit=2.0, latency_s=0.003)
     options = {"transfer_period": 5, "transfer": "all"} if strategy == "dlion" else {}
@@ -176,6 +180,8 @@ def test_what_was_computed_was_sent_or_is_remembered(
             },
         ),
         ("allreduce", {"optimizer": "adam", "learning_rate": 0.01}),
+        ("powersgd", {"rank": 1000}),
+        ("diloco", {"h": 1, "outer_learning_rate": 1.0, "outer_momentum": 0.0}),
     ],
 )
 def test_all_workers_together_are_one_process_with_the_joint_batch(strategy: str, options: dict[str, Any]) -> None:
@@ -202,15 +208,11 @@ def test_all_workers_together_are_one_process_with_the_joint_batch(strategy: str
 
 
 def _resolved(wanted: Config) -> Config:
-    from dlion_mpi.simulation import idealised
-
-    return idealised.resolve(wanted) if wanted.strategy in idealised.IDEALS else resolve(wanted)[1]
+    return free_network.resolve(wanted) if free_network.is_named(wanted) else resolve(wanted)[1]
 
 
 def _train(run: Any) -> None:
-    from dlion_mpi.simulation import idealised
-
-    (idealised.train_together if run.config.strategy in idealised.IDEALS else simulation_driver.drive)(run)
+    (free_network.train_together if free_network.is_named(run.config) else simulation_driver.drive)(run)
 
 
 def test_one_worker_alone_is_plain_training() -> None:
@@ -346,13 +348,38 @@ def test_the_next_messages_wait_for_those_that_are_being_made(tmp_path: Path, mo
 
 
 def test_an_allreduce_step_is_the_slowest_worker_and_the_ring(tmp_path: Path) -> None:
+    """And a word of 8 bytes to everyone before it."""
     _, ranks = recorded(tmp_path, cloud((24.0, 12.0, 4.0), mbit=1.0), strategy="allreduce", steps=3)
     slowest_s = 0.02 + 32 * 0.18 / 32 * 6
-    ring_s = 2 * 2 / 3 * 4 * PARAMETERS / payload_bytes_per_s(1.0)
-    for own in ranks:
+    ring_s = (2 * 2 / 3 * 4 * PARAMETERS + 16) / payload_bytes_per_s(1.0)
+    for rank, own in enumerate(ranks):
         np.testing.assert_allclose(own["steps/step_s"], slowest_s + ring_s, rtol=1e-4)
+        sent = [3 * ring_bytes(PARAMETERS, rank, 3)[0] if peer == (rank + 1) % 3 else 0 for peer in range(3)]
+        assert own["links/bytes_sent"][-1].tolist() == sent
     np.testing.assert_allclose(ranks[0]["steps/wait_s"], slowest_s + ring_s - 0.2, rtol=1e-4)
-    assert ranks[0]["links/bytes_sent"][-1].tolist() == pytest.approx([0, 3 * 2 * 2 / 3 * 4 * PARAMETERS, 0], abs=3)
+
+
+def test_an_allreduce_can_have_batches_that_follow_the_cores(tmp_path: Path) -> None:
+    environment = cloud((24.0, 12.0, 4.0), mbit=100.0)
+    _, ranks = recorded(tmp_path, environment, strategy="allreduce", steps=30, batching="auto")
+    assert sum(int(own["steps/lbs"][-1]) for own in ranks) == 96
+    compute_s = [own["steps/compute_s"][-1] for own in ranks]
+    assert max(compute_s) - min(compute_s) < 0.035
+
+
+def test_sums_of_factors_and_rare_sums_cost_as_much_less_as_they_are_smaller(tmp_path: Path) -> None:
+    """The model is (64, 32), (32,), (32, 10), (10,)."""
+    options: dict[str, dict[str, Any]] = {"allreduce": {}, "powersgd": {"rank": 1}, "diloco": {"h": 4}}
+    sent, seconds = {}, {}
+    for name, own_options in options.items():
+        outcome, ranks = recorded(tmp_path / name, cloud(mbit=0.5), strategy=name, steps=12, **own_options)
+        sent[name] = sum(float(own["links/bytes_sent"][-1].sum()) for own in ranks)
+        seconds[name] = ranks[0]["steps/time_s"][-1] - 12 * 0.2
+        assert outcome.exit_code == 0
+    assert sent["powersgd"] / sent["allreduce"] == pytest.approx((64 + 32 + 32 + 32 + 10 + 10) / PARAMETERS, rel=0.01)
+    assert sent["diloco"] == sent["allreduce"] / 4
+    assert seconds["powersgd"] < 0.15 * seconds["allreduce"]
+    assert seconds["diloco"] == pytest.approx(seconds["allreduce"] / 4, rel=0.01)
 
 
 def test_a_free_network_costs_nothing_and_balances(tmp_path: Path) -> None:
@@ -473,7 +500,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_everywhere(strategy: str, tmp_pa
 
 
 def test_an_unknown_strategy_is_refused_with_all_that_are_known() -> None:
-    with pytest.raises(UserError, match=r"gossip: unknown; known are dlion, .*free-network, allreduce"):
+    with pytest.raises(UserError, match=r"gossip: unknown; known are dlion, .*allreduce, .*free-network, or"):
         simulate(config(strategy="gossip"), cloud(), report=False)
 
 

@@ -19,7 +19,7 @@ from dlion_mpi.config.fields import declared
 from dlion_mpi.config.options import TABLES
 from dlion_mpi.metrics import records
 from dlion_mpi.microcloud import environments
-from dlion_mpi.simulation import idealised
+from dlion_mpi.simulation import free_network
 from dlion_mpi.strategies.given import config_of
 from dlion_mpi.strategies.registry import STRATEGIES, resolve
 from tests.markdown import PAGES, ROOT, Block, anchors, blocks, every_block, label, links, prose, write_files
@@ -169,8 +169,8 @@ def test_a_command_line_is_taken_as_it_stands(words: list[str], beside_the_files
         args = parser_of(words).parse_args(words)
     if words[0] in ("train", "simulate"):
         config = config_of(vars(args))
-        if config.strategy in idealised.IDEALS and words[0] == "simulate":
-            idealised.resolve(config)
+        if free_network.is_named(config) and words[0] == "simulate":
+            free_network.resolve(config)
         else:
             resolve(config)
     if getattr(args, "env", None) and Path(args.env).suffix != ".toml":

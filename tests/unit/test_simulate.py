@@ -1,4 +1,4 @@
-"""The parts of a simulation: events, shared links, acknowledgements, ideals. No TensorFlow."""
+"""The parts of a simulation: events, shared links, acknowledgements, the free network. No TensorFlow."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.loop.ports import Stamp
 from dlion_mpi.microcloud.environments import Environment, Pace, Phase
-from dlion_mpi.simulation.idealised import AllReduce, FreeNetwork, resolve
+from dlion_mpi.simulation.free_network import balanced, resolve
 from dlion_mpi.simulation.links import VirtualLinks
-from dlion_mpi.simulation.network import PAYLOAD_SHARE, Events, Medium, Network, Stream, payload_bytes_per_s
+from dlion_mpi.simulation.network import PAYLOAD_SHARE, Events, Medium, Network, Stream
 from dlion_mpi.simulation.simulate import micro_cloud
 from dlion_mpi.strategies.types import Outgoing
 from dlion_mpi.vector.layout import Entries
@@ -241,28 +241,18 @@ def test_in_silence_an_acknowledgement_still_wakes_the_loop() -> None:
     assert ends.woken == [1, 1]
 
 
-# ---- ideals
+# ---- the free network
 
 
 def test_perfect_balance_lets_all_finish_together() -> None:
     paces = [Pace(alpha_s=0.02, beta_s=beta) for beta in (0.01, 0.02, 0.06)]
-    shares = FreeNetwork().share(300, paces, 1024)
+    shares = balanced(300, paces, 1024)
     assert sum(shares) == 300
     times = [pace.seconds(lbs) for pace, lbs in zip(paces, shares, strict=True)]
     assert max(times) - min(times) < 0.06
 
 
-def test_an_allreduce_takes_what_the_ring_takes() -> None:
-    environment = cloud(4, {"uplink_mbit": (80.0, 8.0, 80.0, 80.0)}, latency_s=0.01)
-    seconds, sent_bytes = AllReduce().exchange(environment, 0.0, None, 1000)
-    assert sent_bytes == 2 * 3 * 1000  # 2 (n - 1) / n of 4000 bytes
-    assert seconds == pytest.approx(6 * 0.01 + 6000 / payload_bytes_per_s(8.0))
-    matrix = cloud(3, {"link_mbit": ((0, 8, 1), (1, 0, 16), (4, 1, 0))})
-    assert AllReduce().exchange(matrix, 0.0, None, 3000)[0] == pytest.approx(16_000 / payload_bytes_per_s(4.0))
-    assert AllReduce().exchange(cloud(1, {"uplink_mbit": (8.0,)}), 0.0, None, 1000) == (0.0, 0)
-
-
-def test_an_ideal_refuses_what_it_does_not_use() -> None:
+def test_the_free_network_refuses_what_it_does_not_use() -> None:
     for options, word in (
         ({"dlion.max_n": 10.0}, "--dlion.max-n belongs to --strategy dlion"),
         ({"preset": "paper"}, "--preset paper"),
@@ -271,8 +261,8 @@ def test_an_ideal_refuses_what_it_does_not_use() -> None:
     ):
         with pytest.raises(UserError, match=word):
             resolve(Config.of({"strategy": "free-network", **options}))
-    assert resolve(Config(strategy="allreduce")).global_batch == "fixed"
-    assert resolve(Config(strategy="allreduce", global_batch="grow")).global_batch == "grow"
+    assert resolve(Config(strategy="free-network")).global_batch == "fixed"
+    assert resolve(Config(strategy="free-network", global_batch="grow")).global_batch == "grow"
 
 
 # ---- micro-clouds

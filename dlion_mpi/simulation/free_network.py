@@ -1,107 +1,51 @@
-"""Synchronous SGD with communication by formula: `free-network`, the limit to compare with, and `allreduce`.
+"""Synchronous SGD with perfect balance and free communication: the limit of what a better exchange can gain in time.
 
 All replicas are equal after every step, so one replica is computed, with the exact mean gradient over the global batch.
-These strategies exist in `dlion simulate` only.
+No messages are needed for that: `free-network` exists in `dlion simulate` only, next to the strategies.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import numpy as np
 
-from dlion_mpi.algorithms.batching import equal_lbs, solve_lbs
+from dlion_mpi.algorithms.batching import solve_lbs
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.loop.batch_sizes import NO_LIMIT, growth
 from dlion_mpi.metrics.gauges import Totals
 from dlion_mpi.metrics.records import Evaluation, StepRecord
 from dlion_mpi.metrics.timeline import Phase
-from dlion_mpi.microcloud.environments import Environment, Pace
+from dlion_mpi.microcloud.environments import Pace
 from dlion_mpi.result import Finish
 from dlion_mpi.signals import stopped_by_signals
-from dlion_mpi.simulation.network import payload_bytes_per_s
 from dlion_mpi.simulation.run import VirtualRun
 from dlion_mpi.strategies.contract import BATCHING
 from dlion_mpi.strategies.registry import refuse_unused
 from dlion_mpi.vector.layout import Vector
 
-BATCH_OPTIONS: dict[str, Any] = {"batch_size_max": BATCHING["batch_size_max"], "global_batch": "fixed"}
-"""The options that an ideal uses, and their defaults."""
+NAME = "free-network"
+USES: dict[str, Any] = {"batch_size_max": BATCHING["batch_size_max"], "global_batch": "fixed"}
+"""The shared options that it uses, and their defaults."""
 
 
-class Ideal(Protocol):
-    """Division of the global batch, and the cost of a step's exchange."""
-
-    name: ClassVar[str]
-
-    def share(self, gbs: int, paces: Sequence[Pace], limit: int) -> list[int]:
-        """Return the batch size of each worker."""
-
-    def exchange(self, environment: Environment, time_s: float, seconds: float | None, size: int) -> tuple[float, int]:
-        """Return (seconds, bytes that each worker sends to the next) for a gradient of ``size`` entries."""
-
-
-class FreeNetwork:
-    """Perfect balance and free communication: the limit of what a better exchange can gain in time."""
-
-    name: ClassVar[str] = "free-network"
-
-    def share(self, gbs: int, paces: Sequence[Pace], limit: int) -> list[int]:
-        """Divide the batch so that all workers finish at the same time."""
-        fits = [(pace.alpha_s, pace.beta_s) for pace in paces]
-        return solve_lbs(min(gbs, limit * len(paces)), fits, [limit] * len(paces))
-
-    def exchange(self, environment: Environment, time_s: float, seconds: float | None, size: int) -> tuple[float, int]:
-        """Return no cost."""
-        return 0.0, 0
-
-
-class AllReduce:
-    """Equal batches and a ring all-reduce after the computation, as in Horovod.
-
-    Each worker sends 2 (n - 1) / n of the gradient to the next one, in 2 (n - 1) rounds at the rate of the slowest
-    link. Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009).
-    """
-
-    name: ClassVar[str] = "allreduce"
-
-    def share(self, gbs: int, paces: Sequence[Pace], limit: int) -> list[int]:
-        """Divide the batch equally."""
-        return equal_lbs(min(gbs, limit * len(paces)), len(paces))
-
-    def exchange(self, environment: Environment, time_s: float, seconds: float | None, size: int) -> tuple[float, int]:
-        """Return rounds x latency + bytes / slowest link. A worker sends to one peer, which gets the whole uplink."""
-        workers = environment.workers
-        if workers == 1:
-            return 0.0, 0
-        phase = environment.phase_at(time_s, seconds)
-        if phase.uplink_mbit is not None:
-            slowest_mbit = min(phase.uplink_mbit)
-        else:
-            slowest_mbit = min(environment.rate_mbit(k, (k + 1) % workers, phase) for k in range(workers))
-        sent_bytes = math.ceil(2 * (workers - 1) / workers * 4 * size)
-        return 2 * (workers - 1) * environment.latency_s + sent_bytes / payload_bytes_per_s(slowest_mbit), sent_bytes
-
-
-IDEALS: dict[str, type[Ideal]] = {cls.name: cls for cls in (FreeNetwork, AllReduce)}
+def is_named(config: Config) -> bool:
+    """Whether a Config names it instead of a strategy."""
+    return config.strategy == NAME
 
 
 def resolve(config: Config) -> Config:
-    """Fill in the defaults of the ideal that a Config names. The global batch is fixed by default.
-
-    Raises UserError for an option that the ideal does not use.
-    """
-    ideal = IDEALS[config.strategy]
+    """Fill in the defaults of a Config that names it. Raises UserError for an option that it does not use."""
     if config.sync not in (None, "sync"):
-        raise UserError(f"--strategy {ideal.name} does not support --sync {config.sync}: it supports sync")
-    refuse_unused(config, ideal.name, uses=BATCH_OPTIONS)
-    given = {name: value for name in BATCH_OPTIONS if (value := getattr(config, name)) is not None}
-    return dataclasses.replace(config, sync="sync", **BATCH_OPTIONS | given)
+        raise UserError(f"--strategy {NAME} does not support --sync {config.sync}: it supports sync")
+    refuse_unused(config, NAME, uses=USES)
+    given = {name: value for name in USES if (value := getattr(config, name)) is not None}
+    return dataclasses.replace(config, sync="sync", **USES | given)
 
 
 @dataclass(kw_only=True)
@@ -109,14 +53,12 @@ class Group:
     """State of all workers, which are always at the same step. ``losses``, ``compute_s``, ``samples``: by rank."""
 
     run: VirtualRun
-    ideal: Ideal
     totals: list[Totals]
     stop_reason: str | None = None
     exit_code: int = 0
     step: int = 0
     now_s: float = 0.0
     evaluated_s: float = 0.0
-    bytes_sent: int = 0
     evaluations: list[Evaluation] = field(default_factory=list)
 
     def ended(self) -> bool:
@@ -129,11 +71,7 @@ class Group:
 def train_together(run: VirtualRun) -> list[Finish]:
     """Train until the run ends. Each step computes all gradients, applies their mean and advances the time."""
     workers = run.workers
-    group = Group(
-        run=run,
-        ideal=IDEALS[run.config.strategy](),
-        totals=[Totals() for _ in range(workers)],
-    )
+    group = Group(run=run, totals=[Totals() for _ in range(workers)])
     evaluator = run.evaluator()
     schedule = growth(run.config, workers, run.shards[0].train_samples_global)
     every = run.config.evaluate_every
@@ -152,11 +90,17 @@ def train_together(run: VirtualRun) -> list[Finish]:
     return [_finish(group, rank) for rank in range(workers)]
 
 
+def balanced(gbs: int, paces: Sequence[Pace], limit: int) -> list[int]:
+    """Divide the global batch so that all workers finish at the same time."""
+    fits = [(pace.alpha_s, pace.beta_s) for pace in paces]
+    return solve_lbs(min(gbs, limit * len(paces)), fits, [limit] * len(paces))
+
+
 def _step(group: Group, gbs: int) -> None:
     """Do one step: divide the batch, compute all gradients, apply their mean, advance the time."""
     run, config, environment = group.run, group.run.config, group.run.environment
     paces = [environment.pace(rank, group.now_s, config.seconds) for rank in range(run.workers)]
-    shares = group.ideal.share(gbs, paces, config.batch_size_max or NO_LIMIT)
+    shares = balanced(gbs, paces, config.batch_size_max or NO_LIMIT)
     futures = [
         run.pool.submit(replica.gradient, batches.take(lbs))
         for replica, batches, lbs in zip(run.replicas, run.batches, shares, strict=True)
@@ -184,14 +128,9 @@ def _step(group: Group, gbs: int) -> None:
 
 
 def _record(group: Group, shares: Sequence[int], compute_s: Sequence[float], losses: Sequence[float]) -> None:
-    run, workers = group.run, group.run.workers
-    exchange_s, sent_bytes = group.ideal.exchange(
-        run.environment, group.now_s + max(compute_s), run.config.seconds, run.shared.layout.size
-    )
-    step_s = max(compute_s) + exchange_s
-    start_s = group.now_s
+    run = group.run
+    step_s, start_s = max(compute_s), group.now_s
     group.now_s += step_s
-    group.bytes_sent += sent_bytes
     for rank, (lbs, own_s, loss) in enumerate(zip(shares, compute_s, losses, strict=True)):
         record = StepRecord(
             step=group.step,
@@ -205,8 +144,6 @@ def _record(group: Group, shares: Sequence[int], compute_s: Sequence[float], los
             loss=loss,
             lbs=lbs,
             gbs=sum(shares),
-            bytes_sent=_link((rank + 1) % workers, group.bytes_sent),
-            bytes_received=_link((rank - 1) % workers, group.bytes_sent),
         )
         run.recorders[rank].span(Phase.COMPUTE, group.step, start_s, start_s + own_s)
         run.recorders[rank].span(Phase.WAIT, group.step, start_s + own_s, group.now_s)
@@ -214,10 +151,6 @@ def _record(group: Group, shares: Sequence[int], compute_s: Sequence[float], los
         group.totals[rank].add(record)
         run.meter.step(rank, record, group.evaluations)
     group.step += 1
-
-
-def _link(peer: int, total_bytes: int) -> Mapping[int, int]:
-    return {peer: total_bytes} if total_bytes else {}
 
 
 def _take(group: Group, evaluations: Sequence[Evaluation]) -> None:
@@ -233,7 +166,7 @@ def _take(group: Group, evaluations: Sequence[Evaluation]) -> None:
 def _finish(group: Group, rank: int) -> Finish:
     accuracy = group.evaluations[-1].accuracy
     return Finish(
-        row=group.totals[rank].row(group.now_s, step=group.step, accuracy=accuracy, bytes_sent=group.bytes_sent),
+        row=group.totals[rank].row(group.now_s, step=group.step, accuracy=accuracy, bytes_sent=0),
         evaluations=group.evaluations,
         stop_reason=group.stop_reason,
         exit_code=group.exit_code,
