@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain("interrupted")
         return _end_job(130)
     except Exception:
-        traceback.print_exc()
+        sys.stderr.write(traceback.format_exc())  # in one piece: mpirun may read no more of it
         return _end_job(1)
 
 

@@ -10,9 +10,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
-from types import FrameType
 
 from dlion_mpi.errors import UserError
 from dlion_mpi.log import say
@@ -28,7 +27,7 @@ EXAMPLES = """examples:
 """
 COMMANDS = ("train", "doctor")
 """Commands of dlion that make sense on several ranks."""
-PASSED_ON = (*STOPPING, signal.SIGUSR1)
+WATCHED = {*STOPPING, signal.SIGUSR1, signal.SIGCHLD}
 INTERRUPTS = 3
 """The Ctrl-C that kills the ranks. The first ends a run after the current step, the second at once."""
 PR_SET_PDEATHSIG = 1
@@ -135,7 +134,10 @@ def _mpi_options(text: str) -> list[str]:
 
 
 class Job:
-    """A running launcher. It has its own session, so that a Ctrl-C reaches it through this process only."""
+    """A running launcher. It has its own session, so that a Ctrl-C reaches it through this process only.
+
+    Signals are blocked and fetched one by one: a handler that is interrupted by the next signal might never end.
+    """
 
     def __init__(self, command: Sequence[str], kind: Kind) -> None:
         self._kind = kind
@@ -145,28 +147,32 @@ class Job:
         self._ended_by = 0
         # A background job must not take what is typed in the terminal.
         stdin = subprocess.DEVNULL if sys.stdin is None or sys.stdin.isatty() else None
+        self._unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+        signal.signal(
+            signal.SIGCHLD, lambda number, frame: None
+        )  # a signal that is ignored would not wait to be fetched
         try:
             self._process = subprocess.Popen(
-                command, stdin=stdin, start_new_session=True, preexec_fn=_die_with_parent(kind)
+                command, stdin=stdin, start_new_session=True, preexec_fn=_before_exec(kind, self._unblocked)
             )
         except OSError as error:
             raise UserError(f"{command[0]} cannot be started ({error.strerror})") from None
 
     def wait(self) -> int:
         """Pass signals on until the launcher ends. Returns its exit code, or 128 + the signal that ended it."""
-        before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
-        try:
-            code = self._process.wait()
-        finally:
-            for number, handler in before.items():  # a repeated signal must not change the exit code
-                signal.signal(number, signal.SIG_IGN if self._passed_on else handler)
+        while (code := self._process.poll()) is None:
+            number = signal.sigwait(WATCHED)
+            if number != signal.SIGCHLD:
+                self._pass_on(number)
+        if not self._passed_on:  # a repeated signal must not change the exit code
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._unblocked)
         if self._kind == "hydra" and code in self._passed_on:
             self._ended_by = code  # so MPICH's mpirun says that a signal has killed a rank
         if self._ended_by:
             return 128 + self._ended_by
         return code if code >= 0 else 128 - code
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def _pass_on(self, number: int) -> None:
         """Pass a signal to all ranks.
 
         On SIGINT and SIGTERM, Open MPI's mpirun kills its ranks within a quarter of a second, so the ranks of this
@@ -202,20 +208,20 @@ def ranks_below(launcher_pid: int) -> list[int]:
     return found
 
 
-def _die_with_parent(kind: Kind) -> Callable[[], None] | None:
-    """Return what a launcher does before it starts, so that it ends its ranks if this process is killed.
+def _before_exec(kind: Kind, unblocked: Set[int]) -> Callable[[], None]:
+    """Return what a launcher does before it starts: unblock signals; on Linux, arrange to end with this process.
 
-    SIGTERM makes Open MPI's mpirun and srun do so. MPICH's mpirun would wait for its ranks; if it is killed, its
-    proxies end them.
+    SIGTERM makes Open MPI's mpirun and srun end their ranks. MPICH's mpirun would wait for its ranks; if it is killed,
+    its proxies end them.
     """
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     number = signal.SIGKILL if kind == "hydra" else signal.SIGTERM
     parent = os.getpid()
 
     def prepare() -> None:
-        prctl(PR_SET_PDEATHSIG, int(number))
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, int(number))
         if os.getppid() != parent:
             os._exit(1)
 

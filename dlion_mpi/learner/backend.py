@@ -21,6 +21,7 @@ from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.vector.named_arrays import Array
 
+EXTRAS_OF_KERAS = ("matplotlib", "pandas", "sklearn")
 Tensors = list[Any]
 """Values of variables, as the backend's tensors or as NumPy arrays."""
 
@@ -98,7 +99,7 @@ def stateless(model: KerasModel) -> Stateless:
 def _module() -> Any:
     """The file of Keras's backend. Raises UserError."""
     try:
-        with quiet():
+        with quiet(), light():
             import keras
     except ImportError as error:
         raise UserError(
@@ -109,6 +110,22 @@ def _module() -> Any:
     if find_spec(name) is None:
         raise UserError(f"Keras's backend is {keras.backend.backend()}: set KERAS_BACKEND to tensorflow or jax")
     return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def light() -> Iterator[None]:
+    """Import Keras without the packages that it would import only because they are installed.
+
+    They serve its plots and its wrappers for scikit-learn. Without them a rank starts in two thirds of the time and
+    takes 100 MB less.
+    """
+    absent = [name for name in EXTRAS_OF_KERAS if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None: an import raises ImportError
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.backend import Tensors, quiet
+from dlion_mpi.learner.backend import Tensors, light, quiet
 from dlion_mpi.learner.keras_model import KerasModel
 from dlion_mpi.learner.source import Labels, Pixels
 from dlion_mpi.vector.gradient import Gradient
@@ -24,7 +24,7 @@ from dlion_mpi.vector.named_arrays import Array
 def load() -> Any:
     """Import TensorFlow, quietly. Raises UserError."""
     try:
-        with quiet():
+        with quiet(), light():
             import tensorflow as tf
     except ImportError:
         raise UserError(
@@ -64,10 +64,10 @@ class _Graphs:
         return int(self._evaluate(*self._tensors(knowledge, x, y)))
 
     def _evaluating(self) -> Any:
-        tf, keras_model = self._tf, self._keras
+        keras_model = self._keras
         weights = len(keras_model.trainable)
 
-        @tf.function(input_signature=[self._vector(keras_model.knowledge_layout.size), *self._batch])
+        @self._graph(self._vector(keras_model.knowledge_layout.size), *self._batch)
         def evaluate(knowledge: Any, x: Any, y: Any) -> Any:
             parts = self._split(knowledge, [*keras_model.trainable, *keras_model.statistics])
             state = keras_model.state(parts[weights:], [v.value for v in keras_model.others])
@@ -75,6 +75,13 @@ class _Graphs:
             return keras_model.hits(y, outputs)
 
         return evaluate.get_concrete_function()
+
+    def _graph(self, *signature: Any) -> Any:
+        """Decorate a function that a graph is made of. It runs as it is written, as in Keras's `fit`.
+
+        AutoGraph would rewrite its `if` and `for`, and those of Keras and of the model, which takes a second.
+        """
+        return self._tf.function(input_signature=signature, autograph=False)
 
     def _tensors(self, *values: Any) -> Tensors:
         return [self._tf.convert_to_tensor(value) for value in values]
@@ -141,20 +148,19 @@ class InPlace(_Graphs):
                 for g, v in zip(gradients, trainable, strict=True)
             ]
 
-        @tf.function(input_signature=self._batch)
+        @self._graph(*self._batch)
         def gradient(x: Any, y: Any) -> tuple[Any, Any]:
             loss, gradients = loss_and_gradients(x, y)
             return loss, self._flatten(gradients)
 
-        @tf.function(input_signature=self._batch)
+        @self._graph(*self._batch)
         def step(x: Any, y: Any) -> tuple[Any, Any]:
             loss, gradients = loss_and_gradients(x, y)
             finite = tf.math.is_finite(loss + tf.linalg.global_norm(gradients))
-            if finite:
-                optimizer.apply(gradients, trainable)
+            tf.cond(finite, lambda: optimizer.apply(gradients, trainable), lambda: None)
             return loss, finite
 
-        @tf.function(input_signature=[tf.TensorSpec(v.shape, tf.float32) for v in trainable])
+        @self._graph(*(tf.TensorSpec(v.shape, tf.float32) for v in trainable))
         def apply(*gradients: Any) -> None:
             optimizer.apply(list(gradients), trainable)
 
@@ -164,18 +170,18 @@ class InPlace(_Graphs):
 
     def _compile_copying(self) -> None:
         """Weights, and weights with statistics, out of the variables and into them."""
-        tf, keras_model = self._tf, self._keras
+        keras_model = self._keras
         knowledge = [*keras_model.trainable, *keras_model.statistics]
 
         def read_from(variables: Sequence[Any]) -> Any:
-            @tf.function
+            @self._graph()
             def read() -> Any:
                 return self._flatten([v.value for v in variables])
 
             return read.get_concrete_function()
 
         def write_to(variables: Sequence[Any], size: int) -> Any:
-            @tf.function(input_signature=[self._vector(size)])
+            @self._graph(self._vector(size))
             def write(vector: Any) -> None:
                 for variable, part in zip(variables, self._split(vector, variables), strict=True):
                     variable.assign(part)
@@ -199,7 +205,7 @@ class Stateless(_Graphs):
         state = [tf.TensorSpec(v.shape, v.dtype) for v in keras_model.non_trainable]
         slots = [tf.TensorSpec(v.shape, v.dtype) for v in optimizer.variables]
 
-        @tf.function(input_signature=[vector, state, *self._batch])
+        @self._graph(vector, state, *self._batch)
         def gradient(weights: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any, Any]:
             with tf.GradientTape() as tape:
                 tape.watch(weights)
@@ -209,7 +215,7 @@ class Stateless(_Graphs):
                 loss = keras_model.loss(y, outputs, losses)
             return loss, tape.gradient(loss, weights, unconnected_gradients="zero"), after
 
-        @tf.function(input_signature=[vector, slots, vector])
+        @self._graph(vector, slots, vector)
         def update(weights: Any, slots: Any, gradient: Any) -> tuple[Any, Any]:
             values = (*slots, *self._split(weights, trainable))
             for variable, value in zip((*optimizer.variables, *trainable), values, strict=True):

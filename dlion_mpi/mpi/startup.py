@@ -52,7 +52,7 @@ def world() -> tuple[int, int]:
 def end_if_shared(code: int) -> None:
     """End all ranks, with this rank's traceback, if there are others that would wait. For an exception's handler."""
     if world()[1] > 1:
-        traceback.print_exc()
+        sys.stderr.write(traceback.format_exc())  # in one piece: mpirun may read no more of it
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(code)
 

@@ -271,7 +271,7 @@ def test_digits_and_their_batches_keep_image_and_label_together() -> None:
 
 
 def test_digits_without_scikit_learn_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     assert_refused(r"needs scikit-learn: pip install scikit-learn", "digits")
 
 
