@@ -294,7 +294,7 @@ def test_a_config_file_gives_the_options_and_the_command_line_comes_first(tmp_pa
     file = tmp_path / "run.toml"
     file.write_text(
         '[run]\nsteps = 7\nseed = 3\nprogress_every = 0\n[data]\ndata = "digits"\n'
-        '[model]\nmodel = "tests.nets:dense"\n[exchange]\nmax-n = 50\n',
+        '[model]\nmodel = "tests.nets:dense"\n[dlion]\nmax-n = 50\n',
         encoding="utf-8",
     )
     ended = run(None, "dlion", "train", "--config", str(file), "--steps", "9", "--out", str(tmp_path / "run"))
