@@ -16,11 +16,18 @@ from dlion_mpi.strategies.given import own_options
 from dlion_mpi.strategies.registry import default_values
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Wraps text, but keeps the lines of an epilog with examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, and takes no abbreviations: new options would change their meaning."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options | {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter})
+        super().__init__(**options | {"allow_abbrev": False, "formatter_class": _Formatter})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -29,10 +36,9 @@ class Parser(argparse.ArgumentParser):
 def add_run_options(
     parser: argparse.ArgumentParser, words: Sequence[str] = (), *, hidden: Collection[str] = ()
 ) -> None:
-    """Add ``--config FILE.toml`` and all options of a run, those of strategies in a group each.
+    """Add ``--config FILE.toml`` and all options of a run. ``--help`` shows the common ones, ``--help-all`` all.
 
-    ``words``: the command line, which may name a strategy of the user's own. ``--help`` shows the common options,
-    ``--help-all`` all, but none of the tables that are ``hidden``.
+    ``words``: the command line, which may name a user's strategy. ``hidden``: tables that no help shows.
     """
     parser.usage = "%(prog)s [OPTIONS]"
     parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all options")
@@ -52,7 +58,7 @@ def add_run_options(
 
 
 def _add(group: Any, name: str, f: Field, default: Any) -> argparse.Action:
-    """Add an option. Left out, it stays out of what is parsed: the file or the default then decides."""
+    """Add an option without a default, so that the file or the Config decides if it is left out."""
     text = f.metadata["help"] + ("" if default is None else f" (default: {default})")
     action: argparse.Action = group.add_argument(
         flag(name),
@@ -65,7 +71,7 @@ def _add(group: Any, name: str, f: Field, default: Any) -> argparse.Action:
 
 
 def show(action: argparse.Action, text: str, *, common: bool) -> None:
-    """Set the help text of an option; only ``--help-all`` shows it unless it is ``common``."""
+    """Set the help text of an option. Only ``--help-all`` shows an option that is not ``common``."""
     text = text.replace("%", "%%")
     action.help = text if common else argparse.SUPPRESS
     action.full_help = text  # type: ignore[attr-defined]
@@ -82,14 +88,14 @@ class _HelpAll(argparse.Action):
 
 
 class _Refused(argparse.Action):
-    """Refuse an option that was."""
+    """Refuse a former option."""
 
     def __call__(self, *_: Any) -> NoReturn:
         raise UserError(str(refusal(self.dest)))
 
 
 def _strategy_in(words: Sequence[str]) -> str:
-    """The strategy that a command line names, or else its file, or the run that it resumes; empty if none does."""
+    """Return the strategy that is named by a command line, its file or the run that it resumes; else an empty text."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("strategy", "config", "resume"):
         peek.add_argument(f"--{name}", nargs="?")

@@ -115,9 +115,9 @@ def idle_due_to(f: Field, values: Mapping[str, Any]) -> str:
 def check_effect(f: Field, values: Mapping[str, Any], prefix: str = "", others: str = "") -> None:
     """Raise UserError if another option leaves this one without effect. ``others``: prefix of the other's name."""
     if other := idle_due_to(f, values):
-        raise UserError(
-            f"{flag(prefix + f.name)} has no effect with {flag(others + other)} {values[other]}: drop one of them"
-        )
+        this, that = flag(prefix + f.name), flag(others + other)
+        cure = f"drop it, or choose another {that}" if f.metadata["idle"][other] else "drop one of them"
+        raise UserError(f"{this} has no effect with {that} {values[other]}: {cure}")
 
 
 def _check_text(name: str, value: Any) -> None:

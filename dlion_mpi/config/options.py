@@ -43,12 +43,11 @@ class Config:
 
     strategy: str = _run(
         "dlion",
-        "how workers exchange updates: dlion, baseline, ako, gaia, hop, allreduce, horovod, or PACKAGE.MODULE:CLASS",
+        "how workers exchange updates: dlion, baseline, ako, gaia, hop, powersgd, diloco, allreduce, horovod, or "
+        "PACKAGE.MODULE:CLASS",
         common=True,
     )
-    preset: str | None = _run(
-        None, "another set of the strategy's defaults; dlion has paper: what is known of the paper's settings"
-    )
+    preset: str | None = _run(None, "a named set of the strategy's defaults: paper, the settings of the paper")
     sync: str | None = _run(
         None,
         "when the next step may start: after all messages of this step (sync), at most --staleness steps ahead of the "
@@ -58,7 +57,7 @@ class Config:
     )
     staleness: int | None = _run(
         None,
-        "bounded: steps that a worker may be ahead of the slowest; hop: steps that weights may be old",
+        "bounded: steps that a worker may be ahead of the slowest",
         bounds=Bounds(0, math.inf, "0 or more steps"),
         idle=_NOT_BOUNDED,
         value="STEPS",
@@ -144,7 +143,10 @@ class Config:
         "iid", "how one data set is split between the ranks", choices=("iid", "dirichlet"), common=True
     )
     dirichlet_alpha: float = _data(
-        0.5, "dirichlet: a smaller value makes classes and sizes more unequal", bounds=ABOVE_0
+        0.5,
+        "dirichlet: a smaller value makes classes and sizes more unequal",
+        bounds=ABOVE_0,
+        idle={"partition": ("iid",)},
     )
 
     batch_size: int = _batching(
@@ -180,8 +182,7 @@ class Config:
 
     transfer: str | None = _transfer(
         None,
-        "workers that merge the best worker's weights (default: all with --dlion.unsent drop or another --transfer "
-        "option, else none)",
+        "workers that merge the best worker's weights (default: none where unsent entries are kept, else all)",
         choices=("all", "worse-than-mean", "worst", "none"),
     )
     transfer_period: int | None = _transfer(

@@ -1,4 +1,4 @@
-"""From options as a user gives them, by command line, TOML or Python, to a Config."""
+"""Read the options that a user gives, on the command line, in TOML or in Python, into a Config."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from dlion_mpi.strategies.registry import STRATEGIES, find
 
 
 def own_options(strategy: str = "") -> dict[str, type[StrategyOptions]]:
-    """The options of strategies' own by table: of all that come with the package, and of the user's ``strategy``."""
+    """Return the options that belong to one strategy, by table: of the package's strategies and the user's."""
     classes = [*STRATEGIES.values(), *([find(strategy)] if ":" in strategy else [])]
     return {cls.Options.table: cls.Options for cls in classes}
 
 
 def values_of(options: Mapping[str, Any], *, strategy: str = Config.strategy) -> dict[str, Any]:
-    """Options by full name as their types, the command line's before those of the file ``options["config"]``.
+    """Return options by full name, converted to their types. Those of the file ``options["config"]`` come second.
 
-    ``options``: what was parsed; names that are no options are left out. ``strategy``: the one that is meant where
-    none is given. Raises UserError.
+    ``options``: parsed arguments; other names than options are left out. ``strategy``: the strategy if none is given.
+    Raises UserError.
     """
     path = options.get("config")
     tables = toml.read(path) if path else {}
     strategy = str(options.get("strategy") or tables.get("run", {}).get("strategy") or strategy)
     named = tables.keys() | {name.partition(".")[0] for name in options if "." in name}
-    fields = _by_table(strategy if named - TABLES.keys() - STRATEGIES.keys() else "")
+    fields = _by_table(strategy if named - TABLES.keys() else "")
     values = {}
     for table, entries in tables.items():
         for key, value in entries.items():
@@ -45,7 +45,7 @@ def values_of(options: Mapping[str, Any], *, strategy: str = Config.strategy) ->
 
 
 def config_of(options: Mapping[str, Any]) -> Config:
-    """The Config of parsed options: the file's, overruled by the command line's. Raises UserError."""
+    """Return the Config of parsed options and their file. Raises UserError."""
     return Config.of(values_of(options))
 
 
@@ -53,7 +53,7 @@ Named = tuple[str, Field]
 
 
 def _by_table(strategy: str) -> dict[str, dict[str, Named]]:
-    """Per table the options by key, each with its full name."""
+    """Return the options of each table by key, with their full names."""
     tables: dict[str, dict[str, Named]] = {table: {} for table in TABLES}
     for name, f in FIELDS.items():
         tables[f.metadata["table"]][name] = name, f

@@ -1,4 +1,4 @@
-"""Options of a strategy's own: declared once, for the command line, TOML and Python alike."""
+"""The options that belong to one strategy: declared once for the command line, TOML and Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StrategyOptions:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> StrategyOptions:
-        """The options with these values by name; a value may be text. Raises UserError for an unknown name, too."""
+        """Return the options with these values, converted from text. Raises UserError, also for an unknown name."""
         fields = {f.name: f for f in declared(cls)}
         for name in values:
             if name not in fields:

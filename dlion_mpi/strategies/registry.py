@@ -39,19 +39,19 @@ def find(name: str, *, also: Sequence[str] = ()) -> type[Strategy]:
 
 
 def shared_options() -> set[str]:
-    """The options of a Config that only some strategies use: those that ``uses`` of a strategy names."""
+    """Return the options of a Config that only some strategies use: all names in their ``uses``."""
     return {name for strategy in STRATEGIES.values() for name in strategy.uses}
 
 
 def default_values() -> dict[str, object]:
-    """The default of each option that only some strategies use, for ``--help``: that of the default strategy first."""
+    """Return the defaults of shared options that ``--help`` shows: those of the default strategy first."""
     usual = STRATEGIES[Config.strategy]
     others = {name: value for cls in STRATEGIES.values() for name, value in cls.uses.items()}
     return {**others, **usual.uses, "sync": usual.modes[0]}
 
 
 def resolve(config: Config) -> tuple[Strategy, Config]:
-    """The strategy that the Config names, and the Config with all defaults of that strategy.
+    """Return the strategy that the Config names, and the Config with all defaults of that strategy.
 
     Raises UserError for an unknown strategy, a synchronisation mode or a preset that the strategy lacks, and an option
     that it does not use.
@@ -78,7 +78,7 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
 
 
 def _own_options(cls: type[Strategy], config: Config, preset: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the strategy that were given, and those of the preset that still have an effect."""
+    """Return the given options of the strategy, and those of the preset that have an effect with them."""
     fields = {f.name: f for f in declared(cls.Options)}
     given = {name.partition(".")[2]: value for name, value in config.strategy_options.items()}
     for name in given.keys() & fields.keys():
@@ -90,7 +90,7 @@ def _own_options(cls: type[Strategy], config: Config, preset: Mapping[str, Any])
 def refuse_unused(
     config: Config, strategy: str, *, uses: Iterable[str], own: Any = None, presets: Iterable[str] = ()
 ) -> None:
-    """Raise UserError for an option or a preset that was given and that the strategy does not have."""
+    """Raise UserError for an option or a preset that the strategy does not have."""
     for name in config.strategy_options:
         table = name.partition(".")[0]
         if own is None or table != own.table:

@@ -71,7 +71,10 @@ MISTAKES: list[tuple[list[str], str]] = [
         "--dlion.unsent belongs to --strategy dlion, not to baseline: drop it",
     ),
     (["--gaia.threshold", "0.2"], "--gaia.threshold belongs to --strategy gaia, not to dlion: drop it"),
-    (["--sync", "async", "--staleness", "3"], "--staleness has no effect with --sync async: drop one of them"),
+    (
+        ["--sync", "async", "--staleness", "3"],
+        "--staleness has no effect with --sync async: drop it, or choose another --sync",
+    ),
     (["--dlion.max-n", "0"], "--dlion.max-n 0: must be in (0, 100]"),
     (["--dlion.max-n", "100.5"], "--dlion.max-n 100.5: must be in (0, 100]"),
     (["--dlion.max-n", "-3"], "--dlion.max-n -3: must be in (0, 100]"),
@@ -202,6 +205,8 @@ def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
         chosen |= {"out": "runs/a", "checkpoint_every": "9"}
     if name == "save_model_of":
         chosen["save_model"] = "a.keras"
+    if name == "dirichlet_alpha":
+        chosen["partition"] = "dirichlet"
     chosen.pop(name, None)
     main(["train", flag(name), text, *(word for option, value in chosen.items() for word in (flag(option), value))])
     assert runs == [config_of({name: text, **chosen})]

@@ -29,6 +29,7 @@ AWKWARD = ["", '"', "\\", "'''", '\\"', "a\nb\r\tc", "\x00\x1b\x7f\x85\u2028", "
 
 CHECKPOINTS = {"out": "runs/a", "checkpoint_every": Every(steps=9)}
 BELONGS: dict[str, dict[str, Any]] = {
+    "dirichlet_alpha": {"partition": "dirichlet"},
     "checkpoint_every": {"out": "runs/a"},
     "keep_checkpoints": CHECKPOINTS,
     "time_limit": CHECKPOINTS,
@@ -196,6 +197,7 @@ def test_a_choice_is_one_of_those_that_there_are(name: str) -> None:
         ({"optimizer": "adam", "momentum": 0.9}, "--momentum"),
         ({"sync": "sync", "staleness": 3}, "--staleness.*--sync sync"),
         ({"sync": "async", "backup": 0}, "--backup.*--sync async"),
+        ({"partition": "iid", "dirichlet_alpha": 0.1}, "--dirichlet-alpha.*--partition iid"),
         ({"sync": "async", "patience": 0.5}, "--patience.*--sync async"),
         ({"sync": "sync", "exchange_share": 0.2}, "--exchange-share.*--sync sync"),
         ({"transfer": "none", "transfer_period": 10}, "--transfer-period"),
@@ -367,6 +369,10 @@ def test_defaults_are_filled_in_for_the_chosen_strategy() -> None:
     }
 
 
+def test_help_names_every_strategy() -> None:
+    assert all(name in FIELDS["strategy"].metadata["help"] for name in STRATEGIES)
+
+
 def test_what_is_given_comes_before_the_default() -> None:
     resolved = resolve(named.config(unsent="drop", staleness=0, transfer_merge=0.0, exchange_share=0.0))[1]
     assert (own(resolved, "dlion.unsent"), resolved.staleness) == ("drop", 0)
@@ -485,7 +491,10 @@ def test_staleness_is_for_bounded_alone(mode: str) -> None:
         ({"strategy": "ako", "transfer": "all"}, "which has --staleness, --ako.partitions: drop it"),
         ({"strategy": "gaia", "backup": 1}, "has --staleness, --gaia.threshold, --gaia.barrier: drop it"),
         ({"sync": "sync", "exchange_share": 0.2}, "--exchange-share has no effect with --sync sync"),
-        ({"strategy": "ako", "staleness": 2}, "--staleness has no effect with --sync async: drop one of them"),
+        (
+            {"strategy": "ako", "staleness": 2},
+            "--staleness has no effect with --sync async: drop it, or choose another --sync",
+        ),
         ({"strategy": "hop", "sync": "sync", "hop.skip": 1}, "--hop.skip has no effect with --sync sync"),
         ({"dlion.max_n": 10.0, "dlion.link_share": 1.0}, "--dlion.link-share has no effect with --dlion.max-n 10"),
     ],
