@@ -21,7 +21,7 @@ import numpy as np
 from heading import heading
 
 from dlion_mpi import wire
-from dlion_mpi.algorithms.error_feedback import Budget, Rules, Unsent
+from dlion_mpi.algorithms.error_feedback import Budget, Residuals, Rules
 from dlion_mpi.strategies.dlion import SLACK
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 
@@ -54,7 +54,7 @@ class Sending(NamedTuple):
 def sending_ms(own: Sequence[Vector], shares: Sequence[float], slack: float, steps: int) -> Sending:
     """Measure the cost of sending over links with these shares. Returns medians."""
     size = len(own[0])
-    unsent = Unsent(Layout.of([(size // 100,), (size - size // 100,)]), Rules(None, 0.85, "float32"))
+    unsent = Residuals(Layout.of([(size // 100,), (size - size // 100,)]), Rules(None, 0.85, "float32"))
     buffers = [np.zeros(wire.capacity_bytes(size), np.uint8) for _ in shares]
     times = []
     for step in range(steps):

@@ -1,17 +1,17 @@
-"""What has been computed and not sent yet: one memory for all links of a worker. Pure numpy.
+"""Error feedback: what a worker has computed and not sent yet, in one memory for all its links. Pure numpy.
 
-Links do not each search the whole gradient. It is added to one memory, `common`. What is selected there for the
-widest link leaves `common` for all links at once: a link that can carry it gets it as it is, and to any other it is
-*owed*. A link that owes something chooses among the entries that leave `common` in this step, by what it owes of
-them in all. So for every link
+Each gradient is added to one memory, `common`, so the links do not each search the whole gradient. The entries selected
+for the widest link leave `common` for all links at once. A link that can carry them gets them as they are. Any other
+link keeps them in its residual, `by_peer`, and sends the largest entries of that residual among those that
+leave `common` in this step. So for every link
 
-    sum of what it was sent + owed to it + common == sum of all gradients
+    sum of what was sent + its residual + common == sum of all gradients
 
-and one more link costs in proportion to what is sent, not to the model. Links of about the same width get the same
-entries: all that can take the widest one's get those, of the others all that can take what the widest of them gets,
-and so on. So what many links cost depends on how unlike they are, not on how many.
+and one more link costs in proportion to what is sent, not to the model. Links of similar width get the same entries:
+every link that can carry the widest link's message gets that message, of the rest every link that can carry the
+widest of them gets the same part, and so on. So the cost depends on the number of different widths, not of links.
 
-Source: memory of the unsent as in Deep Gradient Compression (Lin et al. 2018); one for many links: issue 4.
+Source: error feedback as in Deep Gradient Compression (Lin et al. 2018, arXiv 1712.01887); the shared memory is ours.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dlion_mpi.wire import ValueType, bytes_for_count, encoded_bytes, rounded
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What goes to one link: the entries, with the values that the receiver will see, and their N in (0, 100]."""
+    """The entries for one link, with the values that the receiver will see, and their N in (0, 100]."""
 
     entries: Entries
     quality: float
@@ -38,7 +38,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How entries are chosen: by a fixed N (``max_n``), else each link its own N of at least ``n_min``."""
+    """The rules of selection: a fixed N (``max_n``), or for each link its own N of at least ``n_min``."""
 
     max_n: float | None
     n_min: float
@@ -47,32 +47,32 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a message to one link should have, and the most that it may have to be the same as a wider link's."""
+    """The size that a message to one link should have, and the size up to which it may equal a wider link's."""
 
     wanted_bytes: float
     most_bytes: float
 
 
 @dataclass(slots=True)
-class Unsent:
-    """The memory of one worker: ``common`` (P,) float32, what no link has been sent.
+class Residuals:
+    """The memory of one worker. ``common``: (P,) float32, not sent to any link yet.
 
-    ``owed``: by link, (P,) float32 what others have been sent and this one has not; absent where there is nothing.
-    Links that are owed the same have one vector together, and are served together, as long as they are.
+    ``by_peer``: by link, (P,) float32, sent to other links and not to this one; absent if there is nothing. Links with
+    equal residuals share one vector, and are served together as long as they do.
     """
 
     layout: Layout
     rules: Rules
     common: Vector = field(init=False)
-    owed: dict[int, Vector] = field(init=False, default_factory=dict)
+    by_peer: dict[int, Vector] = field(init=False, default_factory=dict)
     sent: Entries | None = field(init=False, default=None)
-    """What left `common` in the newest `take`, as its receivers see it; None if nothing did."""
+    """The entries that left `common` in the newest `take`, as the receivers see them; None if there were none."""
     _selector: Selector = field(init=False)
     _largest: Vector = field(init=False)
     _widest_bytes: float = math.inf
-    """What the widest link's message could have when one was last made."""
+    """The size of the widest link's message when one was last made."""
     _clustering: float = 1.0
-    """Bytes of the last selection over what they would be at random positions."""
+    """Bytes of the last selection, relative to the same number of entries at random positions."""
 
     def __post_init__(self) -> None:
         self.common = np.zeros(self.layout.size, np.float32)
@@ -80,32 +80,33 @@ class Unsent:
         self._largest = self._selector.measure(self.common)
 
     def of(self, peer: int) -> Vector:
-        """All that ``peer`` has not been sent, (P,) float32, a copy."""
-        return self.common + self.owed[peer] if peer in self.owed else self.common.copy()
+        """Return everything that ``peer`` has not been sent, (P,) float32, a copy."""
+        return self.common + self.by_peer[peer] if peer in self.by_peer else self.common.copy()
 
     def to_arrays(self) -> Arrays:
-        """What is remembered, by name: its own arrays, not copies."""
-        owed = under("owed", {str(peer): owed for peer, owed in self.owed.items()})
-        return {"common": self.common, **owed, **numbers(clustering=self._clustering)}
+        """The memory by name, for a checkpoint: its own arrays, not copies."""
+        by_peer = under("by_peer", {str(peer): residual for peer, residual in self.by_peer.items()})
+        return {"common": self.common, **by_peer, **numbers(clustering=self._clustering)}
 
     def from_arrays(self, arrays: Mapping[str, Array], name: str, ranks: Iterable[int]) -> None:
         """Restore what `to_arrays` gave, stored under ``name``. Raises StateError."""
         arrays = part(arrays, name)
         self.common[:] = vector(arrays, "common", self.layout.size)
-        self.owed = {}
-        for peer, owed in vectors_by_rank(arrays, "owed", ranks, self.layout.size).items():
-            self.owed[peer] = next((other for other in self.owed.values() if np.array_equal(other, owed)), owed)
+        self.by_peer = {}
+        for peer, residual in vectors_by_rank(arrays, "by_peer", ranks, self.layout.size).items():
+            equal = (other for other in self.by_peer.values() if np.array_equal(other, residual))
+            self.by_peer[peer] = next(equal, residual)
         self._clustering = number(arrays, "clustering")
 
     def add(self, gradient: Vector) -> None:
-        """Remember a gradient, (P,) float32."""
+        """Add a gradient, (P,) float32."""
         self._largest = self._selector.measure(self.common, add=gradient)
 
     def take(self, budgets: Mapping[int, Budget | None]) -> dict[int, Choice]:
-        """What goes to each link: the largest entries that its budget pays for, or all within a fixed N.
+        """Take out and return the entries for each link: the largest that its budget pays for, or all within a fixed N.
 
-        ``budgets``: of every live link; None for one that takes no message now. Where there is no link any more,
-        entries go on leaving `common` as for the last that there was.
+        ``budgets``: of every live link; None for one that takes no message now. When no link is left, entries keep
+        leaving `common` as they did for the last one.
         """
         self.sent = None
         widest = max((budget.wanted_bytes for budget in budgets.values() if budget is not None), default=None)
@@ -114,52 +115,51 @@ class Unsent:
         if widest is None:
             return {}
         self._widest_bytes = widest
-        shared = self._sent(self.common, self._select(widest))
+        shared = self._take_out(self.common, self._select(widest))
         self.sent = shared.entries
         indices = shared.entries.indices
         shared_bytes = encoded_bytes(indices, self.layout.size, self.rules.value_type)
         choices: dict[int, Choice] = {}
-        for peers, allotted in self._alike(_allotted(budgets, shared_bytes, self.rules.max_n is not None)):
-            if peers[0] not in self.owed and allotted == math.inf:
+        for peers, allotted in self._groups(_allotted(budgets, shared_bytes, self.rules.max_n is not None)):
+            if peers[0] not in self.by_peer and allotted == math.inf:
                 choices |= dict.fromkeys(peers, shared)
                 continue
-            owed = self._debt(peers)
+            residual = self._residual_of(peers)
             if allotted is None:
-                shared.entries.add_to(owed, 1.0)
+                shared.entries.add_to(residual, 1.0)
                 continue
             if allotted == math.inf:
-                choice = self._all(owed, shared)
+                choice = self._all_shared(residual, shared)
             elif indices is None:
-                owed += shared.entries.values
-                choice = self._largest_of_all(owed, allotted)
+                residual += shared.entries.values
+                choice = self._largest_of_all(residual, allotted)
             else:
-                choice = self._largest_among(
-                    owed, shared.entries, allotted, int(len(indices) * allotted / shared_bytes)
-                )
+                count = int(len(indices) * allotted / shared_bytes)
+                choice = self._largest_shared(residual, shared.entries, allotted, count)
             choices |= dict.fromkeys(peers, choice)
         return choices
 
-    def _alike(self, allotted: Mapping[int, float | None]) -> list[tuple[list[int], float | None]]:
-        """The links by what they are owed and allotted: those alike in both are served together."""
+    def _groups(self, allotted: Mapping[int, float | None]) -> list[tuple[list[int], float | None]]:
+        """Group the links whose residuals and allotted bytes are equal: each group is served together."""
         groups: dict[tuple[int | None, float | None], list[int]] = {}
         for peer, size_bytes in allotted.items():
-            owed = id(self.owed[peer]) if peer in self.owed else None
-            groups.setdefault((owed, size_bytes), []).append(peer)
+            residual = id(self.by_peer[peer]) if peer in self.by_peer else None
+            groups.setdefault((residual, size_bytes), []).append(peer)
         return [(peers, size_bytes) for (_, size_bytes), peers in groups.items()]
 
-    def _debt(self, peers: Sequence[int]) -> Vector:
-        """What these links are owed, alike so far, and from now on without those that it was the same for."""
-        if peers[0] not in self.owed:
-            owed = np.zeros(self.layout.size, np.float32)
+    def _residual_of(self, peers: Sequence[int]) -> Vector:
+        """Return the residual that these links share, detached from the links that no longer share it."""
+        if peers[0] not in self.by_peer:
+            residual = np.zeros(self.layout.size, np.float32)
         else:
-            owed = self.owed[peers[0]]
-            if any(other is owed for peer, other in self.owed.items() if peer not in peers):
-                owed = owed.copy()
-        self.owed |= dict.fromkeys(peers, owed)
-        return owed
+            residual = self.by_peer[peers[0]]
+            if any(other is residual for peer, other in self.by_peer.items() if peer not in peers):
+                residual = residual.copy()
+        self.by_peer |= dict.fromkeys(peers, residual)
+        return residual
 
     def _select(self, budget_bytes: float) -> Selection:
-        """From `common`, for the widest link."""
+        """Select from `common` for the widest link."""
         rules = self.rules
         if rules.max_n is not None:
             return self._selector.max_n(self.common, self._largest, rules.max_n)
@@ -176,21 +176,21 @@ class Unsent:
             self._clustering = encoded_bytes(selection.indices, self.layout.size, rules.value_type) / random
         return selection
 
-    def _all(self, owed: Vector, shared: Choice) -> Choice:
-        """The shared entries, each with all that is owed of it."""
-        shared.entries.add_to(owed, 1.0)
-        return self._sent(owed, Selection(shared.entries.indices, shared.quality))
+    def _all_shared(self, residual: Vector, shared: Choice) -> Choice:
+        """Take out the shared entries, each with all of its residual."""
+        shared.entries.add_to(residual, 1.0)
+        return self._take_out(residual, Selection(shared.entries.indices, shared.quality))
 
-    def _largest_of_all(self, owed: Vector, budget_bytes: float) -> Choice:
-        """The largest of everything owed, where everybody else gets everything."""
+    def _largest_of_all(self, residual: Vector, budget_bytes: float) -> Choice:
+        """Take out the largest of all entries, where the shared entries are all entries."""
         rules, selector = self.rules, self._selector
         (selection,) = selector.nested(
-            owed, selector.measure(owed), [budget_bytes], n_min=rules.n_min, value_type=rules.value_type
+            residual, selector.measure(residual), [budget_bytes], n_min=rules.n_min, value_type=rules.value_type
         )
-        return self._sent(owed, selection)
+        return self._take_out(residual, selection)
 
-    def _sent(self, memory: Vector, selection: Selection) -> Choice:
-        """Take what was selected out of a memory, as the receiver will see it; rounding errors stay."""
+    def _take_out(self, memory: Vector, selection: Selection) -> Choice:
+        """Take the selected entries out of a memory, as the receiver will see them; rounding errors stay in it."""
         places = slice(None) if selection.indices is None else selection.indices.astype(np.intp)
         values = memory[places]
         received = rounded(values, self.rules.value_type)
@@ -201,27 +201,73 @@ class Unsent:
             memory[places] = values - received
         return Choice(Entries(self.layout.size, received, selection.indices), selection.quality)
 
-    def _largest_among(self, owed: Vector, shared: Entries, budget_bytes: float, count: int) -> Choice:
-        """The largest of what is owed among the shared entries; about ``count`` of them fit."""
+    def _largest_shared(self, residual: Vector, shared: Entries, budget_bytes: float, count: int) -> Choice:
+        """Take out the largest of the shared entries, with their residual; about ``count`` of them fit."""
         assert shared.indices is not None
         rules, size = self.rules, self.layout.size
         places = shared.indices.astype(np.intp)  # NumPy reads and writes through these much faster
-        values = owed.take(places)
+        values = residual.take(places)
         values += shared.values
         ranking = Ranking(shared.indices, self._selector.relative(places, np.abs(values)))
         chosen, least = ranking.fit(count, budget_bytes, 1 - rules.n_min / 100, size, rules.value_type)
         sent = values.take(chosen)
         received = rounded(sent, rules.value_type)
         values[chosen] = 0 if received is sent else sent - received
-        owed[places] = values
+        residual[places] = values
         return Choice(Entries(size, received, shared.indices.take(chosen)), 100 * (1 - least))
 
 
+@dataclass(slots=True)
+class NoResiduals:
+    """The same without memory: each link gets entries of the newest gradient, and the rest is dropped."""
+
+    layout: Layout
+    rules: Rules
+    sent: Entries | None = field(init=False, default=None)
+    _gradient: Vector = field(init=False)
+    _selector: Selector = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._selector = Selector(self.layout)
+
+    def to_arrays(self) -> Arrays:
+        """Nothing is kept in a checkpoint."""
+        return {}
+
+    def from_arrays(self, arrays: Mapping[str, Array], name: str, ranks: Iterable[int]) -> None:
+        """Restore nothing."""
+
+    def add(self, gradient: Vector) -> None:
+        """Replace the gradient, (P,) float32."""
+        self._gradient = gradient
+
+    def take(self, budgets: Mapping[int, Budget | None]) -> dict[int, Choice]:
+        """Return the entries for each link; see `Residuals.take`."""
+        rules, gradient, selector = self.rules, self._gradient, self._selector
+        ready = {peer: budget.wanted_bytes for peer, budget in budgets.items() if budget is not None}
+        if not ready:
+            return {}
+        largest = selector.measure(gradient)
+        if rules.max_n is not None:
+            selections = [selector.max_n(gradient, largest, rules.max_n)] * len(ready)
+        else:
+            selections = selector.nested(
+                gradient, largest, list(ready.values()), n_min=rules.n_min, value_type=rules.value_type
+            )
+        return {peer: self._choice(selection) for peer, selection in zip(ready, selections, strict=True)}
+
+    def _choice(self, selection: Selection) -> Choice:
+        indices = selection.indices
+        # The whole gradient is copied too: a message must not change after it was made.
+        values = self._gradient.copy() if indices is None else self._gradient[indices]
+        return Choice(Entries(self.layout.size, values, indices), selection.quality)
+
+
 def _allotted(budgets: Mapping[int, Budget | None], shared_bytes: float, fixed_n: bool) -> dict[int, float | None]:
-    """Bytes of each link's message: infinite for the widest one's entries, whole; None for no message.
+    """Allot bytes to each link's message: infinite for the shared entries, whole; None for no message.
 
     From wide to narrow, each link gets what the one before it gets if it can take that, else what it wants.
-    ``shared_bytes``: of the widest one's entries; with a ``fixed_n`` every message has them.
+    ``shared_bytes``: the size of the shared entries. With ``fixed_n`` every message has them all.
     """
     allotted: dict[int, float | None] = dict.fromkeys(budgets)
     ready = [(budget.wanted_bytes, budget.most_bytes, peer) for peer, budget in budgets.items() if budget is not None]

@@ -88,9 +88,10 @@ class Selector:
     ) -> list[Selection]:
         """Select, for every budget, the largest N in [n_min, 100] whose encoded message fits it.
 
-        A smaller budget gets a subset of a larger one's entries. A budget that n_min exceeds gets n_min. Zeros are not
-        selected unless the whole vector fits. One pass over the vector serves all budgets. ``largest``: from `measure`.
-        ``clustering``: expected bytes, relative to entries at random positions (entries near each other cost less).
+        A smaller budget gets a subset of the entries of a larger budget. A budget that n_min exceeds gets n_min. Zeros
+        are not selected unless the whole vector fits. One pass over the vector serves all budgets. ``largest``: from
+        `measure`. ``clustering``: expected bytes, relative to entries at random positions (entries near each other cost
+        less).
         Source: DLion (HPDC 2021), per-link N.
         """
         counts = [self._affordable(budget, value_type, clustering) for budget in budgets_bytes]
@@ -101,7 +102,7 @@ class Selector:
         for budget, count in sorted(set(zip(budgets_bytes, counts, strict=True))):
             if count >= self._size:
                 selections[budget] = Selection(None, 100.0)
-            else:  # a larger budget gets all that a smaller one gets: the smaller one's threshold is the new least
+            else:  # a larger budget gets all entries of a smaller one, whose threshold is the new least
                 assert ranking is not None
                 chosen, least = ranking.fit(count, budget, least, self._size, value_type)
                 selections[budget] = Selection(ranking.indices.take(chosen), 100 * (1 - least))

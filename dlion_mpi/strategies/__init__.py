@@ -1,3 +1,3 @@
-"""How workers exchange what they learn: one file a strategy."""
+"""Strategies: the ways in which workers exchange what they learn, one per file."""
 
 from __future__ import annotations

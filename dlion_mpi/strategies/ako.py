@@ -14,7 +14,7 @@ from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.missed import Missed
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
-from dlion_mpi.strategies.types import Effect, LinkView, LocalGradient, Outgoing, Plan, Weights
+from dlion_mpi.strategies.types import Effect, LinkViews, LocalGradient, Outbox, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
 from dlion_mpi.vector.named_arrays import Array, StateError
 from dlion_mpi.wire import Message
@@ -36,7 +36,7 @@ class AkoState(State):
 class Ako(Strategy):
     """``acc <- acc + g``; partition t mod P of ``acc`` goes to every peer and is zeroed; arrivals are added at once.
 
-    Every entry reaches every peer exactly once, at most P steps late, and nobody waits. P is
+    Every entry reaches every peer exactly once, at most P steps late, and no worker waits. P is
     ``ceil(gamma m (n - 1) / B)`` with gamma steps per second, m bytes of gradient and B bytes per second over all
     links, so that what is sent fits them; or a fixed number. A link that is not ready misses its turn: its part waits
     until the partition comes round again.
@@ -62,7 +62,7 @@ class Ako(Strategy):
         size = plan.layout.size
         return AkoState(plan, np.zeros(size, np.float32), Missed(size), np.empty(size, np.float32))
 
-    def outgoing(self, state: AkoState, local: LocalGradient, links: Mapping[int, LinkView]) -> dict[int, Outgoing]:
+    def outgoing(self, state: AkoState, local: LocalGradient, links: LinkViews) -> Outbox:
         """This step's partition to every peer. In `bounded`, a link that is not ready gets a header."""
         if not links:
             return {}
@@ -93,7 +93,7 @@ class Ako(Strategy):
             raise StateError(f"start is {state.start}, expected an entry of the gradient")
 
 
-def partitions(wanted: int | None, size: int, links: Mapping[int, LinkView]) -> int:
+def partitions(wanted: int | None, size: int, links: LinkViews) -> int:
     """P: ``wanted``, or if that is 0 what the links carry in a step, of which each has B / gamma / (n - 1)."""
     if wanted:
         return min(wanted, size)

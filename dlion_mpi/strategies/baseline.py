@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.state import State, transient
-from dlion_mpi.strategies.types import Effect, LinkView, LocalGradient, Outgoing, Plan, Weights
+from dlion_mpi.strategies.types import Effect, LinkViews, LocalGradient, Outbox, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
 from dlion_mpi.wire import Message
 
@@ -33,9 +33,7 @@ class Baseline(Strategy):
     def start(self, plan: Plan) -> BaselineState:
         return BaselineState(plan, np.empty(plan.layout.size, np.float32))
 
-    def outgoing(
-        self, state: BaselineState, local: LocalGradient, links: Mapping[int, LinkView]
-    ) -> dict[int, Outgoing]:
+    def outgoing(self, state: BaselineState, local: LocalGradient, links: LinkViews) -> Outbox:
         return dict.fromkeys(links, Outgoing(entries=Entries(len(local.vector), local.vector), quality=100.0))
 
     def incoming(

@@ -10,7 +10,7 @@ from dlion_mpi.config.options import Config
 from dlion_mpi.strategies import state as state_as_arrays
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State
-from dlion_mpi.strategies.types import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, Sums, Weights
+from dlion_mpi.strategies.types import Effect, Inbox, LinkViews, LocalGradient, Outbox, Plan, Sums, Weights
 from dlion_mpi.vector.named_arrays import Array, Arrays
 from dlion_mpi.wire import Message
 
@@ -23,7 +23,7 @@ TRANSFER: Mapping[str, object] = {"transfer": "worse-than-mean", "transfer_perio
 
 
 class Strategy:
-    """How workers exchange what they learn. A strategy inherits from this class and defines what it does differently.
+    """A way for workers to exchange what they learn. A strategy inherits from this class and overrides what differs.
 
     `start` makes the `State` of one worker. The loop passes it to every call, which may change it. A strategy keeps
     nothing anywhere else, and knows no MPI, no clock and no backend, so the same class trains over MPI, in virtual time
@@ -36,14 +36,14 @@ class Strategy:
     uses: ClassVar[Mapping[str, object]] = {}
     """The shared options that it uses, by their Config name, with its defaults. Others are refused."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
-    """More sets of defaults by name, for ``--preset``: of options that it uses, and of its own."""
+    """More sets of defaults by name, for ``--preset``: for the options in ``uses`` and in ``Options``."""
     restates: ClassVar[bool] = False
-    """Whether its messages say what is (weights), not what has changed (gradients), so that a repeated one is harmless
-    after a resume."""
+    """Whether its messages carry weights, not gradients or updates: then one that is sent again after a resume does no
+    harm."""
     window: ClassVar[int] = 2
-    """Unacknowledged messages with which a link is no longer ready."""
+    """The number of unacknowledged messages at which a link is no longer ready."""
     summed_by: ClassVar[str] = "mpi"
-    """What computes its sums: ``mpi``, or ``horovod``."""
+    """The library that computes its sums: ``mpi`` or ``horovod``."""
     Options: ClassVar[type[StrategyOptions]] = StrategyOptions
     """A frozen dataclass of the strategy's own options: ``--gaia.threshold 0.2``, ``Gaia(threshold=0.2)``."""
     options: Any
@@ -74,16 +74,14 @@ class Strategy:
         """Return the state before the first step: a `State`, or a dataclass that inherits from it."""
         return State(plan)
 
-    def before_compute(
-        self, state: Any, step: int, weights: Weights, links: Mapping[int, LinkView]
-    ) -> dict[int, Outgoing]:
+    def before_compute(self, state: Any, step: int, weights: Weights, links: LinkViews) -> Outbox:
         """Return what to send to which peer before the gradient of ``step`` is computed. ``links``: of the live peers.
 
         While the worker waits in that step, the loop asks again whenever something has arrived.
         """
         return {}
 
-    def outgoing(self, state: Any, local: LocalGradient, links: Mapping[int, LinkView]) -> dict[int, Outgoing]:
+    def outgoing(self, state: Any, local: LocalGradient, links: LinkViews) -> Outbox:
         """Return what to send to which peer after ``local`` was computed. ``links``: of the live peers."""
         return {}
 

@@ -1,4 +1,4 @@
-"""DLion: weighted gradients, each link its own N, the unsent remembered."""
+"""DLion: each link gets the largest entries that it can deliver in time; the rest stays as a residual."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ from typing import ClassVar
 import numpy as np
 
 from dlion_mpi.algorithms.bandwidth import MEASURABLE_BYTES
-from dlion_mpi.algorithms.error_feedback import Budget, Choice, Rules, Unsent
-from dlion_mpi.algorithms.selection import Selection, Selector
+from dlion_mpi.algorithms.error_feedback import Budget, NoResiduals, Residuals, Rules
 from dlion_mpi.algorithms.weighting import coefficient
 from dlion_mpi.config.fields import Bounds, option
 from dlion_mpi.config.options import Config
 from dlion_mpi.strategies.contract import BATCHING, TRANSFER, Strategy
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
-from dlion_mpi.strategies.types import Effect, LinkView, LocalGradient, Outgoing, Plan, Weights
-from dlion_mpi.vector.layout import Entries, Vector
-from dlion_mpi.wire import Message, ValueType
+from dlion_mpi.strategies.types import Effect, LinkView, LinkViews, LocalGradient, Outbox, Outgoing, Plan, Weights
+from dlion_mpi.vector.layout import Vector
+from dlion_mpi.wire import Message
 
 
 @dataclass(slots=True)
 class DlionState(State):
-    """``unsent``: the residuals, None if they are dropped. ``effective``: (P,) float32, a buffer."""
+    """``residuals``: what was computed and not sent. ``effective``: (P,) float32, a buffer."""
 
-    unsent: Unsent | None
-    selector: Selector = transient()
+    residuals: Residuals | NoResiduals
     effective: Vector = transient()
 
 
@@ -63,11 +61,12 @@ PAPER: Mapping[str, object] = {
 
 
 class Dlion(Strategy):
-    """``w_k <- w_k - eta sum_j c_j g_j``: of every gradient the largest entries that links carry in time, the others
-    later; the own as it is sent, or whole.
+    """``w_k <- w_k - eta sum_j c_j g_j``, with the entries of g_j that have arrived from worker j.
 
-    Source: DLion (HPDC 2021), sections on weighted dynamic batching and per-link prioritized gradient exchange;
-    remembering the unsent, and applying as it is sent, follow Deep Gradient Compression (Lin et al. 2018).
+    Each link gets the largest entries that it can deliver within the step. The rest stays as a residual, which is sent
+    later. A worker applies entries of its local gradient when it sends them, so that all replicas stay equal.
+    Source: DLion (HPDC 2021), sections on weighted dynamic batching and per-link prioritized gradient exchange. The
+    residual, and applying entries as they are sent, follow Deep Gradient Compression (Lin et al. 2018).
     """
 
     name = "dlion"
@@ -150,34 +149,28 @@ class Dlion(Strategy):
 
     def start(self, plan: Plan) -> DlionState:
         rules = Rules(max_n=self.options.max_n, n_min=N_MIN, value_type=plan.config.value_type or "float32")
-        unsent = Unsent(plan.layout, rules) if self.remembers else None
-        return DlionState(plan, unsent, Selector(plan.layout), np.empty(plan.layout.size, np.float32))
+        memory = Residuals if self.remembers else NoResiduals
+        return DlionState(plan, memory(plan.layout, rules), np.empty(plan.layout.size, np.float32))
 
-    def outgoing(self, state: DlionState, local: LocalGradient, links: Mapping[int, LinkView]) -> dict[int, Outgoing]:
-        """Every ready link gets the largest entries that fit it.
-
-        Where somebody may be waiting for this worker's step, any other link gets a header that tells it.
-        """
+    def outgoing(self, state: DlionState, local: LocalGradient, links: LinkViews) -> Outbox:
+        """The largest entries that fit each ready link; on other links a header, if a peer may wait for this step."""
         config = state.plan.config
         budgets = {peer: self._budget(link, config, state.plan.layout.size) for peer, link in links.items()}
-        told = [peer for peer, budget in budgets.items() if budget is not None or config.mode.reports_progress]
-        messages = {peer: Outgoing() for peer in told}
-        if state.unsent is not None:
-            state.unsent.add(local.vector)
-            choices = state.unsent.take(budgets)
-        else:
-            choices = self._largest(state, local.vector, budgets)
-        for peer, choice in choices.items():
-            messages[peer] = Outgoing(entries=choice.entries, quality=choice.quality, value_type=_value_type(state))
+        reached = (p for p, budget in budgets.items() if budget is not None or config.mode.reports_progress)
+        messages = {peer: Outgoing() for peer in reached}
+        state.residuals.add(local.vector)
+        value_type = config.value_type or "float32"
+        for peer, choice in state.residuals.take(budgets).items():
+            messages[peer] = Outgoing(entries=choice.entries, quality=choice.quality, value_type=value_type)
         return messages
 
     def incoming(
         self, state: DlionState, local: LocalGradient, weights: Weights, messages: Sequence[Message]
     ) -> Effect:
-        """The weighted sum of the own gradient, or of what was sent of it and of earlier ones, and of what arrived.
+        """The weighted sum of what has arrived, and of the local gradient or what was sent of it.
 
-        What was sent is added in the order of ranks, the own in its place: so everyone's sum of the same is the same
-        float32 for float32.
+        Sent entries are added in the order of ranks, those of this worker in its place: so workers that have the same
+        entries get the same float32 sum.
         """
         config, workers = state.plan.config, len(state.plan.ranks)
 
@@ -186,10 +179,10 @@ class Dlion(Strategy):
 
         own = share(local.lbs, local.gbs)
         addends = [(m.header.sender, m.entries, share(m.header.lbs, m.header.gbs)) for m in messages]
-        if state.unsent is not None and self.applies_as_sent(config):
+        if self.applies_as_sent(config):
             state.effective.fill(0)
-            if state.unsent.sent is not None:
-                addends.append((state.plan.rank, state.unsent.sent, own))
+            if state.residuals.sent is not None:
+                addends.append((state.plan.rank, state.residuals.sent, own))
         else:
             np.multiply(local.vector, np.float32(own), out=state.effective)
         for _, entries, weight in sorted(addends, key=lambda addend: addend[0]):
@@ -215,29 +208,3 @@ class Dlion(Strategy):
             wanted_bytes = min(wanted_bytes, MESSAGE_LIMIT * gradient_bytes)
         wanted_bytes = min(max(wanted_bytes, min(MEASURABLE_BYTES, can_bytes)), link.affordable_bytes)
         return Budget(wanted_bytes, min(SLACK * wanted_bytes, can_bytes))
-
-    def _largest(self, state: DlionState, gradient: Vector, budgets: Mapping[int, Budget | None]) -> dict[int, Choice]:
-        """Select from this gradient alone, for every link that takes a message now."""
-        selector = state.selector
-        ready = {peer: budget.wanted_bytes for peer, budget in budgets.items() if budget is not None}
-        if not ready:
-            return {}
-        largest = selector.measure(gradient)
-        if self.options.max_n is not None:
-            selections = [selector.max_n(gradient, largest, self.options.max_n)] * len(ready)
-        else:
-            selections = selector.nested(
-                gradient, largest, list(ready.values()), n_min=N_MIN, value_type=_value_type(state)
-            )
-        return {peer: _choice(gradient, selection) for peer, selection in zip(ready, selections, strict=True)}
-
-
-def _value_type(state: DlionState) -> ValueType:
-    return state.plan.config.value_type or "float32"
-
-
-def _choice(gradient: Vector, selection: Selection) -> Choice:
-    indices = selection.indices
-    # Also the whole gradient is copied: a message must not change after it was made.
-    values = gradient.copy() if indices is None else gradient[indices]
-    return Choice(Entries(len(gradient), values, indices), selection.quality)

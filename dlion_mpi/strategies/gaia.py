@@ -1,4 +1,4 @@
-"""Gaia: updates travel when they are significant, and nobody reads entries that are known to be out of date."""
+"""Gaia: updates travel when they are significant, and no worker reads entries that are known to be outdated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.missed import Missed
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
-from dlion_mpi.strategies.types import Effect, Inbox, LinkView, LocalGradient, Outgoing, Plan, Weights
+from dlion_mpi.strategies.types import Effect, Inbox, LinkViews, LocalGradient, Outbox, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
 from dlion_mpi.wire import Message, capacity_bytes, encoded_bytes
 
@@ -24,24 +24,23 @@ class GaiaState(State):
     """``accumulated``: (P,) float32, local updates not sent to anyone yet. ``missed``: what single peers lack.
 
     ``before``: the weights before the optimizer's last update; None when ``accumulated`` has that update already.
-    ``told``: the last step that was reported to everyone. ``effective``: (P,) float32, a buffer.
+    ``reported``: the last step that all peers were informed of. ``effective``: (P,) float32, a buffer.
     """
 
     accumulated: Vector
     missed: Missed
     effective: Vector = transient()
     before: Vector | None = None
-    told: int = -1
+    reported: int = -1
 
 
 class Gaia(Strategy):
     """Approximate Synchronous Parallel: ``acc <- acc + u``; entry i is sent when ``|acc_i| > S_t |w_i|``, then zeroed.
 
-    ``u`` is what the optimizer has done to the weights with this worker's gradient over n; a peer adds it to its own
-    weights. ``S_t = S_0 / sqrt(t)``, t from 1. Insignificant entries keep accumulating.
-    Selective barrier: when a message is more than its link carries in a step, the indices go first, and the peer does
-    not read those entries before the values arrive. A gradient reads every entry, so the peer waits.
-    Mirror clock: nobody is more than ``--staleness`` steps ahead of the slowest (`bounded`).
+    ``u`` is what the optimizer does to the weights with this worker's gradient over n; a peer adds it to its
+    weights. ``S_t = S_0 / sqrt(t)``, t from 1. Selective barrier: the indices of a message that takes its link longer
+    than a step go first, and the peer does not compute a gradient before the values arrive. Mirror clock: no worker is
+    more than ``--staleness`` steps ahead of the slowest (`bounded`).
     Source: Hsieh et al., "Gaia: Geo-Distributed Machine Learning Approaching LAN Speeds", NSDI 2017, section 3.
     """
 
@@ -62,26 +61,23 @@ class Gaia(Strategy):
         size = plan.layout.size
         return GaiaState(plan, np.zeros(size, np.float32), Missed(size), np.empty(size, np.float32))
 
-    def before_compute(
-        self, state: GaiaState, step: int, weights: Weights, links: Mapping[int, LinkView]
-    ) -> dict[int, Outgoing]:
+    def before_compute(self, state: GaiaState, step: int, weights: Weights, links: LinkViews) -> Outbox:
         """The significant updates so far to every peer; in `bounded`, at least a header."""
-        config, size = state.plan.config, len(state.accumulated)
+        config, size, waits = state.plan.config, len(state.accumulated), self.options.barrier == "selective"
         entries = Entries(size, np.empty(0, np.float32), np.empty(0, np.uint32))
         if state.before is not None:
             now = weights()
             state.accumulated += now - state.before
             state.before = None
             entries = _significant(state, now, threshold(self.options.threshold, step))
-        report = config.mode.reports_progress and state.told < step
+        report = config.mode.reports_progress and state.reported < step
         messages = {peer: Outgoing() for peer in (links if report else ())}
-        state.told = step
+        state.reported = step
         for peer, link in links.items():
             due = state.missed.due(peer, entries, link.ready, everything=True)
             if due is not None and len(due):
                 slow = encoded_bytes(due.indices, size) > link.budget_bytes
-                announced = slow and self.options.barrier == "selective"
-                messages[peer] = Outgoing(entries=due, quality=100 * len(due) / size, announced=announced)
+                messages[peer] = Outgoing(entries=due, quality=100 * len(due) / size, announced=slow and waits)
         return messages
 
     def incoming(self, state: GaiaState, local: LocalGradient, weights: Weights, messages: Sequence[Message]) -> Effect:
@@ -106,10 +102,8 @@ def _significant(state: GaiaState, weights: Vector, least: float) -> Entries:
     """Take the entries with ``|acc| > least |w|`` out of ``accumulated``; all entries, if that is no larger message."""
     size = len(weights)
     indices = np.flatnonzero(np.abs(state.accumulated) > np.abs(weights) * np.float32(least)).astype(np.uint32)
-    if len(indices) and encoded_bytes(indices, size) >= capacity_bytes(size):
-        entries = Entries(size, state.accumulated.copy())
-        state.accumulated.fill(0)
-        return entries
-    entries = Entries(size, state.accumulated[indices], indices)
-    state.accumulated[indices] = 0
+    dense = len(indices) > 0 and encoded_bytes(indices, size) >= capacity_bytes(size)
+    places = slice(None) if dense else indices
+    entries = Entries(size, state.accumulated[places].copy(), None if dense else indices)
+    state.accumulated[places] = 0
     return entries

@@ -1,4 +1,4 @@
-"""A residual per peer, for strategies that send the same entries to everyone."""
+"""A residual per peer, for strategies that send the same entries to all peers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dlion_mpi.vector.named_arrays import Array, Arrays, vectors_by_rank
 
 @dataclass(slots=True)
 class Missed:
-    """What was due to peers whose links were not ready: by peer a vector of ``size`` entries, float32.
+    """Entries due to peers whose links were not ready: by peer a vector of ``size`` entries, float32.
 
     A vector is made when it is first needed, so entries that all peers get at once are stored once, not per link.
     """

@@ -33,10 +33,10 @@ class State:
 
 @runtime_checkable
 class Kept(Protocol):
-    """A part of a state that says itself how it is kept, such as `missed.Missed`."""
+    """A part of a state that defines how it is kept, such as `missed.Missed`."""
 
     def to_arrays(self) -> Arrays:
-        """What is kept, by name."""
+        """The kept arrays by name."""
 
     def from_arrays(self, arrays: Mapping[str, Array], name: str, ranks: Iterable[int]) -> None:
         """Restore what `to_arrays` gave, stored under ``name``. Raises StateError."""

@@ -1,9 +1,9 @@
-"""What the training loop and a strategy hand each other."""
+"""Arguments and answers of a strategy: the types that the training loop and a strategy exchange."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from dlion_mpi.wire import Kind, Message, ValueType
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is known before the first step: the resolved Config, this rank, all ranks, the gradient's layout."""
+    """The facts known before the first step: the resolved Config, this rank, all ranks, the gradient's layout."""
 
     config: Config
     rank: int
@@ -39,6 +39,10 @@ class LinkView:
     idle: bool = True
     room_bytes: float = math.inf
     affordable_bytes: float = math.inf
+
+
+LinkViews = Mapping[int, LinkView]
+"""By live peer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,7 @@ class Inbox:
     """By live peer, the step of its newest message; -1 before the first."""
     held: list[Message] = field(default_factory=list)
     announced: dict[int, Entries] = field(default_factory=dict)
-    """By peer, the entries whose values are in flight: nobody should read them before the values arrive."""
+    """By peer, the entries whose values are in flight: they should not be read before the values arrive."""
 
     received: dict[int, int] = field(default_factory=dict)
     """By peer, the sequence number of its newest message: the messages that it has sent so far."""
@@ -112,9 +116,13 @@ class Outgoing:
     announced: bool = False
 
 
+Outbox = dict[int, Outgoing]
+"""By peer, the message that it gets."""
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What to do to the replica: set ``weights``, then give the optimizer ``gradient``. Both (P,) float32 or None.
+    """A change of the replica: set ``weights``, then give the optimizer ``gradient``. Both (P,) float32 or None.
 
     ``skipped``: the number of steps to leave out after this one.
     """

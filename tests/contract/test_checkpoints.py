@@ -253,7 +253,7 @@ def owed(state: Arrays, peer: int, strategy: str, weights: np.ndarray) -> np.nda
     """What a worker has not sent to ``peer``: gradients, or for gaia updates, which have the other sign."""
     nothing = np.zeros(SIZE, np.float32)
     if strategy == "dlion":
-        return state["unsent/common"] + state.get(f"unsent/owed/{peer}", nothing)
+        return state["residuals/common"] + state.get(f"residuals/by_peer/{peer}", nothing)
     unsent = state["accumulated"] + state.get(f"missed/{peer}", nothing)
     if strategy == "ako":
         return unsent

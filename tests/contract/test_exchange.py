@@ -96,7 +96,7 @@ def test_accumulate_loses_nothing_bit_for_bit(seed: int, offers: list[Any]) -> N
         for peer, message in messages.items():
             sent[peer] += dense(message)
     for peer in (1, 2):
-        np.testing.assert_array_equal(sent[peer] + state.unsent.of(peer), np.sum(own, axis=0, dtype=np.float64))
+        np.testing.assert_array_equal(sent[peer] + state.residuals.of(peer), np.sum(own, axis=0, dtype=np.float64))
 
 
 @pytest.mark.parametrize("value_type", ["float32", "bfloat16"])
@@ -110,7 +110,7 @@ def test_the_own_gradient_is_applied_as_the_widest_link_gets_it(
     own = gradients(seed, len(offers), whole=value_type == "float32")
     for step, (gradient, offer) in enumerate(zip(own, offers, strict=True)):
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
-        free = not state.unsent.owed
+        free = not state.residuals.by_peer
         messages = strategy.outgoing(state, local(gradient, step=step), views)
         effect = strategy.incoming(state, local(gradient, step=step, lbs=8, gbs=8), OPTIMUM.copy, [])
         applied += effect.gradient
@@ -120,7 +120,7 @@ def test_the_own_gradient_is_applied_as_the_widest_link_gets_it(
             np.testing.assert_array_equal(effect.gradient, dense(messages[widest]))
     total = np.sum(own, axis=0, dtype=np.float64)
     rounding = 0 if value_type == "float32" else 1e-5 * np.abs(own).sum(axis=0)
-    assert (np.abs(applied + state.unsent.common - total) <= rounding).all()
+    assert (np.abs(applied + state.residuals.common - total) <= rounding).all()
 
 
 def test_who_is_left_alone_goes_on_as_with_the_last_of_its_links() -> None:
@@ -135,7 +135,7 @@ def test_who_is_left_alone_goes_on_as_with_the_last_of_its_links() -> None:
         entries.append(np.count_nonzero(effect.gradient))
         total += effect.gradient
     assert 0 < max(entries[10:]) <= max(entries[:10]) + 2 < SIZE / 2
-    np.testing.assert_array_equal(total + state.unsent.common, np.sum(gradients(5, 60, whole=True)[:20], axis=0))
+    np.testing.assert_array_equal(total + state.residuals.common, np.sum(gradients(5, 60, whole=True)[:20], axis=0))
 
 
 @given(seed=st.integers(0, 1000), offers=OFFERS)
@@ -144,15 +144,15 @@ def test_an_entry_is_sent_whole_or_kept_whole(seed: int, offers: list[Any]) -> N
     strategy, state = start_dlion(unsent="accumulate")
     nothing = np.zeros(SIZE, np.float32)
     for step, (gradient, offer) in enumerate(zip(gradients(seed, len(offers), whole=False), offers, strict=True)):
-        accumulated = state.unsent.common + gradient
-        owed = {peer: state.unsent.owed.get(peer, nothing).copy() for peer in (1, 2)}
+        accumulated = state.residuals.common + gradient
+        owed = {peer: state.residuals.by_peer.get(peer, nothing).copy() for peer in (1, 2)}
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
         messages = strategy.outgoing(state, local(gradient, step=step), views)
-        left = accumulated - state.unsent.common
+        left = accumulated - state.residuals.common
         np.testing.assert_array_equal(left[left != 0], accumulated[left != 0])
         for peer in (1, 2):
             sent = dense(messages[peer]) if peer in messages else nothing
-            still_owed = state.unsent.owed.get(peer, nothing)
+            still_owed = state.residuals.by_peer.get(peer, nothing)
             assert not (sent * still_owed).any()
             assert (sent + still_owed).tobytes() == (owed[peer] + left + np.float32(0)).tobytes()
 
@@ -175,7 +175,7 @@ def test_with_16_bit_values_the_rounding_error_is_kept(value_type: ValueType, se
             np.testing.assert_array_equal(wire.rounded(message.entries.values, value_type), message.entries.values)
             sent[peer] += seen
         for peer in (1, 2):
-            np.testing.assert_allclose(sent[peer] + state.unsent.of(peer), total, rtol=0, atol=rounding)
+            np.testing.assert_allclose(sent[peer] + state.residuals.of(peer), total, rtol=0, atol=rounding)
 
 
 def test_a_link_that_was_blocked_gets_all_it_is_owed_of_what_is_sent_next() -> None:
@@ -195,14 +195,14 @@ def test_a_slow_link_beside_a_fast_one_gets_the_largest_of_what_it_is_owed() -> 
     own = np.random.default_rng(5).normal(size=(200, SIZE)).astype(np.float32)
     for gradient in own:
         messages = strategy.outgoing(state, local(gradient), links)
-        sent, owed = dense(messages[1]), state.unsent.owed[1]
+        sent, owed = dense(messages[1]), state.residuals.by_peer[1]
         shared = dense(messages[2]) != 0
         for start, stop in zip(LAYOUT.starts, LAYOUT.starts[1:], strict=False):
             part = slice(start, stop)
             passed_over = np.abs(owed[part][shared[part]])
             if sent[part].any() and len(passed_over):
                 assert np.abs(sent[part]).max() >= passed_over.max()
-    assert np.abs(state.unsent.of(1)).max() < 0.1 * np.abs(own).sum(axis=0).max()
+    assert np.abs(state.residuals.of(1)).max() < 0.1 * np.abs(own).sum(axis=0).max()
 
 
 def test_what_a_blocked_link_misses_comes_later() -> None:
@@ -301,10 +301,10 @@ def test_links_of_about_the_same_width_get_the_same_entries() -> None:
     wide, narrower, narrow = LinkView(True, 1000.0), LinkView(True, 300.0), LinkView(True, 150.0)
     messages = strategy.outgoing(state, local(OPTIMUM), {1: wide, 2: narrower})
     np.testing.assert_array_equal(dense(messages[1]), dense(messages[2]))
-    assert not state.unsent.owed
+    assert not state.residuals.by_peer
     messages = strategy.outgoing(state, local(OPTIMUM), {1: wide, 2: narrow})
     assert np.count_nonzero(dense(messages[2])) < np.count_nonzero(dense(messages[1]))
-    assert list(state.unsent.owed) == [2]
+    assert list(state.residuals.by_peer) == [2]
 
 
 def test_messages_are_made_neither_very_small_nor_very_large_where_links_have_room(

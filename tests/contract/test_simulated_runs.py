@@ -153,7 +153,7 @@ def test_what_was_computed_was_sent_or_is_remembered(
     simulate(config(**options), cloud(mbit=0.3), report=False)
     assert sum(sparse) > 20
     for (source, destination), total in came.items():
-        kept = workers[source].state.unsent.of(destination)
+        kept = workers[source].state.residuals.of(destination)
         assert np.abs(kept).max() > 0
         np.testing.assert_allclose(total + kept, computed[source], rtol=1e-3, atol=2e-5)
 
@@ -299,7 +299,7 @@ def test_patience_does_not_wait_for_those_that_backup_leaves_out(tmp_path: Path)
 def test_replicas_that_get_everything_in_time_stay_the_same(tmp_path: Path, workers: list[Worker]) -> None:
     simulate(config(steps=20, link_share=0.3), cloud((24.0, 12.0, 4.0), mbit=3.0), report=False)
     first, *others = (worker.replica.weights() for worker in workers)
-    assert all(worker.state.unsent.common.any() for worker in workers), "everything was sent at once"
+    assert all(worker.state.residuals.common.any() for worker in workers), "everything was sent at once"
     assert all(weights.tobytes() == first.tobytes() for weights in others)
 
 

@@ -27,7 +27,7 @@ def state(step: int, size: int = 60_000) -> Arrays:
     """Large and small arrays that tell their step."""
     return {
         "model/knowledge": np.full(size, step, np.float32),
-        "strategy/unsent/common": np.arange(size, dtype=np.float32) + step,
+        "strategy/residuals/common": np.arange(size, dtype=np.float32) + step,
         "worker/step": np.array(step, np.int64),
         "inbox/values": np.empty(0, np.float32),
     }

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion_mpi.algorithms.error_feedback import Budget, Choice, Rules, Unsent
+from dlion_mpi.algorithms.error_feedback import Budget, Choice, Residuals, Rules
 from dlion_mpi.vector.layout import Layout, Vector
 
 LAYOUT = Layout.of([(300,), (20, 30)])
@@ -18,8 +18,8 @@ NARROW = Budget(60.0, 240.0)
 """Too narrow for what WIDE wants."""
 
 
-def memory() -> Unsent:
-    return Unsent(LAYOUT, Rules(max_n=None, n_min=0.85, value_type="float32"))
+def memory() -> Residuals:
+    return Residuals(LAYOUT, Rules(max_n=None, n_min=0.85, value_type="float32"))
 
 
 def gradients(seed: int, steps: int) -> list[Vector]:
@@ -68,8 +68,8 @@ def test_links_of_about_the_same_width_get_the_same_entries_also_where_others_ar
         assert choices[2] is choices[3] is choices[4], "served once"
         assert len(choices[1].entries) > len(choices[2].entries) > 0
         assert choices[5] is not choices[2], "for whom even that is too much"
-    assert unsent.owed[2] is unsent.owed[3] is unsent.owed[4]
-    assert unsent.owed[5] is not unsent.owed[2]
+    assert unsent.by_peer[2] is unsent.by_peer[3] is unsent.by_peer[4]
+    assert unsent.by_peer[5] is not unsent.by_peer[2]
 
 
 def test_a_link_that_misses_a_message_is_owed_more_than_those_that_it_was_served_with() -> None:
@@ -86,7 +86,7 @@ def test_a_link_that_misses_a_message_is_owed_more_than_those_that_it_was_served
     unsent.add(own[2])
     choices = unsent.take(both)
     assert choices[2] is not choices[3]
-    assert np.count_nonzero(unsent.owed[3]) > np.count_nonzero(unsent.owed[2])
+    assert np.count_nonzero(unsent.by_peer[3]) > np.count_nonzero(unsent.by_peer[2])
 
 
 def test_links_that_were_served_together_are_so_after_a_checkpoint() -> None:
@@ -95,9 +95,9 @@ def test_links_that_were_served_together_are_so_after_a_checkpoint() -> None:
         unsent.add(gradient)
         unsent.take({1: WIDE, 2: NARROW, 3: NARROW, 4: None})
     resumed.from_arrays(
-        {f"unsent/{name}": np.array(array) for name, array in unsent.to_arrays().items()}, "unsent", PEERS
+        {f"residuals/{name}": np.array(array) for name, array in unsent.to_arrays().items()}, "residuals", PEERS
     )
-    assert resumed.owed[2] is resumed.owed[3]
-    assert resumed.owed[4] is not resumed.owed[2]
+    assert resumed.by_peer[2] is resumed.by_peer[3]
+    assert resumed.by_peer[4] is not resumed.by_peer[2]
     for peer in PEERS:
         np.testing.assert_array_equal(resumed.of(peer), unsent.of(peer))
