@@ -16,7 +16,8 @@ from dlion_mpi.errors import UserError
 from dlion_mpi.simulation.simulate import micro_cloud, simulate
 from dlion_mpi.strategies.given import config_of
 from dlion_mpi.strategies.registry import STRATEGIES, find, resolve
-from tests.contract.problem import OPTIMUM, ROUGH, trained
+from dlion_mpi.strategies.types import LinkView, Plan
+from tests.contract.problem import LAYOUT, OPTIMUM, ROUGH, local, trained
 from tests.markdown import write_files
 
 MODULE = """
@@ -134,7 +135,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name in ("brought", "broken", "turns"):
+        if name in ("brought", "broken", "turns", "summed"):
             del sys.modules[name]
 
 
@@ -254,8 +255,30 @@ def test_a_sum_over_all_is_simulated() -> None:
 
 
 @pytest.mark.parametrize("mode", ["bounded", "async"])
-def test_the_documentations_strategy_reaches_what_only_all_together_know(mode: str) -> None:
+@pytest.mark.parametrize("peers", [1, 2])
+def test_the_documentations_strategy_reaches_what_only_all_together_know(mode: str, peers: int) -> None:
     """On links that are late and often busy: so nothing of a gradient is lost, or applied twice."""
-    settings: dict[str, Any] = {"strategy": "turns:Turns", "sync": mode, "steps": 400, "batch_size": 8}
-    result = trained(Config(**settings), weather=ROUGH)
+    options = {"strategy": "turns:Turns", "sync": mode, "steps": 400, "batch_size": 8, "turns.peers": peers}
+    result = trained(config_of(options), weather=ROUGH)
+    np.testing.assert_allclose(result.weights, np.tile(OPTIMUM, (3, 1)), atol=0.02)
+    sent = [sum(entries is not None for _, entries in step.values()) for step in result.sent[0]]
+    assert max(sent) == peers
+
+
+def test_the_documentations_strategy_can_be_resumed() -> None:
+    plan = Plan(config=Config(strategy="turns:Turns"), rank=0, ranks=(0, 1, 2), layout=LAYOUT)
+    strategy = find("turns:Turns")()
+    state: Any = strategy.start(plan)
+    strategy.outgoing(state, local(OPTIMUM), {1: LinkView(True, 1e9), 2: LinkView(False, 1e9)})
+    kept = strategy.to_arrays(state)
+    assert kept.keys() == {"residuals/1", "residuals/2"}
+    resumed: Any = strategy.start(plan)
+    strategy.from_arrays(resumed, kept)
+    for peer, expected in ((1, 0 * OPTIMUM), (2, OPTIMUM)):
+        np.testing.assert_array_equal(resumed.residuals[peer], expected)
+
+
+def test_the_documentations_sum_is_the_mean_gradient() -> None:
+    options = {"strategy": "summed:Summed", "steps": 250, "batch_size": 8}
+    result = trained(config_of(options), weather=ROUGH)
     np.testing.assert_allclose(result.weights, np.tile(OPTIMUM, (3, 1)), atol=0.02)
