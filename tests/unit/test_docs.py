@@ -79,6 +79,11 @@ def test_every_page_has_one_title(page: Path) -> None:
     assert len(re.findall(r"^# ", prose(page), re.M)) == 1
 
 
+@pytest.mark.parametrize(("page", "most"), [("README.md", 100), ("docs/decisions.md", 55)])
+def test_a_page_that_is_read_first_stays_short(page: str, most: int) -> None:
+    assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= most
+
+
 def test_every_page_is_in_the_menu_once() -> None:
     """Where a page's name stands in a `toctree` of the index."""
     index = ROOT / "docs/index.md"
