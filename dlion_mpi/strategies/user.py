@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from dlion_mpi import plugins
 from dlion_mpi.config.fields import declared, type_name
 from dlion_mpi.config.modes import MODES
+from dlion_mpi.config.options import TABLES
 from dlion_mpi.errors import UserError
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.options import StrategyOptions
@@ -52,6 +54,10 @@ def _problem(cls: Any, options: Collection[str]) -> str:
     own: Any = cls.Options
     if not (isinstance(own, type) and issubclass(own, StrategyOptions)):
         return "Options must be a dataclass that inherits from StrategyOptions"
+    if any(declared(own)) and (cls.name in TABLES or not re.fullmatch(r"[A-Za-z][\w-]*", cls.name)):
+        return (
+            f"name is {cls.name!r}, but options need a name of letters and digits that is none of {', '.join(TABLES)}"
+        )
     for f in declared(own):
         if type_name(f) not in ("int", "float", "str", "Every"):
             return f"the option {f.name} is a {type_name(f)}, but must be an int, a float, a str or an Every"

@@ -109,6 +109,14 @@ class Milder(Mild):
     name = "milder"
 
 
+class Named(Mild):
+    name = "data"
+
+
+class Spaced(Mild):
+    name = "two words"
+
+
 class Loose(Baseline):
     name = "loose"
 
@@ -212,6 +220,11 @@ def test_its_own_options_hold_on_the_command_line_and_in_files(capsys: pytest.Ca
         (["--hop.skip", "1"], "--hop.skip belongs to --strategy hop, not to mild: drop it"),
         (["--strategy", "brought:Milder", "--milder.share", "2"], "--milder.share 2: must be in [0, 1]"),
         (["--strategy", "brought:Milder", "--mild.share", "1"], "unrecognized arguments: --mild.share 1"),
+        (
+            ["--strategy", "brought:Named"],
+            "name is 'data', but options need a name of letters and digits that is none of ",
+        ),
+        (["--strategy", "brought:Spaced"], "name is 'two words', but options need a name"),
         (["--strategy", "brought:Loose"], "the option share is a list, but must be an int, a float, a str or an Every"),
         (["--strategy", "brought:NoOptions"], "Options must be a dataclass that inherits from StrategyOptions"),
     ],
