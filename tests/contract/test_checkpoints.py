@@ -180,6 +180,8 @@ SYNC = [
     {"strategy": "baseline"},
     {"strategy": "allreduce"},
     {"strategy": "hop", "graph": "ring"},
+    {"strategy": "powersgd", "rank": 1},
+    {"strategy": "diloco", "h": 7},
 ]
 
 

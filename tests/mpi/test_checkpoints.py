@@ -39,8 +39,10 @@ def train(out: Path, start: Start = NEW, **options: Any) -> tuple[Result, np.nda
         DLION,
         {"strategy": "baseline", "momentum": 0.9},
         {"strategy": "allreduce", "optimizer": "adam", "learning_rate": 0.002},
+        {"strategy": "powersgd", "momentum": 0.9},
+        {"strategy": "diloco", "h": 7, "optimizer": "adam", "learning_rate": 0.002},
     ],
-    ids=["dlion", "baseline", "allreduce"],
+    ids=["dlion", "baseline", "allreduce", "powersgd", "diloco"],
 )
 def test_a_resumed_run_is_the_same_to_the_last_bit(
     world: MPI.Intracomm, options: dict[str, Any], shared_folder: Path

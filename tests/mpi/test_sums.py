@@ -16,7 +16,8 @@ from dlion_mpi.errors import RunError
 from dlion_mpi.learner import backend
 from dlion_mpi.learner.models import build
 from dlion_mpi.run import Result, run
-from dlion_mpi.strategies.allreduce import AllReduce
+from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.registry import STRATEGIES
 from tests.mpi.test_training import PLAIN
 from tests.options import config
 
@@ -68,18 +69,44 @@ def test_a_run_has_whole_metrics_and_a_ring_s_bytes(world: MPI.Intracomm, strate
     np.testing.assert_array_equal(sent[:-1], expected[:-1])
 
 
+OPTIONS: dict[str, dict[str, Any]] = {"powersgd": {"rank": 1}, "diloco": {"h": 5}}
+summing = pytest.mark.parametrize("strategy", ["allreduce", "powersgd", "diloco"])
+
+
+@pytest.mark.mpi
+@summing
+def test_a_run_learns_and_all_replicas_are_equal_after_the_last_sum(world: MPI.Intracomm, strategy: str) -> None:
+    backend.start(1)
+    model = build(MODEL, (8, 8, 1), 10, 0)
+    settings = {"steps": 200, "learning_rate": 0.1, **OPTIONS.get(strategy, {})}
+    result = train(model, strategy=strategy, **settings)
+    assert result.exit_code == 0
+    assert result.summary["accuracy_mean"] > 0.8
+    weights = np.concatenate([np.ravel(w) for w in model.get_weights()])
+    for other in world.allgather(weights):
+        np.testing.assert_allclose(weights, other, rtol=0, atol=1e-6)
+
+
 @pytest.mark.mpi(min_size=2)
-@both
+@summing
+def test_by_the_clock_all_end_in_good_order(world: MPI.Intracomm, strategy: str) -> None:
+    outcome = train(strategy=strategy, seconds=1.0, **OPTIONS.get(strategy, {}))
+    assert outcome.exit_code == 0
+    assert outcome.summary["steps"] > 5
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("strategy", ["allreduce", "powersgd", "diloco", pytest.param("horovod", marks=needs_horovod)])
 def test_a_rank_that_fails_and_can_say_why_ends_all_in_good_order(
     world: MPI.Intracomm, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def outgoing(self: AllReduce, state: Any, local: Any, links: Any) -> Any:
+    def outgoing(self: Strategy, state: Any, local: Any, links: Any) -> Any:
         if local.step == 7 and world.Get_rank() == 1:
             raise RunError("planted")
         return {}
 
-    monkeypatch.setattr(AllReduce, "outgoing", outgoing)
-    outcome = train(strategy=strategy, seconds=60.0)
+    monkeypatch.setattr(STRATEGIES[strategy], "outgoing", outgoing)
+    outcome = train(strategy=strategy, seconds=60.0, **({"h": 1} if strategy == "diloco" else {}))
     assert outcome.exit_code == 1
     assert outcome.summary["stopped"] == "planted"
     assert outcome.summary["steps"] == 7
