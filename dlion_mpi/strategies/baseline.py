@@ -15,7 +15,7 @@ from dlion_mpi.wire import Message
 
 
 @dataclass(slots=True)
-class BaselineState(State):
+class Mean(State):
     """``mean``: (P,) float32, a buffer."""
 
     mean: Vector = transient()
@@ -30,15 +30,13 @@ class Baseline(Strategy):
     name = "baseline"
     modes = ("sync",)
 
-    def start(self, plan: Plan) -> BaselineState:
-        return BaselineState(plan, np.empty(plan.layout.size, np.float32))
+    def start(self, plan: Plan) -> Mean:
+        return Mean(plan, np.empty(plan.layout.size, np.float32))
 
-    def outgoing(self, state: BaselineState, local: LocalGradient, links: LinkViews) -> Outbox:
+    def outgoing(self, state: Mean, local: LocalGradient, links: LinkViews) -> Outbox:
         return dict.fromkeys(links, Outgoing(entries=Entries(len(local.vector), local.vector), quality=100.0))
 
-    def incoming(
-        self, state: BaselineState, local: LocalGradient, weights: Weights, messages: Sequence[Message]
-    ) -> Effect:
+    def incoming(self, state: Mean, local: LocalGradient, weights: Weights, messages: Sequence[Message]) -> Effect:
         share = 1 / (1 + len(messages))
         np.multiply(local.vector, np.float32(share), out=state.mean)
         for message in messages:
