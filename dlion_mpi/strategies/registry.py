@@ -94,7 +94,7 @@ def refuse_unused(
     for name in config.strategy_options:
         table = name.partition(".")[0]
         if own is None or table != own.table:
-            raise UserError(f"{flag(name)} belongs to --strategy {table}, not to {strategy}: drop it")
+            raise UserError(f"{flag(name)} belongs to --strategy {table}, not to --strategy {strategy}: drop it")
     for name in sorted(shared_options() - set(uses)):
         if getattr(config, name) is not None:
             used = [*uses, *(f"{own.table}.{f.name}" for f in declared(own))] if own else uses

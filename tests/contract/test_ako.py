@@ -177,9 +177,9 @@ def test_it_says_which_modes_and_options_it_has() -> None:
         resolve(Config(strategy="ako", sync="sync"))
     with pytest.raises(UserError, match="--staleness has no effect with --sync async"):
         resolve(Config(strategy="ako", staleness=3))
-    with pytest.raises(UserError, match=r"--gaia\.threshold belongs to --strategy gaia, not to ako"):
+    with pytest.raises(UserError, match=r"--gaia\.threshold belongs to --strategy gaia, not to --strategy ako"):
         resolve(Config.of({"strategy": "ako", "gaia.threshold": 0.1}))
-    with pytest.raises(UserError, match=r"--ako\.partitions belongs to --strategy ako, not to dlion"):
+    with pytest.raises(UserError, match=r"--ako\.partitions belongs to --strategy ako, not to --strategy dlion"):
         resolve(Config.of({"ako.partitions": 4}))
     with pytest.raises(UserError, match=r"--ako\.partitions -1: must be at least 0"):
         Ako(partitions=-1)

@@ -356,5 +356,5 @@ def test_it_says_which_modes_and_options_it_has() -> None:
         Hop(max_gap=0)
     with pytest.raises(UserError, match=r"--hop\.graph star: must be one of all, ring"):
         Hop(graph="star")
-    with pytest.raises(UserError, match=r"--hop\.graph belongs to --strategy hop, not to baseline"):
+    with pytest.raises(UserError, match=r"--hop\.graph belongs to --strategy hop, not to --strategy baseline"):
         resolve(Config.of({"strategy": "baseline", "hop.graph": "ring"}))

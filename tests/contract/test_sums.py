@@ -65,7 +65,7 @@ class Several(Strategy):
 
 
 def settings(mode: str, **options: Any) -> Config:
-    return dataclasses.replace(config("allreduce", "sync", **options), strategy=NAME, sync=mode)
+    return dataclasses.replace(config("baseline", "sync", **options), strategy=NAME, sync=mode)
 
 
 @pytest.mark.parametrize("mode", MODES)

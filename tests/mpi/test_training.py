@@ -152,7 +152,7 @@ def test_accumulate_sends_later_what_drop_forgets(world: MPI.Intracomm) -> None:
     assert np.linalg.norm(kept - whole) < 0.7 * np.linalg.norm(dropped - whole)
 
 
-@pytest.mark.mpi
+@pytest.mark.mpi(min_size=2)  # one rank alone has nothing to exchange, and no strategy is asked
 def test_a_strategy_of_the_user_s_has_an_option(world: MPI.Intracomm, shared_folder: Path) -> None:
     """Half of the gradient at twice the learning rate is the same step. The option is kept with the run."""
     scaled: dict[str, Any] = {"strategy": "tests.scaled:Scaled", "scaled.factor": "0.5", "learning_rate": 0.2}

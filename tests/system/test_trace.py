@@ -52,7 +52,7 @@ def test_a_trace_of_workers_that_exchange_messages(tmp_path: Path) -> None:
         made = [s for s in trace.slices if s.rank == rank.rank and s.track == "exchange"]
         assert len(made) == 40
         assert all(b.start >= a.end for a, b in itertools.pairwise(made))
-        assert len(trace.named("evaluate", rank.rank)) == len(rank.evaluations["step"]) > 3
+        assert len(trace.named("evaluate", rank.rank)) == len(rank.evaluations["step"]) > 1
         assert all(s.end > s.start for s in trace.named("evaluate", rank.rank))
         assert len(trace.named("knowledge transfer", rank.rank)) == len(rank.transfers["step"]) > 0
         end = round(float(rank.steps["time_s"][-1]) * 1e6)

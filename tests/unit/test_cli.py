@@ -68,9 +68,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--strategy", "baseline", "--backup", "1"], "--backup is not used by --strategy baseline"),
     (
         ["--strategy", "baseline", "--dlion.unsent", "drop"],
-        "--dlion.unsent belongs to --strategy dlion, not to baseline: drop it",
+        "--dlion.unsent belongs to --strategy dlion, not to --strategy baseline: drop it",
     ),
-    (["--gaia.threshold", "0.2"], "--gaia.threshold belongs to --strategy gaia, not to dlion: drop it"),
+    (["--gaia.threshold", "0.2"], "--gaia.threshold belongs to --strategy gaia, not to --strategy dlion: drop it"),
     (
         ["--sync", "async", "--staleness", "3"],
         "--staleness has no effect with --sync async: drop it, or choose another --sync",

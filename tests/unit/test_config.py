@@ -480,7 +480,10 @@ def test_staleness_is_for_bounded_alone(mode: str) -> None:
     [
         ({"strategy": "hope"}, "--strategy hope: unknown; known are dlion, baseline"),
         ({"strategy": "baseline", "sync": "async"}, "baseline does not support --sync async: it supports sync"),
-        ({"strategy": "baseline", "dlion.max_n": 10.0}, "--dlion.max-n belongs to --strategy dlion, not to baseline"),
+        (
+            {"strategy": "baseline", "dlion.max_n": 10.0},
+            "--dlion.max-n belongs to --strategy dlion, not to --strategy baseline",
+        ),
         ({"strategy": "hop", "patience": 0.5}, "--patience is not used by --strategy hop"),
         ({"strategy": "baseline", "transfer": "all"}, "--transfer is not used by --strategy baseline"),
         ({"strategy": "baseline", "batch_size_max": 64}, "--batch-size-max is not used by --strategy baseline"),

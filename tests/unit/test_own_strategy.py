@@ -217,7 +217,7 @@ def test_its_own_options_hold_on_the_command_line_and_in_files(capsys: pytest.Ca
         (["--mild.share", "x"], "--mild.share x: must be a number"),
         (["--mild.kind", "x"], "--mild.kind x: must be one of plain, odd"),
         (["--mild.shar", "1"], "unrecognized arguments: --mild.shar 1"),
-        (["--hop.skip", "1"], "--hop.skip belongs to --strategy hop, not to mild: drop it"),
+        (["--hop.skip", "1"], "--hop.skip belongs to --strategy hop, not to --strategy mild: drop it"),
         (["--strategy", "brought:Milder", "--milder.share", "2"], "--milder.share 2: must be in [0, 1]"),
         (["--strategy", "brought:Milder", "--mild.share", "1"], "unrecognized arguments: --mild.share 1"),
         (
