@@ -3,9 +3,9 @@
 #
 #   bash env/test.sh [unit|contract|mpi|mpich|system|slurm ...] [-- PYTEST OPTIONS]
 #
-# unit, contract and system run several tests at a time. slurm runs one at a time on a cluster of env/slurm/up.sh
-# (root). mpi runs tests/mpi on 1 and 4 ranks (system tests start 2); mpich on 3 ranks of MPICH, in a separate
-# environment.
+# unit, contract and system run several tests at a time. mpi runs tests/mpi on 1 and 4 ranks (system tests start 2); mpich
+# on 3 ranks of MPICH, with the tests of dlion launch. slurm runs on a cluster of env/slurm/up.sh (root), in the
+# background of the other parts, because it waits for Slurm most of the time.
 # DLION_TEST_RANKS="1 2 4"   other numbers of ranks for mpi and mpich
 # DLION_TEST_MPICH=0         skip mpich
 # DLION_TEST_TIMEOUT_S=900   time limit of a part
@@ -36,17 +36,19 @@ timeout_s=${DLION_TEST_TIMEOUT_S:-900}
 results=$(mktemp -d)
 [ -t 1 ] && color=yes || color=no # explicit, because Open MPI gives every rank a terminal
 touch "$results/parts"
-trap 'rm -rf "$results"' EXIT
+background=''
+trap 'stop_background; rm -rf "$results"' EXIT
 trap 'exit 130' INT TERM
 # Without this, each start of Open MPI spends a second searching for network fabrics that one machine does not need.
 export OMPI_MCA_btl=${OMPI_MCA_btl:-^ofi}
 
+# run_pytest NAME PATH OPTIONS...
 run_pytest() {
-    local name=$1 code=0 start=$SECONDS
-    shift
+    local name=$1 path=$2 code=0 start=$SECONDS
+    shift 2
     printf '\n== %s\n' "$name"
     timeout --foreground --kill-after=10 "$timeout_s" \
-        python -m pytest "tests/$name" --color="$color" --junitxml="$results/$name.xml" "$@" </dev/null || code=$?
+        python -m pytest "$path" --color="$color" --junitxml="$results/$name.xml" "$@" </dev/null || code=$?
     echo "$name $code $((SECONDS - start))" >>"$results/parts"
 }
 
@@ -93,6 +95,36 @@ get_browser() {
         dlion_say "no headless browser: the tests of the report's page will be skipped"
 }
 
+# Make an environment that has MPICH, and shares all else with the active one: a second TensorFlow takes 2 GB.
+mpich_environment() {
+    local folder='import sysconfig; print(sysconfig.get_path("purelib"))'
+    python -m venv --without-pip "$results/mpich" &&
+        python -m pip --python "$results/mpich/bin/python" install --quiet --no-input --no-deps --editable . 'mpich>=4.2' &&
+        python -c "$folder" >"$("$results/mpich/bin/python" -c "$folder")/shared.pth"
+}
+
+# Start a part whose output is shown at the end. Its own process group, so that Ctrl-C reaches it through this script.
+start_background() {
+    set -m
+    run_part "$@" >"$results/background.log" 2>&1 &
+    set +m
+    background=$!
+}
+
+finish_background() {
+    [ -n "$background" ] || return 0
+    wait "$background" || true
+    background=''
+    cat "$results/background.log"
+}
+
+# SIGINT, so that pytest takes the cluster down.
+stop_background() {
+    [ -n "$background" ] || return 0
+    kill -INT -- "-$background" || true
+    wait "$background" || true
+}
+
 run_part() {
     local part=$1 ranks
     shift
@@ -104,19 +136,21 @@ run_part() {
         mpi) for ranks in ${DLION_TEST_RANKS:-1 4}; do run_mpi mpi "$ranks" "$@"; done ;;
         mpich)
             (
-                # shellcheck source=env/setup.sh
-                DLION_MPI=mpich source env/setup.sh || exit
+                mpich_environment || exit
+                # shellcheck source=/dev/null
+                source "$results/mpich/bin/activate"
                 for ranks in ${DLION_TEST_RANKS:-3}; do run_mpi mpich "$ranks" "$@"; done
+                selects_nothing tests/system/test_launch.py "$@" || run_pytest mpich tests/system/test_launch.py "$@"
             ) || echo "mpich 1 0" >>"$results/parts"
             ;;
-        unit | contract) run_pytest "$part" --numprocesses auto "$@" ;;
+        unit | contract) run_pytest "$part" "tests/$part" --numprocesses auto --dist worksteal "$@" ;;
         system)
             get_browser
-            # Two at a time: one computes while the other starts or waits. The tests of a group (xdist_group) stay in one
+            # Three at a time: two compute while another starts or waits. The tests of a group (xdist_group) stay in one
             # process, because they share a run, or because emulations would see each other's links.
-            run_pytest system --numprocesses 2 --dist loadgroup "$@"
+            run_pytest system tests/system --numprocesses 3 --dist loadgroup "$@"
             ;;
-        slurm) run_pytest slurm "$@" ;;
+        slurm) run_pytest slurm tests/slurm "$@" ;;
     esac
 }
 
@@ -157,7 +191,11 @@ sys.exit(not ok)
 PYTHON
 }
 
+if [[ ${#parts[@]} -gt 1 && " ${parts[*]} " = *" slurm "* ]]; then
+    start_background slurm "$@"
+fi
 for part in "${parts[@]}"; do
-    run_part "$part" "$@"
+    [[ $part = slurm && -n $background ]] || run_part "$part" "$@"
 done
+finish_background
 summarise
