@@ -4,8 +4,8 @@
 #   bash env/test.sh [unit|contract|mpi|mpich|system|slurm ...] [-- PYTEST OPTIONS]
 #
 # unit, contract and system run several tests at a time. mpi runs tests/mpi on 1 and 4 ranks (system tests start 2); mpich
-# on 3 ranks of MPICH, with the tests of dlion launch. slurm runs on a cluster of env/slurm/up.sh (root), in the
-# background of the other parts, because it waits for Slurm most of the time.
+# on 3 ranks of MPICH, in a separate environment, with the tests of dlion launch. slurm runs on a cluster of
+# env/slurm/up.sh (root), in the background of the other parts, because it waits for Slurm most of the time.
 # DLION_TEST_RANKS="1 2 4"   other numbers of ranks for mpi and mpich
 # DLION_TEST_MPICH=0         skip mpich
 # DLION_TEST_TIMEOUT_S=900   time limit of a part
@@ -95,14 +95,6 @@ get_browser() {
         dlion_say "no headless browser: the tests of the report's page will be skipped"
 }
 
-# Make an environment that has MPICH, and shares all else with the active one: a second TensorFlow takes 2 GB.
-mpich_environment() {
-    local folder='import sysconfig; print(sysconfig.get_path("purelib"))'
-    python -m venv --without-pip "$results/mpich" &&
-        python -m pip --python "$results/mpich/bin/python" install --quiet --no-input --no-deps --editable . 'mpich>=4.2' &&
-        python -c "$folder" >"$("$results/mpich/bin/python" -c "$folder")/shared.pth"
-}
-
 # Start a part whose output is shown at the end. Its own process group, so that Ctrl-C reaches it through this script.
 start_background() {
     set -m
@@ -136,9 +128,8 @@ run_part() {
         mpi) for ranks in ${DLION_TEST_RANKS:-1 4}; do run_mpi mpi "$ranks" "$@"; done ;;
         mpich)
             (
-                mpich_environment || exit
-                # shellcheck source=/dev/null
-                source "$results/mpich/bin/activate"
+                # shellcheck source=env/setup.sh
+                DLION_MPI=mpich source env/setup.sh || exit
                 for ranks in ${DLION_TEST_RANKS:-3}; do run_mpi mpich "$ranks" "$@"; done
                 selects_nothing tests/system/test_launch.py "$@" || run_pytest mpich tests/system/test_launch.py "$@"
             ) || echo "mpich 1 0" >>"$results/parts"
@@ -146,9 +137,9 @@ run_part() {
         unit | contract) run_pytest "$part" "tests/$part" --numprocesses auto --dist worksteal "$@" ;;
         system)
             get_browser
-            # Three at a time: two compute while another starts or waits. The tests of a group (xdist_group) stay in one
+            # Two at a time: one computes while the other starts or waits. The tests of a group (xdist_group) stay in one
             # process, because they share a run, or because emulations would see each other's links.
-            run_pytest system tests/system --numprocesses 3 --dist loadgroup "$@"
+            run_pytest system tests/system --numprocesses 2 --dist loadgroup "$@"
             ;;
         slurm) run_pytest slurm tests/slurm "$@" ;;
     esac
