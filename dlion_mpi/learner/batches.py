@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+import optree
 
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner.shards import Shard
-from dlion_mpi.learner.source import Labels, Pixels, Rows
+from dlion_mpi.learner.source import Rows
 
 
 class Batch(NamedTuple):
-    """Rows to compute on. ``x``: (b, *input_shape) in the dtype it is stored in. ``y``: (b,) int32."""
+    """Rows to compute on, as Keras takes them.
 
-    x: Pixels
-    y: Labels
+    Each part is an array (b, ...) or a nested structure (tuple, list, dict) of such arrays. ``y`` is None if there are
+    no targets, ``sample_weight`` if all rows weigh the same.
+    """
+
+    x: Any
+    y: Any = None
+    sample_weight: Any = None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows (b)."""
+        return len(optree.tree_leaves(self.x)[0])
 
     def part(self, start: int, stop: int) -> Batch:
         """The rows from ``start`` up to ``stop``."""
-        return Batch(self.x[start:stop], self.y[start:stop])
+        return self.map(lambda array: array[start:stop])
+
+    def map(self, function: Callable[[Any], Any]) -> Batch:
+        """The same structure with the result of ``function`` in place of every array."""
+        mapped: Batch = optree.tree_map(function, self)  # type: ignore[arg-type]
+        return mapped
 
 
 class Batches:

@@ -34,14 +34,14 @@ class Replica:
 
     def gradient(self, batch: Batch) -> Gradient:
         """Loss and mean gradient over a batch; updates batch-norm statistics, not the weights."""
-        return self._backend.gradient(*batch)
+        return self._backend.gradient(batch.x, batch.y)
 
     def step_alone(self, batch: Batch) -> tuple[float, bool]:
         """Gradient and update at once, for a worker without peers.
 
         An update whose loss or gradient is not finite is left out. Returns the loss and whether both are finite.
         """
-        return self._backend.step(*batch)
+        return self._backend.step(batch.x, batch.y)
 
     def apply(self, gradient: Vector) -> None:
         """Give the optimizer an effective gradient, (P,) float32."""
@@ -65,7 +65,7 @@ class Replica:
 
     def evaluate(self, knowledge: Vector, batch: Batch) -> int:
         """Count the rows that a model with this knowledge classifies correctly. The replica stays as it is."""
-        return self._backend.evaluate(knowledge, *batch)
+        return self._backend.evaluate(knowledge, batch.x, batch.y)
 
     def finish(self) -> None:
         """After the last step: put in the weights what the optimizer keeps for the end, such as their averages."""

@@ -77,7 +77,8 @@ class SharedReplica:
     def accuracy(self, knowledge: Vector, batch: Batch) -> float:
         """Share of the rows that a model with this knowledge classifies correctly. Threads may call this at once."""
         rows = len(batch.y)
-        return sum(self.evaluate(knowledge, *batch.part(k, k + CHUNK)) for k in range(0, rows, CHUNK)) / rows
+        parts = (batch.part(k, k + CHUNK) for k in range(0, rows, CHUNK))
+        return sum(self.evaluate(knowledge, part.x, part.y) for part in parts) / rows
 
     def split_knowledge(self, knowledge: Vector, state: Tensors) -> tuple[Vector, Tensors]:
         """Knowledge as weights, and as the ``state`` with its statistics replaced."""
@@ -106,7 +107,7 @@ class VirtualReplica:
 
     def gradient(self, batch: Batch) -> Gradient:
         """Loss and mean gradient over a batch; updates the statistics. May run in a thread, one per worker."""
-        gradient, self._state = self._shared.gradient(self._weights, self._state, *batch)
+        gradient, self._state = self._shared.gradient(self._weights, self._state, batch.x, batch.y)
         return gradient
 
     def step_alone(self, batch: Batch) -> tuple[float, bool]:
@@ -138,7 +139,7 @@ class VirtualReplica:
 
     def evaluate(self, knowledge: Vector, batch: Batch) -> int:
         """Count the rows that a model with this knowledge classifies correctly."""
-        return self._shared.evaluate(knowledge, *batch)
+        return self._shared.evaluate(knowledge, batch.x, batch.y)
 
     def finish(self) -> None:
         """After the last step: put in the weights what the optimizer keeps for the end, such as their averages."""
