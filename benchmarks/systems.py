@@ -141,7 +141,9 @@ class Measured:
         for path in sorted(folder.glob("metrics-*.h5")):
             with h5py.File(path) as file:
                 columns = (file[f"evaluations/{name}"][:].tolist() for name in ("step", "time_s", "accuracy"))
-                measured.tests.append([Evaluation(*row) for row in zip(*columns, strict=True)])
+                measured.tests.append(
+                    [Evaluation(step, at_s, {"accuracy": a}) for step, at_s, a in zip(*columns, strict=True)]
+                )
                 measured.times_s.append(file["steps/time_s"][:])
                 measured.sent_bytes.append(file["links/bytes_sent"][:].sum(axis=1))
         return measured
@@ -156,7 +158,7 @@ class Measured:
 
     def accuracies(self, at_s: float) -> list[float]:
         """Return the accuracy of each worker's newest evaluation at a time; empty before all have one."""
-        newest = [[e.accuracy for e in tests if e.time_s <= at_s][-1:] for tests in self.tests]
+        newest = [[e.metrics["accuracy"] for e in tests if e.time_s <= at_s][-1:] for tests in self.tests]
         return [own[0] for own in newest] if all(newest) else []
 
     def mean_accuracy(self, until_s: float) -> float:
@@ -168,7 +170,9 @@ class Measured:
         for tests in self.tests:
             own = [e for e in tests if e.time_s < until_s]
             times = np.array([e.time_s for e in own] + [until_s])
-            means.append(float(np.diff(times) @ np.array([e.accuracy for e in own])) / until_s if own else 0.0)
+            means.append(
+                float(np.diff(times) @ np.array([e.metrics["accuracy"] for e in own])) / until_s if own else 0.0
+            )
         return statistics.mean(means)
 
     def gigabytes(self, at_s: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,18 @@ def new_folder(config: Config) -> None:
 
 
 def new_recorder(
-    config: Config, rank: int, workers: int, shard: Shard, about: Mapping[str, Any], part: int = 0
+    config: Config,
+    rank: int,
+    workers: int,
+    shard: Shard,
+    about: Mapping[str, Any],
+    metrics: Sequence[str],
+    part: int = 0,
 ) -> AnyRecorder:
     """Make the recorder of a rank's metrics, in the folders of ``--out`` and ``--tensorboard``.
 
-    ``about``: attributes of this run, added to those of every run. ``part``: 0, or the number of times that the run
-    was resumed. Raises UserError.
+    ``about``: attributes of this run, added to those of every run. ``metrics``: names of the test metrics. ``part``:
+    0, or the number of times that the run was resumed. Raises UserError.
     """
     recorder: Recorder | NoRecorder = NoRecorder()
     if config.out is not None:
@@ -61,7 +67,7 @@ def new_recorder(
             **about,
         }
         try:
-            recorder = Recorder(Path(config.out), rank, workers, attributes, part)
+            recorder = Recorder(Path(config.out), rank, workers, attributes, part, metrics=metrics)
         except OSError as error:
             raise UserError(f"--out {config.out}: rank {rank} cannot write its metrics there ({error})") from None
     if config.tensorboard is None:

@@ -48,7 +48,7 @@ class Finish:
             row=worker.history.totals.row(
                 seconds,
                 step=worker.step,
-                accuracy=worker.history.evaluations[-1].accuracy,
+                accuracy=worker.history.evaluations[-1].metrics["accuracy"],
                 bytes_sent=sum(link.bytes_sent for link in worker.links.totals().values()),
             ),
             evaluations=worker.history.evaluations,

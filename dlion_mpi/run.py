@@ -6,7 +6,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +117,7 @@ def _build(
     replica = _replica(ranks, config, shard, model, threads)
     if config.checkpoint_every is not None:
         session.check(strategy, Plan(config=config, rank=ranks.rank, ranks=members.ranks, layout=replica.layout))
-    recorder = _recorder(ranks, config, start, loaded, shard, pace)
+    recorder = _recorder(ranks, config, start, loaded, shard, pace, replica.metric_names)
     exchange = _exchange(ranks, config, strategy, replica, recorder)
     evaluator = BackgroundEvaluator(replica.evaluate, rows_to_test(shard.x_test, shard.y_test, config.test_samples))
     worker = Worker(
@@ -175,7 +175,13 @@ def _replica(ranks: Ranks, config: Config, shard: Shard, model: Any, threads: in
 
 
 def _recorder(
-    ranks: Ranks, config: Config, start: Start, loaded: resume.Loaded | None, shard: Shard, pace: PaceClock | None
+    ranks: Ranks,
+    config: Config,
+    start: Start,
+    loaded: resume.Loaded | None,
+    shard: Shard,
+    pace: PaceClock | None,
+    metrics: Sequence[str],
 ) -> AnyRecorder:
     """Open this rank's metrics in the folder of ``--out``, which rank 0 makes unless the run is resumed there."""
     about, part = {"mpi": library()}, 0
@@ -185,7 +191,7 @@ def _recorder(
         about["resumed"], part = resume.about(loaded), resume.continue_folder(ranks, config, start.run)
     else:
         ranks.together(lambda: new_folder(config) if ranks.rank == 0 else None)
-    return ranks.together(lambda: new_recorder(config, ranks.rank, ranks.size, shard, about, part))
+    return ranks.together(lambda: new_recorder(config, ranks.rank, ranks.size, shard, about, metrics, part))
 
 
 def _say_what(config: Config, ranks: int, built: _Built) -> None:

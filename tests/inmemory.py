@@ -255,6 +255,8 @@ class Quadratic:
     ``curvature``: (P,) the a_i. Where it is 0 this worker learns nothing by itself.
     """
 
+    metric_names: tuple[str, ...] = ("accuracy",)
+
     def __init__(self, layout: Layout, curvature: Vector, learning_rate: float) -> None:
         self.layout = layout
         self.curvature = curvature

@@ -12,6 +12,7 @@ from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.wire import Header, Kind
 
+METRICS = ("accuracy",)
 STEP_S = 0.5
 """A step of worker 0; worker k takes k + 1 times as long."""
 
@@ -45,12 +46,15 @@ def write(folder: Path, rank: int, workers: int, steps: int, **attributes: Any) 
     """A rank's file, flushed and still open: accuracy rises with the square of time, worker 0 knows the most."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {"config": Config(seconds=60.0).to_toml(), "versions": json.dumps({"numpy": "2.0"}), "host": "edge"}
-    recorder = Recorder(folder, rank, workers, {**about, "python": "3.11", "mpi": "none", "samples": 100, **attributes})
+    recorder = Recorder(
+        folder, rank, workers, {**about, "python": "3.11", "mpi": "none", "samples": 100, **attributes}, metrics=METRICS
+    )
     for step in range(steps):
         now = record(rank, workers, step)
         recorder.step(now)
         if step % 4 == 3:
-            recorder.evaluation(Evaluation(step, now.time_s, min(1.0, 0.01 * now.time_s**0.5 + 0.1 * (workers - rank))))
+            accuracy = min(1.0, 0.01 * now.time_s**0.5 + 0.1 * (workers - rank))
+            recorder.evaluation(Evaluation(step, now.time_s, {"accuracy": accuracy}))
         if step % 10 == 9:
             recorder.transfer(Transfer(step + 1, 0, rank != 0, step - 1, 4_000_000 * (rank != 0)), now.time_s)
     recorder.flush()

@@ -45,7 +45,7 @@ def save(ranks: Ranks, worker: Worker, *, report: bool) -> None:
     if config.save_model_of == "mean":
         whose, knowledge = f"the mean of {ranks.size} workers", ranks.mean(own)
     else:
-        accuracies = ranks.gather_numbers(worker.history.evaluations[-1].accuracy)[:, 0]
+        accuracies = ranks.gather_numbers(worker.history.evaluations[-1].metrics["accuracy"])[:, 0]
         best = int(np.argmax(accuracies))
         whose = f"rank {best}, test accuracy {accuracies[best]:.2%}"
         knowledge = ranks.share(own.copy(), best)

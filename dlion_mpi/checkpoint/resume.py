@@ -17,7 +17,7 @@ from dlion_mpi.metrics.files import next_part
 from dlion_mpi.mpi.ranks import Ranks
 from dlion_mpi.vector.named_arrays import Arrays, StateError, integer
 
-FORMAT = "3"
+FORMAT = "4"
 """Of the arrays in a rank's file."""
 
 

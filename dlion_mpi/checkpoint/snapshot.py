@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from dlion_mpi.loop.links import LinkTotals
 from dlion_mpi.loop.worker import History, Worker
+from dlion_mpi.metrics.names import column_of, metric_of
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.vector.layout import Entries
 from dlion_mpi.vector.named_arrays import (
@@ -15,6 +17,7 @@ from dlion_mpi.vector.named_arrays import (
     Arrays,
     StateError,
     array,
+    column,
     integer,
     integers,
     number,
@@ -54,14 +57,23 @@ def _copy(value: Array, place: Array | None) -> Array:
 
 def _progress(w: Worker) -> Arrays:
     history = w.history
-    evaluations = [[e.step, e.time_s, e.accuracy] for e in history.evaluations]
     return {
         **integers(step=w.step),
         **w.budget.to_arrays(),
         **numbers(time_s=w.now_s(), step_s=history.step_s, evaluated_s=history.evaluated_s),
         **under("totals", history.totals.to_arrays()),
-        "evaluations": np.array(evaluations, np.float64).reshape(-1, 3),
+        **under("evaluations", _tests(history.evaluations)),
         **under("links", {str(peer): _totals(total) for peer, total in w.links.totals().items()}),
+    }
+
+
+def _tests(evaluations: Sequence[Evaluation]) -> Arrays:
+    """The evaluations so far by column. All have the metrics of the latest; NaN where an earlier one lacks one."""
+    metrics = evaluations[-1].metrics if evaluations else ()
+    return {
+        "step": column([e.step for e in evaluations]),
+        "time_s": column([e.time_s for e in evaluations]),
+        **under("metrics", {column_of(m): column([e.metrics.get(m, math.nan) for e in evaluations]) for m in metrics}),
     }
 
 
@@ -175,8 +187,15 @@ def restore_elsewhere(w: Worker, arrays: Mapping[str, Array]) -> None:
 
 def evaluations_of(saved: Mapping[str, Array]) -> Iterable[Evaluation]:
     """Return the evaluations so far. Raises StateError."""
-    rows = array(saved, "evaluations", np.float64, None, 3)
-    return [Evaluation(int(step), float(time_s), float(accuracy)) for step, time_s, accuracy in rows]
+    found = part(saved, "evaluations")
+    steps = array(found, "step", np.float64, None)
+    times = array(found, "time_s", np.float64, len(steps))
+    metrics = part(found, "metrics")
+    columns = {metric_of(name): array(metrics, name, np.float64, len(steps)).tolist() for name in metrics}
+    return [
+        Evaluation(int(step), float(time_s), {name: values[row] for name, values in columns.items()})
+        for row, (step, time_s) in enumerate(zip(steps, times, strict=True))
+    ]
 
 
 def links_of(arrays: Mapping[str, Array]) -> dict[int, tuple[int, int]]:

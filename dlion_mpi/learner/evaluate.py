@@ -89,7 +89,7 @@ class BackgroundEvaluator:
             step, time_s, knowledge, submitted_s = snapshot
             try:
                 accuracy = self.accuracy(knowledge)
-                self._done.put(Evaluation(step, time_s, accuracy, time.monotonic() - submitted_s))
+                self._done.put(Evaluation(step, time_s, {"accuracy": accuracy}, time.monotonic() - submitted_s))
             except BaseException as failure:  # raised by `poll`, in the loop
                 self._done.put(failure)
 
@@ -101,7 +101,7 @@ def target_reached_s(evaluations: Sequence[Sequence[Evaluation]], target: float 
     """
     if target is None:
         return None
-    events = sorted((e.time_s, k, e.accuracy) for k, own in enumerate(evaluations) for e in own)
+    events = sorted((e.time_s, k, e.metrics["accuracy"]) for k, own in enumerate(evaluations) for e in own)
     latest = np.full(len(evaluations), np.nan)
     for time_s, k, accuracy in events:
         latest[k] = accuracy

@@ -25,6 +25,8 @@ class Replica:
     alone, and travel with knowledge transfer and with evaluation. Integer state (dropout's generators) stays.
     """
 
+    metric_names: tuple[str, ...] = ("accuracy",)
+
     def __init__(self, model: Any, optimizer: Any, input_dtype: npt.DTypeLike, rank: int = 0) -> None:
         self._keras = KerasModel(model, optimizer, input_dtype)
         for variable in self._keras.others:

@@ -181,6 +181,8 @@ class Replica(Protocol):
     """
 
     layout: Layout
+    metric_names: tuple[str, ...]
+    """The metrics that `evaluate` gives, the same on all ranks."""
 
     def gradient(self, batch: Any) -> Gradient:
         """Compute loss and mean gradient over a batch; the weights stay as they are."""

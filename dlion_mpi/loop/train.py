@@ -172,7 +172,7 @@ def rebalance_test_and_transfer(w: Worker, computed: Computed) -> Generator[Unti
     for evaluation in w.evaluator.poll():
         w.history.evaluations.append(evaluation)
         w.recorder.evaluation(evaluation)
-        w.batch_sizes.accuracy = evaluation.accuracy
+        w.batch_sizes.accuracy = evaluation.metrics["accuracy"]
     if _evaluation_due(w, step):
         w.history.evaluated_s = w.now_s()
         w.evaluator.submit(step, w.now_s(), w.replica.knowledge())

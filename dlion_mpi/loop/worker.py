@@ -212,7 +212,7 @@ class Worker:
 
     def last_accuracy(self) -> float | None:
         """Test accuracy in 0..1 of the newest evaluation; None before the first."""
-        return self.history.evaluations[-1].accuracy if self.history.evaluations else None
+        return self.history.evaluations[-1].metrics["accuracy"] if self.history.evaluations else None
 
     def stamp(self, computed_at: float = 0.0) -> Stamp:
         """The fields of this step for message headers."""

@@ -24,6 +24,7 @@ from dlion_mpi.metrics.files import (
     read_column,
     reason_of,
 )
+from dlion_mpi.metrics.names import metric_of
 from dlion_mpi.metrics.notes import Notes
 from dlion_mpi.metrics.records import LINKS, TABLES
 from dlion_mpi.metrics.timeline import RECORDS, checked
@@ -38,7 +39,8 @@ MOST_WORKERS = 100_000
 class Rank:
     """The metrics of one rank. ``steps`` (T,), ``evaluations`` (E,) and ``transfers`` (K,) are columns by name.
 
-    Whole numbers are int64 and seconds float64. Values that the file lacks are NaN.
+    Whole numbers are int64 and seconds float64. Values that the file lacks are NaN. ``evaluations`` has ``step``,
+    ``time_s`` and the test metrics of the run.
     ``first``: row of the file at which ``steps`` begins. ``closed``: whether the writer has closed the file, at the end
     of the run or before. ``before``: the part before the run was resumed, up to the checkpoint; its rows come first.
     """
@@ -54,6 +56,11 @@ class Rank:
     first: int = 0
     closed: bool = False
     before: Rank | None = None
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the test metrics."""
+        return [name for name in self.evaluations if name not in TABLES["evaluations"]]
 
     def links(self) -> Columns:
         """Read the measures of links, (T, workers) by name, with the rows of ``steps``.
@@ -122,6 +129,7 @@ def read_rank(path: Path, number: int, notes: Notes, last: int | None = None) ->
                 for group, names in TABLES.items()
                 if group != "links"
             }
+            tests = _read_metrics(file)
             lacking = [name for name in _names("links") if name not in file]
             ended = read_column(file, "ended", 0)
     except UNREADABLE as error:
@@ -134,6 +142,7 @@ def read_rank(path: Path, number: int, notes: Notes, last: int | None = None) ->
         notes.add(f"{path.name} has no valid steps/time_s, so the rank is left out", number)
         return None
     lacking += [f"{group}/{name}" for group, columns in groups.items() for name in columns if columns[name] is None]
+    groups["evaluations"] |= tests
     if lacking:
         notes.add(f"{', '.join(lacking)} missing: left empty", number)
     workers = attributes.get("workers")
@@ -149,6 +158,16 @@ def read_rank(path: Path, number: int, notes: Notes, last: int | None = None) ->
         first=rows["steps"].start or 0,
         closed=closed,
     )
+
+
+def _read_metrics(file: h5py.File) -> dict[str, Array | None]:
+    """The test metrics: every column of ``evaluations`` that is not declared."""
+    group = file.get("evaluations")
+    if not isinstance(group, h5py.Group):
+        return {}
+    names = [name for name in group if name not in TABLES["evaluations"]]
+    columns = {metric_of(name): read_column(file, f"evaluations/{name}", 1) for name in names}
+    return {name: values for name, values in columns.items() if values is not None}
 
 
 def read_everything(path: Path) -> None:
@@ -222,7 +241,12 @@ def _join(before: Rank, after: Rank) -> Rank:
 
 
 def _concatenated(before: Columns, after: Columns) -> Columns:
-    return {name: np.concatenate([before[name], values]) for name, values in after.items()}
+    """Join two parts. A test metric that only one of them has is NaN in the other."""
+    lengths = {id(part): len(next(iter(part.values()))) for part in (before, after)}
+    return {
+        name: np.concatenate([fitted(part.get(name), (lengths[id(part)],)) for part in (before, after)])
+        for name in {**before, **after}
+    }
 
 
 def _widened(values: Array, workers: int) -> Array:

@@ -19,7 +19,8 @@ import numpy as np
 
 from dlion_mpi.errors import RunError
 from dlion_mpi.metrics.files import FORMAT, file_name
-from dlion_mpi.metrics.records import LINKS, TABLES, Evaluation, Measure, StepRecord, Transfer
+from dlion_mpi.metrics.names import column_of
+from dlion_mpi.metrics.records import LINKS, METRIC, TABLES, Evaluation, Measure, StepRecord, Transfer
 from dlion_mpi.metrics.timeline import FIRST_PIECE, PIECE, RECORDS, Phase, Unlogged
 from dlion_mpi.wire import Header
 
@@ -35,12 +36,21 @@ class Recorder:
     """Writes the metrics file of one rank.
 
     ``attributes``: configuration, versions, host and so on, as text or numbers. ``part``: how often the run was
-    resumed; each part has its own file.
+    resumed; each part has its own file. ``metrics``: names of the test metrics, the same in every evaluation.
     """
 
-    def __init__(self, folder: Path, rank: int, workers: int, attributes: Mapping[str, Any], part: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        workers: int,
+        attributes: Mapping[str, Any],
+        part: int = 0,
+        *,
+        metrics: Sequence[str] = (),
+    ) -> None:
         self.path = folder / file_name(rank, part)
-        self._workers = workers
+        self._workers, self._metrics = workers, tuple(metrics)
         self._rows: dict[str, list[Any]] = {"steps": [], "evaluations": [], "transfers": []}
         self._timeline: dict[str, list[tuple[Any, ...]]] = {name: [] for name in RECORDS}
         self._lock = threading.Lock()  # the background encoder posts messages too
@@ -59,6 +69,8 @@ class Recorder:
             tail, chunks = ((self._workers,), (rows, self._workers)) if group == "links" else ((), (CHUNK,))
             for name, measure in columns.items():
                 self._create(f"{group}/{name}", measure.dtype, tail, chunks)
+        for metric in self._metrics:
+            self._create(f"evaluations/{column_of(metric)}", METRIC.dtype, (), (CHUNK,))
         for name, dtype in RECORDS.items():
             self._create(f"timeline/{name}", dtype, (), (CHUNK,))
         # 0 until the run ends without an error.
@@ -127,6 +139,9 @@ class Recorder:
             if records:
                 for name in TABLES[group]:
                     self._append(f"{group}/{name}", [getattr(record, name) for record in records])
+        if rows["evaluations"]:
+            for name in self._metrics:
+                self._append(f"evaluations/{column_of(name)}", [e.metrics[name] for e in rows["evaluations"]])
         if rows["steps"]:
             for name, measure in LINKS.items():
                 self._append(

@@ -101,12 +101,13 @@ class StepRecord:
 class Evaluation:
     """A test of a worker's weights.
 
-    ``seconds``: how long the test took; 0 in virtual time. It is not stored.
+    ``metrics``: the model's metrics on the test set, by name. ``seconds``: how long the test took; 0 in virtual time.
+    It is not stored.
     """
 
     step: Annotated[int, Measure("u8", "steps", "steps done when the weights were copied")]
     time_s: Annotated[float, Measure("f8", "s", "when the weights were copied, since training began")]
-    accuracy: Annotated[float, Measure("f4", "", "test accuracy, 0 to 1")]
+    metrics: Mapping[str, float]
     seconds: float = field(default=0.0, compare=False)
 
 
@@ -138,7 +139,11 @@ TABLES: Mapping[str, Mapping[str, Measure]] = {
     "transfers": measures_of(Transfer),
     "links": LINKS,
 }
-"""The columns of a metrics file by group. Those of ``links`` are (T, workers), the others (T,)."""
+"""The columns of a metrics file by group. Those of ``links`` are (T, workers), the others (T,).
+
+``evaluations`` has one more for each test metric of the run; see `METRIC`.
+"""
+METRIC = Measure("f4", "", "a test metric of the model, by its name")
 
 
 class Reduce(Enum):
@@ -230,7 +235,8 @@ CHARTS = [
 def table(group: str) -> str:
     """A Markdown table of the columns of a group, for the documentation."""
     lines = ["| data set | type | unit | meaning |", "| --- | --- | --- | --- |"]
-    for name, measure in TABLES[group].items():
+    columns = TABLES[group] if group != "evaluations" else {**TABLES[group], "NAME": METRIC}
+    for name, measure in columns.items():
         meaning = f"{measure.meaning[0].upper()}{measure.meaning[1:]}."
         lines.append(f"| `{group}/{name}` | {np.dtype(measure.dtype)} | {measure.unit} | {meaning} |")
     return "\n".join(lines)

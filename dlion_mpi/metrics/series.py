@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.metrics.files import Array
+from dlion_mpi.metrics.files import Array, fitted
 from dlion_mpi.metrics.grid import Floats, Grid, nanmean
 from dlion_mpi.metrics.rank import Rank
 from dlion_mpi.metrics.reader import Run
@@ -47,7 +47,7 @@ def accuracy(run: Run) -> Accuracy:
     events = sorted(
         (float(time_s), column, float(value))
         for column, rank in enumerate(run.ranks)
-        for time_s, value in zip(rank.evaluations["time_s"], rank.evaluations["accuracy"], strict=True)
+        for time_s, value in zip(rank.evaluations["time_s"], tested(rank, "accuracy"), strict=True)
     )
     latest, fresh, ended_s = np.full(len(run.ranks), np.nan), set[int](), -math.inf
     # A worker that has left, or is late, must not end the curve of the others.
@@ -65,6 +65,11 @@ def accuracy(run: Run) -> Accuracy:
         round_ends[-1] = True
     time, mean, std, low, high = np.array(rows, dtype=float).reshape(len(rows), 5).T
     return Accuracy(time, mean, std, low, high, np.array(round_ends, dtype=bool))
+
+
+def tested(rank: Rank, metric: str) -> Array:
+    """A test metric of a rank, (E,); NaN if its file does not have it."""
+    return fitted(rank.evaluations.get(metric), (len(rank.evaluations["time_s"]),))
 
 
 def evaluation_period_s(run: Run) -> float:

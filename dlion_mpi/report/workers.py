@@ -18,6 +18,7 @@ from dlion_mpi.metrics.series import (
     per_worker,
     requested_s,
     step_parts,
+    tested,
 )
 from dlion_mpi.report.colours import part_colour
 from dlion_mpi.report.figure import EACH, ROWS, TIME, Figure, Series, bars, lines, numbers, series
@@ -69,11 +70,10 @@ def _accuracy(run: Run) -> Figure:
     if run.workers > EACH:
         width_s = max(evaluation_period_s(run), run.seconds / 200, 1e-3)
         on = Grid(width_s, 1 + int(run.seconds / width_s))
-        tests = [on.means(r.evaluations["time_s"], 100 * r.evaluations["accuracy"]) for r in run.ranks]
+        tests = [on.means(r.evaluations["time_s"], 100 * tested(r, "accuracy")) for r in run.ranks]
         return _over_time(run, on, chart, np.array(tests))
     drawn = [
-        series(_name(r.rank), r.rank, 100 * r.evaluations["accuracy"], time_s=r.evaluations["time_s"])
-        for r in run.ranks
+        series(_name(r.rank), r.rank, 100 * tested(r, "accuracy"), time_s=r.evaluations["time_s"]) for r in run.ranks
     ]
     return lines(chart.key, chart.title, "Each worker tests its own weights.", chart.axis, [("", drawn)])
 

@@ -60,5 +60,5 @@ class VirtualEvaluator:
         tested = []
         while self._submitted and (wait or self._at_once or self._submitted[0][2].done()):
             step, time_s, future = self._submitted.popleft()
-            tested.append(Evaluation(step, time_s, future.result()))
+            tested.append(Evaluation(step, time_s, {"accuracy": future.result()}))
         return tested

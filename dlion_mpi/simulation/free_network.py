@@ -159,12 +159,15 @@ def _take(group: Group, evaluations: Sequence[Evaluation]) -> None:
         group.evaluations.append(evaluation)
         for recorder in group.run.recorders:
             recorder.evaluation(evaluation)
-        if group.run.config.target_accuracy is not None and evaluation.accuracy >= group.run.config.target_accuracy:
+        if (
+            group.run.config.target_accuracy is not None
+            and evaluation.metrics["accuracy"] >= group.run.config.target_accuracy
+        ):
             group.stop_reason = group.stop_reason or "target accuracy reached"
 
 
 def _finish(group: Group, rank: int) -> Finish:
-    accuracy = group.evaluations[-1].accuracy
+    accuracy = group.evaluations[-1].metrics["accuracy"]
     return Finish(
         row=group.totals[rank].row(group.now_s, step=group.step, accuracy=accuracy, bytes_sent=0),
         evaluations=group.evaluations,

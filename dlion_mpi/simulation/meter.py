@@ -41,7 +41,7 @@ class Meter:
         """Count a step of a worker."""
         self.steps[rank] = record.step + 1
         if evaluations:
-            self.accuracies[rank] = evaluations[-1].accuracy
+            self.accuracies[rank] = evaluations[-1].metrics["accuracy"]
         if self._terminal is not None:
             self._reporters[rank](record)
         elif self._every_s and time.monotonic() - self._said_s >= self._every_s:

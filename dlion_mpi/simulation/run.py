@@ -115,7 +115,7 @@ def prepare(
         shared=shared,
         replicas=[VirtualReplica(shared, rank) for rank in range(workers)],
         batches=[Batches(shard, seed=config.seed, rank=rank) for rank, shard in enumerate(shards)],
-        recorders=_recorders(config, environment, shards),
+        recorders=_recorders(config, environment, shards, VirtualReplica.metric_names),
         pool=ThreadPoolExecutor(threads, thread_name_prefix="compute"),
         test_pool=ThreadPoolExecutor(threads, thread_name_prefix="test"),
         meter=Meter(
@@ -128,9 +128,11 @@ def prepare(
     )
 
 
-def _recorders(config: Config, environment: Environment, shards: Sequence[Shard]) -> list[AnyRecorder]:
+def _recorders(
+    config: Config, environment: Environment, shards: Sequence[Shard], metrics: Sequence[str]
+) -> list[AnyRecorder]:
     about = {"mpi": "none: simulated", "environment": json.dumps(dataclasses.asdict(environment))}
-    return [new_recorder(config, rank, len(shards), shard, about) for rank, shard in enumerate(shards)]
+    return [new_recorder(config, rank, len(shards), shard, about, metrics) for rank, shard in enumerate(shards)]
 
 
 def _cores() -> int:

@@ -98,6 +98,8 @@ def _flat(parts: Sequence[Any]) -> Vector:
 class VirtualReplica:
     """The values that one worker keeps of the shared model; a `loop.ports.Replica`."""
 
+    metric_names: tuple[str, ...] = ("accuracy",)
+
     def __init__(self, shared: SharedReplica, rank: int) -> None:
         self.layout: Layout = shared.layout
         self._shared = shared

@@ -127,7 +127,7 @@ def background(events: Events, rank: Rank, spans: Array | None, window: Window) 
     lanes = Lanes(events, pid, "evaluations", 2)
     for row in np.flatnonzero(window.shows(start, end)).tolist():
         a, b = int(start[row]), int(end[row])
-        args = ",".join(f'"{name}":{number(tests[name][row])}' for name in TABLES["evaluations"] if name != "time_s")
+        args = ",".join(f'"{name}":{number(tests[name][row])}' for name in tests if name != "time_s")
         events.slice(pid, lanes.take(a, b), a, b, "evaluate", args)
     start, end = _extents(moves["time_s"], spans, Phase.TRANSFER, by="end_s")
     lanes = Lanes(events, pid, "knowledge transfers", 3)

@@ -24,6 +24,7 @@ from dlion_mpi.metrics.files import Array
 from dlion_mpi.metrics.gauges import link_gauges
 from dlion_mpi.metrics.rank import Rank
 from dlion_mpi.metrics.reader import Run, load
+from dlion_mpi.metrics.series import tested
 from dlion_mpi.view.snapshot import Goal, Numbers, RankSnapshot, Snapshot, snapshot_of
 
 LAST_STEPS = 200
@@ -175,7 +176,7 @@ def _real_s(run: Run) -> float:
 
 def rank_snapshot(rank: Rank) -> RankSnapshot:
     """The latest moment of a rank."""
-    times, accuracies = rank.steps["time_s"], rank.evaluations["accuracy"]
+    times, accuracies = rank.steps["time_s"], tested(rank, "accuracy")
     recent = times >= times[-1] - WINDOW_S if len(times) else np.zeros(0, bool)
     columns = {name: values[recent] for name, values in rank.steps.items()}
     accuracy = float(accuracies[-1]) if len(accuracies) else None

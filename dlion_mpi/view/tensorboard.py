@@ -57,6 +57,8 @@ def scalars(snapshot: RankSnapshot) -> dict[str, float]:
 
 def event_scalars(record: Evaluation | Transfer) -> dict[str, float]:
     """The gauges of an evaluation or a transfer by tag."""
+    if isinstance(record, Evaluation):
+        return {f"test/{name}": value for name, value in record.metrics.items() if math.isfinite(value)}
     shown = [gauge for gauge in GAUGES if gauge.tag and gauge.measure not in STEPS and hasattr(record, gauge.measure)]
     return {gauge.tag: float(getattr(record, gauge.measure)) for gauge in shown}
 

@@ -36,7 +36,7 @@ class Slow(Nothing):
             return []
         self._left = self._polls
         self._done += 1
-        return [Evaluation(self.steps[self._done - 1], 0.0, 0.5)]
+        return [Evaluation(self.steps[self._done - 1], 0.0, {"accuracy": 0.5})]
 
 
 def evaluators(every: Every, polls: int) -> list[Slow]:

@@ -37,7 +37,7 @@ class Model:
         self.threads: set[int] = set()
 
     def evaluate(self, vector: Vector, rows: Batch) -> int:
-        x, y = rows
+        x, y, _ = rows
         self.entered.set()
         assert self.gate.wait(WAIT_S)
         if vector[0] < 0:
@@ -63,7 +63,7 @@ def evaluator(model: Model) -> Iterator[BackgroundEvaluator]:
 
 def test_accuracy_counts_every_row_once(model: Model, evaluator: BackgroundEvaluator) -> None:
     evaluator.submit(7, 1.5, knowledge(CHUNK + 3))
-    assert evaluator.poll(wait=True) == [Evaluation(7, 1.5, (CHUNK + 3) / ROWS)]
+    assert evaluator.poll(wait=True) == [Evaluation(7, 1.5, {"accuracy": (CHUNK + 3) / ROWS})]
     assert model.calls == [CHUNK, CHUNK, 7]
     assert threading.get_ident() not in model.threads
 
@@ -92,7 +92,7 @@ def test_snapshots_are_evaluated_in_order_and_each_with_its_own_weights(
     model.gate.set()
     results = evaluator.poll(wait=True)
     assert [e.step for e in results] == [0, 1, 2, 3, 4]
-    assert [e.accuracy for e in results] == [10 * step / ROWS for step in range(5)]
+    assert [e.metrics["accuracy"] for e in results] == [10 * step / ROWS for step in range(5)]
 
 
 def test_what_fails_in_the_background_is_raised_in_the_loop(evaluator: BackgroundEvaluator) -> None:
@@ -114,7 +114,7 @@ def test_closing_finishes_what_was_submitted(model: Model) -> None:
 
 
 def worker(*evaluations: tuple[float, float]) -> list[Evaluation]:
-    return [Evaluation(k, time_s, accuracy) for k, (time_s, accuracy) in enumerate(evaluations)]
+    return [Evaluation(k, time_s, {"accuracy": accuracy}) for k, (time_s, accuracy) in enumerate(evaluations)]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_by_definition(tests: list[list[tuple[int, int]]], target: float) -> Non
 
 def test_fewer_test_rows_are_taken_evenly_and_with_their_labels() -> None:
     x, y = np.arange(20).reshape(10, 2), np.arange(10)
-    few_x, few_y = rows_to_test(x, y, 4)
+    few_x, few_y, _ = rows_to_test(x, y, 4)
     assert few_y.tolist() == [0, 2, 5, 7]
     np.testing.assert_array_equal(few_x[:, 0], 2 * few_y)
     for most in (None, 10, 99):

@@ -58,7 +58,8 @@ def record(step: int) -> StepRecord:
     )
 
 
-EVALUATIONS = [Evaluation(10, 1.5, 0.25), Evaluation(20, 3.5, 0.75)]
+METRICS = ("accuracy",)
+EVALUATIONS = [Evaluation(10, 1.5, {"accuracy": 0.25}), Evaluation(20, 3.5, {"accuracy": 0.75})]
 TRANSFERS = [Transfer(12, 0, True, 10, 550_000), Transfer(22, 1, False, 20, 0)]
 
 
@@ -99,13 +100,14 @@ def check(file: h5py.File, steps: int) -> None:
     assert {name: file[f"transfers/{name}"][:].tolist() for name in expected_transfers} == expected_transfers
     for group, columns in {"steps": STEP_FIELDS, "links": LINK_FIELDS, **EVENT_FIELDS}.items():
         found = {name: dataset.dtype.str[1:] for name, dataset in file[group].items()}
-        assert found == {name: measure.dtype for name, measure in TABLES[group].items()}
+        declared = {name: measure.dtype for name, measure in TABLES[group].items()}
+        assert found == declared | ({"accuracy": "f4"} if group == "evaluations" else {})
         assert columns.items() <= found.items()
 
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Recorder:
-    return Recorder(tmp_path, RANK, WORKERS, ATTRIBUTES)
+    return Recorder(tmp_path, RANK, WORKERS, ATTRIBUTES, metrics=METRICS)
 
 
 def test_a_record_has_nothing_that_is_not_written() -> None:
@@ -142,7 +144,7 @@ def test_how_often_it_is_flushed_does_not_matter(recorder: Recorder, flush_every
 def test_it_flushes_by_itself_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now_s[0])
-    recorder = Recorder(tmp_path, RANK, WORKERS, ATTRIBUTES)
+    recorder = Recorder(tmp_path, RANK, WORKERS, ATTRIBUTES, metrics=METRICS)
     for step in range(30):
         now_s[0] += 0.3
         recorder.step(record(step))
@@ -197,7 +199,7 @@ import sys
 from pathlib import Path
 from tests.unit import test_recorder as t
 
-recorder = t.Recorder(Path(sys.argv[1]), t.RANK, t.WORKERS, t.ATTRIBUTES)
+recorder = t.Recorder(Path(sys.argv[1]), t.RANK, t.WORKERS, t.ATTRIBUTES, metrics=t.METRICS)
 t.write(recorder, 50)
 recorder.flush()
 print("flushed", flush=True)
@@ -269,7 +271,7 @@ import sys
 from pathlib import Path
 from tests.unit import test_recorder as t
 
-recorder = t.Recorder(Path(sys.argv[1]), t.RANK, t.WORKERS, t.ATTRIBUTES)
+recorder = t.Recorder(Path(sys.argv[1]), t.RANK, t.WORKERS, t.ATTRIBUTES, metrics=t.METRICS)
 for step in range(100_000):
     recorder.step(t.record(step))
     if step % 100 == 0:

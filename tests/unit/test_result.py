@@ -16,7 +16,7 @@ def finish(*, accuracy: float = 0.5, loss: float = 1.25, stop_reason: str | None
     numbers = {**dict.fromkeys(summary_names(), 3.0), "accuracy": accuracy, "loss": loss, "seconds": 0.1}
     return Finish(
         row=[numbers[name] for name in summary_names()],
-        evaluations=[Evaluation(step=10, time_s=1 / 3, accuracy=accuracy)],
+        evaluations=[Evaluation(step=10, time_s=1 / 3, metrics={"accuracy": accuracy})],
         stop_reason=stop_reason,
         exit_code=exit_code,
     )

@@ -70,7 +70,7 @@ tests_of_a_worker = times.flatmap(lambda ts: st.tuples(*(st.tuples(st.just(t), s
 def test_a_target_is_reached_when_the_run_itself_would_say_so(
     evaluations: list[list[tuple[float, float]]], target: float
 ) -> None:
-    own = [[Evaluation(0, t, a) for t, a in worker] for worker in evaluations]
+    own = [[Evaluation(0, t, {"accuracy": a}) for t, a in worker] for worker in evaluations]
     assert accuracy(of_tests(evaluations)).reached_s(target) == target_reached_s(own, target)
 
 

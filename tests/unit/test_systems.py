@@ -47,10 +47,14 @@ def finished(
     }
 
 
+def evaluation(step: int, time_s: float, accuracy: float) -> Evaluation:
+    return Evaluation(step, time_s, {"accuracy": accuracy})
+
+
 def measured(times_to_accuracy: Sequence[tuple[float, float]], lasted_s: float) -> Measured:
     """One worker with these tests, and a step every 10 s that sends 1 GB."""
     times = np.arange(10.0, lasted_s + 1, 10.0)
-    tests = [Evaluation(k, time_s, accuracy) for k, (time_s, accuracy) in enumerate(times_to_accuracy)]
+    tests = [evaluation(k, time_s, accuracy) for k, (time_s, accuracy) in enumerate(times_to_accuracy)]
     return Measured([tests], [times], [np.arange(1, len(times) + 1) * 10**9])
 
 
@@ -186,15 +190,15 @@ def test_what_is_beyond_the_targets_is_noted_where_a_run_gets_there(
 
 
 def test_before_everyone_s_first_test_no_accuracy_is_claimed() -> None:
-    late = Measured([[Evaluation(0, 100.0, 0.5)], [Evaluation(0, 130.0, 0.5), Evaluation(1, 140.0, 0.7)]], [], [])
+    late = Measured([[evaluation(0, 100.0, 0.5)], [evaluation(0, 130.0, 0.5), evaluation(1, 140.0, 0.7)]], [], [])
     assert late.accuracies(120.0) == []
     assert late.accuracies(135.0) == [0.5, 0.5]
     assert late.accuracies(150.0) == [0.5, 0.7]
 
 
 def test_mean_accuracy_is_over_time_and_workers() -> None:
-    early = [Evaluation(0, 10.0, 0.4), Evaluation(1, 60.0, 0.8), Evaluation(2, 100.0, 0.9)]
-    made = Measured([early, [Evaluation(0, 50.0, 0.6)], []], [], [])
+    early = [evaluation(0, 10.0, 0.4), evaluation(1, 60.0, 0.8), evaluation(2, 100.0, 0.9)]
+    made = Measured([early, [evaluation(0, 50.0, 0.6)], []], [], [])
     assert made.mean_accuracy(100.0) == pytest.approx((0.4 * 0.5 + 0.8 * 0.4 + 0.6 * 0.5 + 0.0) / 3)
 
 

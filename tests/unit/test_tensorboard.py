@@ -26,7 +26,7 @@ def written(folder: Path, steps: int, recorder: Any = None) -> dict[str, list[tu
     board = TensorBoard(recorder or NoRecorder(), folder, RANK, WORKERS, now_s=lambda: next(times))
     for step in range(steps):
         board.step(runfiles.record(RANK, WORKERS, step))
-    board.evaluation(Evaluation(steps, float(steps), 0.75))
+    board.evaluation(Evaluation(steps, float(steps), {"accuracy": 0.75}))
     board.transfer(Transfer(steps, 2, True, steps - 1, 1000), float(steps))
     board.close(complete=True)
     return eventfiles.scalars(folder / f"rank-{RANK}")
