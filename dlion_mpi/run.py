@@ -38,7 +38,7 @@ from dlion_mpi.provenance import versions
 from dlion_mpi.result import Finish, Result, sum_up
 from dlion_mpi.signals import STOPPING, stopped_by_signals
 from dlion_mpi.strategies.contract import Strategy
-from dlion_mpi.strategies.registry import resolve
+from dlion_mpi.strategies.registry import check_gradients, resolve
 from dlion_mpi.strategies.types import Plan
 from dlion_mpi.view.live import show_progress, title_of
 
@@ -115,6 +115,7 @@ def _build(
     threads = config.threads or share_of_cores(ranks)
     shard = _shard(ranks, config, own_data)
     replica = _replica(ranks, config, shard, model, threads)
+    ranks.together(partial(check_gradients, config.strategy, strategy.exchanges, replica.takes_gradients))
     if config.checkpoint_every is not None:
         session.check(strategy, Plan(config=config, rank=ranks.rank, ranks=members.ranks, layout=replica.layout))
     recorder = _recorder(ranks, config, start, loaded, shard, pace, replica.metric_names)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from dlion_mpi import wire
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError
+from dlion_mpi.loop import compute
 from dlion_mpi.loop.clock import Clock
 from dlion_mpi.loop.leave import leave
 from dlion_mpi.loop.links import ByteLinks
@@ -255,6 +256,7 @@ class Quadratic:
     ``curvature``: (P,) the a_i. Where it is 0 this worker learns nothing by itself.
     """
 
+    takes_gradients = True
     metric_names: tuple[str, ...] = ("accuracy",)
 
     def __init__(self, layout: Layout, curvature: Vector, learning_rate: float) -> None:
@@ -268,9 +270,17 @@ class Quadratic:
         away = self.w - batch.mean(axis=0, dtype=np.float32)
         return Gradient(float(0.5 * (self.curvature * away * away).sum()), self.curvature * away)
 
+    def movement(self, batch: npt.NDArray[Any]) -> Gradient:
+        gradient = self.gradient(batch)
+        return Gradient(gradient.loss, -self.learning_rate * gradient.vector)
+
+    def move(self, movement: Vector) -> None:
+        self.w += movement
+
     def step_alone(self, batch: npt.NDArray[Any]) -> tuple[float, bool]:
         gradient = self.gradient(batch)
-        self.apply(gradient.vector)
+        if gradient.finite:
+            self.apply(gradient.vector)
         return gradient.loss, gradient.finite
 
     def apply(self, gradient: Vector) -> None:
@@ -283,6 +293,11 @@ class Quadratic:
         self.w[:] = weights
 
     knowledge, set_knowledge = weights, set_weights
+
+    def statistics(self) -> Vector:
+        return np.empty(0, np.float32)
+
+    def set_statistics(self, statistics: Vector) -> None: ...
 
     def evaluate(self, knowledge: Vector, batch: npt.NDArray[Any]) -> int:
         return 0
@@ -462,8 +477,5 @@ def _drive(
 
 
 def _compute(request: Compute, replica: Any, rank: int, seconds: Callable[[int, int], float]) -> Computed:
-    gradient = replica.gradient(request.batch)
-    if request.alone:
-        replica.apply(gradient.vector)
-    vector = None if request.alone else gradient.vector
-    return Computed(gradient.loss, vector, gradient.finite, seconds(rank, request.samples), 0.0)
+    loss, vector, finite = compute.answer(request, replica)
+    return Computed(loss, vector, finite, seconds(rank, request.samples), 0.0)

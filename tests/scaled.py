@@ -10,7 +10,7 @@ import numpy as np
 from dlion_mpi.config.fields import at_least, option
 from dlion_mpi.strategies.baseline import Baseline, Mean
 from dlion_mpi.strategies.options import StrategyOptions
-from dlion_mpi.strategies.types import Effect, LocalGradient, Weights
+from dlion_mpi.strategies.types import Effect, LocalUpdate, Weights
 from dlion_mpi.wire import Message
 
 
@@ -25,7 +25,7 @@ class Scaled(Baseline):
 
     options: Options
 
-    def incoming(self, state: Mean, local: LocalGradient, weights: Weights, messages: Sequence[Message]) -> Effect:
+    def incoming(self, state: Mean, local: LocalUpdate, weights: Weights, messages: Sequence[Message]) -> Effect:
         effect = super().incoming(state, local, weights, messages)
         assert effect.gradient is not None
         effect.gradient[:] *= np.float32(self.options.factor)

@@ -38,6 +38,26 @@ class Replica:
         """Loss and mean gradient over a batch; updates batch-norm statistics, not the weights."""
         return self._backend.gradient(batch.x, batch.y)
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the model can give its gradient."""
+        return True
+
+    def movement(self, batch: Batch) -> Gradient:
+        """Compute what a training step adds to the weights, which stay as they are. Slots and statistics move."""
+        gradient = self.gradient(batch)
+        if not gradient.finite:
+            return gradient
+        before = self.weights()
+        self.apply(gradient.vector)
+        moved = self.weights() - before
+        self.set_weights(before)
+        return Gradient(gradient.loss, moved)
+
+    def move(self, movement: Vector) -> None:
+        """Add a movement to the weights, (P,) float32."""
+        self.set_weights(self.weights() + movement)
+
     def step_alone(self, batch: Batch) -> tuple[float, bool]:
         """Gradient and update at once, for a worker without peers.
 
@@ -64,6 +84,14 @@ class Replica:
     def set_knowledge(self, knowledge: Vector) -> None:
         """Replace weights and statistics, (K,) float32. Optimizer slots stay as they are."""
         self._backend.write(knowledge)
+
+    def statistics(self) -> Vector:
+        """A copy of the statistics, (K - P,) float32."""
+        return self.knowledge()[self.layout.size :]
+
+    def set_statistics(self, statistics: Vector) -> None:
+        """Replace the statistics, (K - P,) float32."""
+        self.set_knowledge(np.concatenate([self.weights(), statistics]))
 
     def evaluate(self, knowledge: Vector, batch: Batch) -> int:
         """Count the rows that a model with this knowledge classifies correctly. The replica stays as it is."""

@@ -13,7 +13,7 @@ from functools import partial
 from dlion_mpi.loop.ports import BackgroundEncoder, Computed, EncodedBatch, Stamp, Until
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.timeline import Phase
-from dlion_mpi.strategies.types import LocalGradient, Outgoing
+from dlion_mpi.strategies.types import LocalUpdate, Outgoing
 from dlion_mpi.wire import Kind
 
 Messages = dict[int, Outgoing]
@@ -34,7 +34,7 @@ def post_weights(w: Worker, *, waiting: bool = False) -> None:
         _encode_and_queue(w, lambda: messages, w.stamp(scope.start_s))
 
 
-def post(w: Worker, local: LocalGradient, computed: Computed) -> Generator[Until, None, None]:
+def post(w: Worker, local: LocalUpdate, computed: Computed) -> Generator[Until, None, None]:
     """Select what every link gets of this step's gradient, encode it and queue it."""
     yield from finish_encoding(w)
     w.budget.settle(w.step, computed.seconds)

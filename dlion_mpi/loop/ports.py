@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,25 +20,25 @@ from dlion_mpi.wire import Bytes
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Request to compute a gradient over a ``batch`` with a number of ``samples``. The answer is a `Computed`.
+    """Request to compute over a ``batch`` with a number of ``samples``. The answer is a `Computed`.
 
-    ``alone``: apply it at once, because there is no peer.
+    ``kind``: the gradient, the movement, or a whole training step (``alone``: there is no peer).
     """
 
     batch: Any
     samples: int
-    alone: bool = False
+    kind: Literal["gradients", "movements", "alone"]
 
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A computed gradient, (P,) float32; None if it was applied at once.
+    """``vector``: the gradient or the movement, (P,) float32; None after a whole training step.
 
-    ``finite``: whether loss and gradient are finite. ``seconds``: duration, of which ``paced_s`` were slept.
+    ``finite``: whether loss and vector are finite. ``seconds``: duration, of which ``paced_s`` were slept.
     """
 
     loss: float
-    gradient: Vector | None
+    vector: Vector | None
     finite: bool
     seconds: float
     paced_s: float
@@ -178,17 +178,31 @@ class Replica(Protocol):
     """One worker's copy of the model; see `learner.replica.Replica`.
 
     Weights: (P,) float32. Knowledge: weights and statistics, (K,) float32. A batch is what `Batches.take` gave.
+    ``takes_gradients``: False for a model that cannot give its gradient, because its training step is the user's.
+    ``metric_names``: the metrics that `evaluate` returns, the same on all ranks.
     """
 
     layout: Layout
     metric_names: tuple[str, ...]
     """The metrics that `evaluate` gives, the same on all ranks."""
 
+    @property
+    def takes_gradients(self) -> bool: ...
+
+    def movement(self, batch: Any) -> Gradient:
+        """Do a training step with the model's optimizer. Returns its loss and what it has added to the weights, (P,).
+
+        Afterwards the weights are as before. The optimizer's variables and the statistics are as after the step.
+        """
+
+    def move(self, movement: Vector) -> None:
+        """Add a movement to the weights, (P,)."""
+
     def gradient(self, batch: Any) -> Gradient:
         """Compute loss and mean gradient over a batch; the weights stay as they are."""
 
     def step_alone(self, batch: Any) -> tuple[float, bool]:
-        """Compute a gradient and apply it, if it is finite. Returns the loss and whether it is."""
+        """Do a whole training step, unless loss or gradient are not finite. Returns the loss and whether they are."""
 
     def apply(self, gradient: Vector) -> None:
         """Give the optimizer an effective gradient, (P,)."""
@@ -204,6 +218,12 @@ class Replica(Protocol):
 
     def set_knowledge(self, knowledge: Vector) -> None:
         """Replace weights and statistics."""
+
+    def statistics(self) -> Vector:
+        """A copy of the statistics, (K - P,)."""
+
+    def set_statistics(self, statistics: Vector) -> None:
+        """Replace the statistics."""
 
     def evaluate(self, knowledge: Vector, batch: Any) -> int:
         """Count the rows that a model with this knowledge classifies correctly. Any thread may call this."""

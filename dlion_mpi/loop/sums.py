@@ -15,8 +15,15 @@ SUM = "sum"
 
 
 def effect_of(w: Worker, answer: Effect | Sums[Effect | None] | None) -> Generator[Until, None, Effect | None]:
-    """Compute the sums that a strategy's answer asks for, and return its effect. None if a worker has ended."""
+    """Compute the sums that a strategy's answer asks for, and return its effect. None if a worker has ended.
+
+    Raises TypeError for sums that `Strategy.sums` does not see, because no worker could end them.
+    """
     if isinstance(answer, Generator):
+        if not w.strategy.sums():
+            raise TypeError(
+                f"strategy {w.strategy.name}: a method that asks for sums must be a generator itself, not return one"
+            )
         try:
             request = next(answer)
             while True:

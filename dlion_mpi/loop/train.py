@@ -1,6 +1,6 @@
 """The main path: the training loop of one worker.
 
-`train` is a generator. It yields what it waits for: `Compute` a gradient, or `Until` something has arrived. A driver
+`train` is a generator. It yields what it waits for: `Compute` over a batch, or `Until` something has arrived. A driver
 waits for that in real time (`mpi/driver.py`) or advances a virtual clock (`simulation/driver.py`). Everything else
 happens at once.
 """
@@ -23,7 +23,7 @@ from dlion_mpi.loop.sums import SUM, effect_of
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
-from dlion_mpi.strategies.types import Effect, LocalGradient
+from dlion_mpi.strategies.types import Effect, LocalUpdate
 
 CHANNELS = (BatchSizeRounds.channel, KnowledgeRounds.channel, CLOSING, SUM)
 """The channels of the collectives; see `mpi/collectives.py`."""
@@ -34,10 +34,10 @@ SMOOTHING = 0.2
 def train(w: Worker) -> Loop:
     """Train until the run ends.
 
-    A step has three phases: compute the local gradient and post what each link can carry of it; wait for the peers as
+    A step has three phases: compute the local update and post what each link can carry of it; wait for the peers as
     long as the synchronisation mode and the strategy's patience ask for; complete the step with what has arrived.
 
-    Raises RunError for a loss or gradient that is not finite, before it could reach a peer.
+    Raises RunError for a loss or update that is not finite, before it could reach a peer.
     """
     if w.batch_sizes.needs_profile():
         yield from profile(w)
@@ -46,8 +46,8 @@ def train(w: Worker) -> Loop:
         w.current = Step(w.now_s(), w.batch_sizes.lbs, w.batch_sizes.gbs)
         post_weights(w)
         computed = yield from compute(w)
-        if computed.gradient is not None:
-            local = LocalGradient(vector=computed.gradient, step=w.step, lbs=w.current.lbs, gbs=w.current.gbs)
+        if computed.vector is not None:
+            local = LocalUpdate(vector=computed.vector, step=w.step, lbs=w.current.lbs, gbs=w.current.gbs)
             yield from post(w, local, computed)
             yield from wait_for_peers(w)
             yield from wait_for_batch_sizes(w)
@@ -66,22 +66,25 @@ def train(w: Worker) -> Loop:
 def profile(w: Worker) -> Loop:
     """Time two batch sizes, so that the first step is already balanced.
 
-    The sizes are small, because all workers wait for the timings of the slowest one.
+    The sizes are small, because all workers wait for the timings of the slowest one. The replica stays as it is.
     """
+    replica = w.replica.to_arrays()
     with w.timed(Phase.PROFILE):
         for size in (max(1, w.config.batch_size // 8), max(1, w.config.batch_size // 2)):
             for attempt in range(2):
-                computed = yield Compute(w.batches.take(size), size)
+                computed = yield Compute(w.batches.take(size), size, w.strategy.exchanges)
                 assert computed is not None
                 if attempt:  # the first of a size also pays for allocation
                     w.batch_sizes.fit.add(size, computed.seconds)
+        w.replica.from_arrays(replica)
         yield from w.batch_sizes.first(w.step)
 
 
 def compute(w: Worker) -> Generator[Compute, Computed | None, Computed]:
-    """Compute the local gradient, or replace one that is not finite by zero (``--non-finite skip``)."""
+    """Compute the local update, or replace one that is not finite by zero (``--non-finite skip``)."""
     assert w.current is not None
-    computed = yield Compute(w.batches.take(w.current.lbs), w.current.lbs, w.alone)
+    kind = "alone" if w.alone else w.strategy.exchanges
+    computed = yield Compute(w.batches.take(w.current.lbs), w.current.lbs, kind)
     assert computed is not None
     w.current.compute_s, w.current.paced_s = computed.seconds, computed.paced_s
     now_s = w.now_s()
@@ -93,7 +96,7 @@ def compute(w: Worker) -> Generator[Compute, Computed | None, Computed]:
             f"rank {w.rank}, step {w.step}: the loss is {computed.loss:g} or its gradient is not finite; "
             "lower --learning-rate, or leave such gradients out with --non-finite skip"
         )
-    zero = None if computed.gradient is None else np.zeros_like(computed.gradient)
+    zero = None if computed.vector is None else np.zeros_like(computed.vector)
     return Computed(computed.loss, zero, True, computed.seconds, computed.paced_s)
 
 
@@ -134,7 +137,7 @@ def wait_for_batch_sizes(w: Worker) -> Generator[Until, None, None]:
             yield Until(ready, receive)
 
 
-def complete(w: Worker, local: LocalGradient) -> Generator[Until, None, bool]:
+def complete(w: Worker, local: LocalUpdate) -> Generator[Until, None, bool]:
     """Update the replica with what has arrived. Returns False if that takes a sum and a worker has ended."""
     assert w.current is not None
     with w.timed(Phase.APPLY) as scope:
@@ -161,6 +164,8 @@ def complete(w: Worker, local: LocalGradient) -> Generator[Until, None, bool]:
 def _apply(w: Worker, effect: Effect) -> None:
     if effect.weights is not None:
         w.replica.set_weights(effect.weights)
+    if effect.movement is not None:
+        w.replica.move(effect.movement)
     if effect.gradient is not None:
         w.replica.apply(effect.gradient)
 

@@ -1,10 +1,11 @@
-"""Drive a worker's loop in real time: compute gradients, wait for messages."""
+"""Drive a worker's loop in real time: compute over batches, wait for messages."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
+from dlion_mpi.loop import compute
 from dlion_mpi.loop.ports import Compute, Computed, Loop, Replica
 from dlion_mpi.microcloud.environments import PaceClock
 from dlion_mpi.mpi.exchange import Exchange
@@ -30,12 +31,7 @@ def drive(loop: Loop, *, replica: Replica, exchange: Exchange, pace: PaceClock |
 
 def _compute(request: Compute, replica: Replica, now_s: Callable[[], float], pace: PaceClock | None) -> Computed:
     started_s = now_s()
-    if request.alone:
-        loss, finite = replica.step_alone(request.batch)
-        vector = None
-    else:
-        gradient = replica.gradient(request.batch)
-        loss, finite, vector = gradient.loss, gradient.finite, gradient.vector
+    loss, vector, finite = compute.answer(request, replica)
     paced_s = 0.0
     if pace is not None:
         paced_s = max(0.0, pace.seconds(request.samples, started_s) - (now_s() - started_s))

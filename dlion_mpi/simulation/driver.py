@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from dlion_mpi.errors import RunError
+from dlion_mpi.loop import compute
 from dlion_mpi.loop.clock import Clock
 from dlion_mpi.loop.leave import leave
 from dlion_mpi.loop.membership import Membership
@@ -23,7 +24,7 @@ from dlion_mpi.simulation.links import Processor, VirtualEncoder, VirtualLinks
 from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.simulation.run import VirtualRun
 from dlion_mpi.strategies.registry import resolve
-from dlion_mpi.vector.gradient import Gradient
+from dlion_mpi.vector.layout import Vector
 
 
 class Process:
@@ -74,22 +75,19 @@ class Process:
             self._on_end()
 
     def _compute(self, request: Compute) -> None:
-        """Compute the gradient in the thread pool, and resume the loop when its virtual time has passed.
+        """Compute in the thread pool, and resume the loop when the virtual time of that has passed.
 
-        That time includes the processor time that messages have cost the loop since the last gradient.
+        That time includes the processor time that messages have cost the loop since the last computation.
         """
         run, rank, now_s = self._run, self.worker.rank, self._events.now_s
         seconds = run.environment.pace(rank, now_s, run.config.seconds).seconds(request.samples)
-        future = run.pool.submit(run.replicas[rank].gradient, request.batch)
+        future = run.pool.submit(compute.answer, request, run.replicas[rank])
         exchange_s, self._exchange_s = self._processor.loop_s - self._exchange_s, self._processor.loop_s
-        self._events.at(now_s + exchange_s + seconds, partial(self._computed, future, seconds, request.alone))
+        self._events.at(now_s + exchange_s + seconds, partial(self._computed, future, seconds))
 
-    def _computed(self, future: Future[Gradient], seconds: float, alone: bool) -> None:
-        gradient = future.result()
-        vector = gradient.vector
-        if alone and gradient.finite:
-            self._run.replicas[self.worker.rank].apply(vector)
-        self.resume(Computed(gradient.loss, None if alone else vector, gradient.finite, seconds, seconds))
+    def _computed(self, future: Future[tuple[float, Vector | None, bool]], seconds: float) -> None:
+        loss, vector, finite = future.result()
+        self.resume(Computed(loss, vector, finite, seconds, seconds))
 
 
 def _life(worker: Worker) -> Loop:

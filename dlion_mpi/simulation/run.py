@@ -22,6 +22,7 @@ from dlion_mpi.microcloud.environments import Environment
 from dlion_mpi.simulation.evaluate import Accuracies, VirtualEvaluator
 from dlion_mpi.simulation.meter import Meter
 from dlion_mpi.simulation.shared_replica import SharedReplica, VirtualReplica
+from dlion_mpi.strategies.registry import check_gradients
 from dlion_mpi.view.live import terminal_for, title_of
 
 
@@ -79,11 +80,18 @@ class VirtualRun:
 
 
 def prepare(
-    config: Config, environment: Environment, *, model: Any, shards: Sequence[Shard] | None, report: bool
+    config: Config,
+    environment: Environment,
+    *,
+    model: Any,
+    shards: Sequence[Shard] | None,
+    report: bool,
+    exchanges: str = "movements",
 ) -> VirtualRun:
     """Read the data, build the model, make the folder: everything that can fail before virtual time begins.
 
-    ``config``: resolved. ``model``, ``shards``: used instead of those that the Config names. Raises UserError.
+    ``config``: resolved. ``model``, ``shards``: used instead of those that the Config names. ``exchanges``: of the
+    strategy. Raises UserError.
     """
     workers = environment.workers
     threads = config.threads or _cores()
@@ -99,6 +107,7 @@ def prepare(
     backend.start(1, concurrent=threads)  # one thread for each operation: its sums then have one order only
     own, optimizer = models.trainable(config, shards[0].input_shape, shards[0].classes, model)
     shared = SharedReplica(own, optimizer, shards[0].x_train.dtype)
+    check_gradients(config.strategy, exchanges, shared.takes_gradients)
     new_folder(config)
     if report:
         say(

@@ -7,6 +7,7 @@ compute the gradients of several workers at the same time with the same result.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ class SharedReplica:
         self.keras = KerasModel(model, optimizer, input_dtype)
         self.layout: Layout = self.keras.layout
         self._functions = backend.stateless(self.keras)
+        self._updating = threading.Lock()  # the backend updates its own variables
         self.gradient, self.evaluate = self._functions.gradient, self._functions.evaluate
+        self.takes_gradients = True
         self.plain_rate = self.keras.plain_rate()
         """The learning rate if the optimizer does no more than ``w - rate g``, else None."""
 
@@ -50,10 +53,11 @@ class SharedReplica:
         return [variable.numpy() for variable in self.keras.optimizer.variables]
 
     def update(self, weights: Vector, slots: Tensors, gradient: Vector) -> tuple[Vector, Tensors]:
-        """Weights and slots after the optimizer got ``gradient``. For one thread only."""
+        """Weights and slots after the optimizer got ``gradient``."""
         if self.plain_rate is not None:
             return weights - self.plain_rate * gradient, slots
-        return self._functions.update(weights, slots, gradient)
+        with self._updating:
+            return self._functions.update(weights, slots, gradient)
 
     def finished(self, weights: Vector, slots: Tensors) -> Vector:
         """The weights with what the optimizer keeps for the end, such as their averages."""
@@ -112,6 +116,25 @@ class VirtualReplica:
         gradient, self._state = self._shared.gradient(self._weights, self._state, batch.x, batch.y)
         return gradient
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the model can give its gradient."""
+        return self._shared.takes_gradients
+
+    def movement(self, batch: Batch) -> Gradient:
+        """Compute what a training step adds to the weights, which stay as they are. Slots and statistics move."""
+        gradient = self.gradient(batch)
+        if not gradient.finite:
+            return gradient
+        if self._shared.plain_rate is not None:
+            return Gradient(gradient.loss, -self._shared.plain_rate * gradient.vector)
+        after, self._slots = self._shared.update(self._weights, self._slots, gradient.vector)
+        return Gradient(gradient.loss, after - self._weights)
+
+    def move(self, movement: Vector) -> None:
+        """Add a movement to the weights, (P,) float32."""
+        self._weights = self._weights + movement
+
     def step_alone(self, batch: Batch) -> tuple[float, bool]:
         """Gradient and update, which is left out unless loss and gradient are finite. Returns the loss and whether."""
         gradient = self.gradient(batch)
@@ -138,6 +161,14 @@ class VirtualReplica:
     def set_knowledge(self, knowledge: Vector) -> None:
         """Replace weights and statistics, (K,) float32. Optimizer slots stay as they are."""
         self._weights, self._state = self._shared.split_knowledge(knowledge, self._state)
+
+    def statistics(self) -> Vector:
+        """A copy of the statistics, (K - P,) float32."""
+        return self.knowledge()[self.layout.size :]
+
+    def set_statistics(self, statistics: Vector) -> None:
+        """Replace the statistics, (K - P,) float32."""
+        self.set_knowledge(np.concatenate([self._weights, statistics]))
 
     def evaluate(self, knowledge: Vector, batch: Batch) -> int:
         """Count the rows that a model with this knowledge classifies correctly."""

@@ -87,7 +87,8 @@ def simulate(
             "simulate --strategy allreduce instead"
         )
     config = free_network.resolve(config) if free else strategies.resolve(config)[1]
-    run = prepare(config, environment, model=model, shards=shards, report=report)
+    exchanges = "gradients" if free else strategies.find(config.strategy).exchanges
+    run = prepare(config, environment, model=model, shards=shards, report=report, exchanges=exchanges)
     with run, run.meter.shown():
         finishes = free_network.train_together(run) if free else drive(run)
         run.complete = not any(finish.exit_code for finish in finishes)

@@ -14,7 +14,7 @@ from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.missed import Missed
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
-from dlion_mpi.strategies.types import Effect, LinkViews, LocalGradient, Outbox, Outgoing, Plan, Weights
+from dlion_mpi.strategies.types import Effect, LinkViews, LocalUpdate, Outbox, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
 from dlion_mpi.vector.named_arrays import Array, StateError
 from dlion_mpi.wire import Message
@@ -62,7 +62,7 @@ class Ako(Strategy):
         size = plan.layout.size
         return AkoState(plan, np.zeros(size, np.float32), Missed(size), np.empty(size, np.float32))
 
-    def outgoing(self, state: AkoState, local: LocalGradient, links: LinkViews) -> Outbox:
+    def outgoing(self, state: AkoState, local: LocalUpdate, links: LinkViews) -> Outbox:
         """This step's partition to every peer. In `bounded`, a link that is not ready gets a header."""
         if not links:
             return {}
@@ -79,7 +79,7 @@ class Ako(Strategy):
                 messages[peer] = Outgoing(entries=due, quality=100 * len(due) / size)
         return messages
 
-    def incoming(self, state: AkoState, local: LocalGradient, weights: Weights, messages: Sequence[Message]) -> Effect:
+    def incoming(self, state: AkoState, local: LocalUpdate, weights: Weights, messages: Sequence[Message]) -> Effect:
         """``(1/n) (g + all arrivals)``."""
         share = 1 / len(state.plan.ranks)
         np.multiply(local.vector, np.float32(share), out=state.effective)

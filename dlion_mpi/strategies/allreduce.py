@@ -8,7 +8,7 @@ import numpy as np
 
 from dlion_mpi.strategies.contract import EQUAL_BATCHES, Strategy
 from dlion_mpi.strategies.state import State
-from dlion_mpi.strategies.types import Effect, Inbox, LocalGradient, Sum, Sums, Weights
+from dlion_mpi.strategies.types import Effect, Inbox, LocalUpdate, Sum, Sums, Weights
 from dlion_mpi.wire import Message
 
 
@@ -26,9 +26,7 @@ class AllReduce(Strategy):
     def may_advance(self, state: State, step: int, inbox: Inbox) -> bool:
         return True  # the sum is what a step waits for
 
-    def incoming(
-        self, state: State, local: LocalGradient, weights: Weights, messages: Sequence[Message]
-    ) -> Sums[Effect]:
+    def incoming(self, state: State, local: LocalUpdate, weights: Weights, messages: Sequence[Message]) -> Sums[Effect]:
         total = yield Sum(local.vector * np.float32(local.lbs / local.gbs))
         return Effect(gradient=total)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.state import State, transient
-from dlion_mpi.strategies.types import Effect, LinkViews, LocalGradient, Outbox, Outgoing, Plan, Weights
+from dlion_mpi.strategies.types import Effect, LinkViews, LocalUpdate, Outbox, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
 from dlion_mpi.wire import Message
 
@@ -33,10 +33,10 @@ class Baseline(Strategy):
     def start(self, plan: Plan) -> Mean:
         return Mean(plan, np.empty(plan.layout.size, np.float32))
 
-    def outgoing(self, state: Mean, local: LocalGradient, links: LinkViews) -> Outbox:
+    def outgoing(self, state: Mean, local: LocalUpdate, links: LinkViews) -> Outbox:
         return dict.fromkeys(links, Outgoing(entries=Entries(len(local.vector), local.vector), quality=100.0))
 
-    def incoming(self, state: Mean, local: LocalGradient, weights: Weights, messages: Sequence[Message]) -> Effect:
+    def incoming(self, state: Mean, local: LocalUpdate, weights: Weights, messages: Sequence[Message]) -> Effect:
         share = 1 / (1 + len(messages))
         np.multiply(local.vector, np.float32(share), out=state.mean)
         for message in messages:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import isgeneratorfunction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.strategies import state as state_as_arrays
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State
-from dlion_mpi.strategies.types import Effect, Inbox, LinkViews, LocalGradient, Outbox, Plan, Sums, Weights
+from dlion_mpi.strategies.types import Effect, Inbox, LinkViews, LocalUpdate, Outbox, Plan, Sums, Weights
 from dlion_mpi.vector.named_arrays import Array, Arrays
 from dlion_mpi.wire import Message
 
@@ -37,9 +37,14 @@ class Strategy:
     """The shared options that it uses, by their Config name, with its defaults. Others are refused."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """More sets of defaults by name, for ``--preset``: for the options in ``uses`` and in ``Options``."""
+    exchanges: ClassVar[Literal["gradients", "movements"]] = "gradients"
+    """The vector of a step: the mean gradient, or the movement of the weights by the worker's own optimizer.
+
+    A movement includes momentum, clipping and weight decay, and every model has one.
+    """
     restates: ClassVar[bool] = False
-    """Whether its messages carry weights, not gradients or updates: then one that is sent again after a resume does no
-    harm."""
+    """Whether its messages carry weights, not gradients or movements. Then one that is sent again after a resume does
+    no harm."""
     window: ClassVar[int] = 2
     """The number of unacknowledged messages at which a link is no longer ready."""
     summed_by: ClassVar[str] = "mpi"
@@ -75,13 +80,13 @@ class Strategy:
         return State(plan)
 
     def before_compute(self, state: Any, step: int, weights: Weights, links: LinkViews) -> Outbox:
-        """Return what to send to which peer before the gradient of ``step`` is computed. ``links``: of the live peers.
+        """Return what to send to which peer before ``step`` is computed. ``links``: of the live peers.
 
         While the worker waits in that step, the loop asks again whenever something has arrived.
         """
         return {}
 
-    def outgoing(self, state: Any, local: LocalGradient, links: LinkViews) -> Outbox:
+    def outgoing(self, state: Any, local: LocalUpdate, links: LinkViews) -> Outbox:
         """Return what to send to which peer after ``local`` was computed. ``links``: of the live peers."""
         return {}
 
@@ -95,7 +100,7 @@ class Strategy:
         )
 
     def incoming(
-        self, state: Any, local: LocalGradient, weights: Weights, messages: Sequence[Message]
+        self, state: Any, local: LocalUpdate, weights: Weights, messages: Sequence[Message]
     ) -> Effect | Sums[Effect]:
         """Return what the step does to the replica, given ``local`` and the messages that have arrived for it.
 
@@ -103,7 +108,7 @@ class Strategy:
         """
         raise NotImplementedError
 
-    def between(self, state: Any, local: LocalGradient, weights: Weights) -> Effect | Sums[Effect | None] | None:
+    def between(self, state: Any, local: LocalUpdate, weights: Weights) -> Effect | Sums[Effect | None] | None:
         """Return what else to do to the replica between this step, which has been applied, and the next.
 
         Like `incoming`, it may be a generator.

@@ -11,7 +11,7 @@ from dlion_mpi.config.fields import ABOVE_0, Bounds, at_least, option
 from dlion_mpi.strategies.contract import EQUAL_BATCHES, Strategy
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State
-from dlion_mpi.strategies.types import Effect, Inbox, LocalGradient, Plan, Sum, Sums, Weights
+from dlion_mpi.strategies.types import Effect, Inbox, LocalUpdate, Plan, Sum, Sums, Weights
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import Message
 
@@ -43,6 +43,7 @@ class Diloco(Strategy):
 
     name = "diloco"
     modes = ("sync",)
+    exchanges = "movements"
     uses = EQUAL_BATCHES
 
     @dataclass(frozen=True, kw_only=True)
@@ -62,15 +63,13 @@ class Diloco(Strategy):
     def may_advance(self, state: DilocoState, step: int, inbox: Inbox) -> bool:
         return True  # only an outer step waits, for its sum
 
-    def incoming(
-        self, state: DilocoState, local: LocalGradient, weights: Weights, messages: Sequence[Message]
-    ) -> Effect:
+    def incoming(self, state: DilocoState, local: LocalUpdate, weights: Weights, messages: Sequence[Message]) -> Effect:
         """A local step."""
         if state.steps == 0:
             state.anchor[:] = weights()
-        return Effect(gradient=local.vector)
+        return Effect(movement=local.vector)
 
-    def between(self, state: DilocoState, local: LocalGradient, weights: Weights) -> Sums[Effect | None]:
+    def between(self, state: DilocoState, local: LocalUpdate, weights: Weights) -> Sums[Effect | None]:
         """The outer step after every H local steps."""
         state.steps += 1
         state.samples += local.lbs

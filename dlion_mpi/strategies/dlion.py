@@ -16,7 +16,7 @@ from dlion_mpi.config.options import Config
 from dlion_mpi.strategies.contract import BATCHING, TRANSFER, Strategy
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
-from dlion_mpi.strategies.types import Effect, LinkView, LinkViews, LocalGradient, Outbox, Outgoing, Plan, Weights
+from dlion_mpi.strategies.types import Effect, LinkView, LinkViews, LocalUpdate, Outbox, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import Message
 
@@ -61,16 +61,17 @@ PAPER: Mapping[str, object] = {
 
 
 class Dlion(Strategy):
-    """``w_k <- w_k - eta sum_j c_j g_j``, with the entries of g_j that have arrived from worker j.
+    """``w_k <- w_k + sum_j c_j u_j``, with the entries of the movement u_j that have arrived from worker j.
 
     Each link gets the largest entries that it can deliver within the step. The rest stays as a residual, which is sent
-    later. A worker applies entries of its local gradient when it sends them, so that all replicas stay equal.
+    later. A worker applies entries of its movement when it sends them, so that all replicas stay equal.
     Source: DLion (HPDC 2021), sections on weighted dynamic batching and per-link prioritized gradient exchange. The
     residual, and applying entries as they are sent, follow Deep Gradient Compression (Lin et al. 2018).
     """
 
     name = "dlion"
     modes = ("bounded", "sync", "async")
+    exchanges = "movements"
     window = 3  # an acknowledgement may take as long as its message: with 2, a full link was idle a fifth of the time
     uses: ClassVar[Mapping[str, object]] = {
         "staleness": 5,
@@ -86,12 +87,12 @@ class Dlion(Strategy):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(StrategyOptions):
-        """The selection of what is sent, and the weight of a gradient."""
+        """The selection of what is sent, and the weight of a movement."""
 
         unsent: str = option(
             "accumulate",
-            "keep unsent entries as a residual, and apply the local gradient as it is sent (accumulate; in async "
-            "whole); keep them, and apply the local gradient whole (accumulate-whole); or drop them",
+            "keep unsent entries as a residual, and apply the local movement as it is sent (accumulate; in async "
+            "whole); keep them, and apply the local movement whole (accumulate-whole); or drop them",
             choices=("accumulate", "accumulate-whole", "drop"),
         )
         link_share: float | None = option(
@@ -110,7 +111,7 @@ class Dlion(Strategy):
         )
         weighting: str = option(
             "global",
-            "weight of the gradient of worker j at worker k: LBS_j / GBS (global), or LBS_j / (n LBS_k) (paper)",
+            "weight of the movement of worker j at worker k: LBS_j / GBS (global), or LBS_j / (n LBS_k) (paper)",
             choices=("global", "paper"),
         )
 
@@ -132,7 +133,7 @@ class Dlion(Strategy):
         return LINK_SHARE if self.short else self.options.link_share or 1.0
 
     def applies_as_sent(self, config: Config) -> bool:
-        """Whether a worker applies entries of its local gradient when it sends them, so that replicas stay equal."""
+        """Whether a worker applies entries of its movement when it sends them, so that replicas stay equal."""
         return self.options.unsent == "accumulate" and config.mode.reports_progress
 
     def derived(self, config: Config) -> Mapping[str, object]:
@@ -152,7 +153,7 @@ class Dlion(Strategy):
         memory = Residuals if self.remembers else NoResiduals
         return DlionState(plan, memory(plan.layout, rules), np.empty(plan.layout.size, np.float32))
 
-    def outgoing(self, state: DlionState, local: LocalGradient, links: LinkViews) -> Outbox:
+    def outgoing(self, state: DlionState, local: LocalUpdate, links: LinkViews) -> Outbox:
         """The largest entries that fit each ready link; on other links a header, if a peer may wait for this step."""
         config = state.plan.config
         budgets = {peer: self._budget(link, config, state.plan.layout.size) for peer, link in links.items()}
@@ -164,10 +165,8 @@ class Dlion(Strategy):
             messages[peer] = Outgoing(entries=choice.entries, quality=choice.quality, value_type=value_type)
         return messages
 
-    def incoming(
-        self, state: DlionState, local: LocalGradient, weights: Weights, messages: Sequence[Message]
-    ) -> Effect:
-        """The weighted sum of what has arrived, and of the local gradient or what was sent of it.
+    def incoming(self, state: DlionState, local: LocalUpdate, weights: Weights, messages: Sequence[Message]) -> Effect:
+        """The weighted sum of what has arrived, and of the local movement or what was sent of it.
 
         Sent entries are added in the order of ranks, those of this worker in its place: so workers that have the same
         entries get the same float32 sum.
@@ -187,7 +186,7 @@ class Dlion(Strategy):
             np.multiply(local.vector, np.float32(own), out=state.effective)
         for _, entries, weight in sorted(addends, key=lambda addend: addend[0]):
             entries.add_to(state.effective, weight)
-        return Effect(gradient=state.effective)
+        return Effect(movement=state.effective)
 
     def _budget(self, link: LinkView, config: Config, size: int) -> Budget | None:
         """Return the size of the next message of a gradient of ``size`` entries, or None for no message.

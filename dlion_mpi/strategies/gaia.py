@@ -14,7 +14,7 @@ from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.missed import Missed
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
-from dlion_mpi.strategies.types import Effect, Inbox, LinkViews, LocalGradient, Outbox, Outgoing, Plan, Weights
+from dlion_mpi.strategies.types import Effect, Inbox, LinkViews, LocalUpdate, Outbox, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
 from dlion_mpi.wire import Message, capacity_bytes, encoded_bytes
 
@@ -23,29 +23,28 @@ from dlion_mpi.wire import Message, capacity_bytes, encoded_bytes
 class GaiaState(State):
     """``accumulated``: (P,) float32, local updates not sent to anyone yet. ``missed``: what single peers lack.
 
-    ``before``: the weights before the optimizer's last update; None when ``accumulated`` has that update already.
     ``reported``: the last step that all peers were informed of. ``effective``: (P,) float32, a buffer.
     """
 
     accumulated: Vector
     missed: Missed
     effective: Vector = transient()
-    before: Vector | None = None
     reported: int = -1
 
 
 class Gaia(Strategy):
     """Approximate Synchronous Parallel: ``acc <- acc + u``; entry i is sent when ``|acc_i| > S_t |w_i|``, then zeroed.
 
-    ``u`` is what the optimizer does to the weights with this worker's gradient over n; a peer adds it to its
-    weights. ``S_t = S_0 / sqrt(t)``, t from 1. Selective barrier: the indices of a message that takes its link longer
-    than a step go first, and the peer does not compute a gradient before the values arrive. Mirror clock: no worker is
-    more than ``--staleness`` steps ahead of the slowest (`bounded`).
+    ``u`` is the movement of the weights by this worker's optimizer, over n. A peer adds it to its weights.
+    ``S_t = S_0 / sqrt(t)``, t from 1. Selective barrier: the indices of a message that takes its link longer than a
+    step go first, and the peer does not compute before the values arrive. Mirror clock: no worker is more than
+    ``--staleness`` steps ahead of the slowest (`bounded`).
     Source: Hsieh et al., "Gaia: Geo-Distributed Machine Learning Approaching LAN Speeds", NSDI 2017, section 3.
     """
 
     name = "gaia"
     modes = ("bounded", "async")
+    exchanges = "movements"
     uses: ClassVar[Mapping[str, object]] = {"staleness": 5}
 
     @dataclass(frozen=True, kw_only=True)
@@ -65,14 +64,10 @@ class Gaia(Strategy):
         """The significant updates so far to every peer; in `bounded`, at least a header."""
         config, size, waits = state.plan.config, len(state.accumulated), self.options.barrier == "selective"
         entries = Entries(size, np.empty(0, np.float32), np.empty(0, np.uint32))
-        if state.before is not None:
-            now = weights()
-            state.accumulated += now - state.before
-            state.before = None
-            entries = _significant(state, now, threshold(self.options.threshold, step))
-        report = config.mode.reports_progress and state.reported < step
-        messages = {peer: Outgoing() for peer in (links if report else ())}
-        state.reported = step
+        is_new, state.reported = state.reported < step, step
+        if is_new:
+            entries = _significant(state, weights(), threshold(self.options.threshold, step))
+        messages = {peer: Outgoing() for peer in (links if is_new and config.mode.reports_progress else ())}
         for peer, link in links.items():
             due = state.missed.due(peer, entries, link.ready, everything=True)
             if due is not None and len(due):
@@ -80,13 +75,13 @@ class Gaia(Strategy):
                 messages[peer] = Outgoing(entries=due, quality=100 * len(due) / size, announced=slow and waits)
         return messages
 
-    def incoming(self, state: GaiaState, local: LocalGradient, weights: Weights, messages: Sequence[Message]) -> Effect:
-        """The peers' updates to the weights, and ``g / n`` to the optimizer."""
+    def incoming(self, state: GaiaState, local: LocalUpdate, weights: Weights, messages: Sequence[Message]) -> Effect:
+        """This worker's update and those that have arrived."""
         np.multiply(local.vector, np.float32(1 / len(state.plan.ranks)), out=state.effective)
-        before = state.before = weights()
+        state.accumulated += state.effective
         for message in messages:
-            message.entries.add_to(before, 1.0)
-        return Effect(gradient=state.effective, weights=before if messages else None)
+            message.entries.add_to(state.effective, 1.0)
+        return Effect(movement=state.effective)
 
     def may_advance(self, state: GaiaState, step: int, inbox: Inbox) -> bool:
         """By the mirror clock, and with all announced values."""

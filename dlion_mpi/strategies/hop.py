@@ -12,7 +12,7 @@ from dlion_mpi.config.fields import at_least, option
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
-from dlion_mpi.strategies.types import Effect, Inbox, LinkViews, LocalGradient, Outbox, Outgoing, Plan, Weights
+from dlion_mpi.strategies.types import Effect, Inbox, LinkViews, LocalUpdate, Outbox, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
 from dlion_mpi.wire import Kind, Message
 
@@ -32,17 +32,19 @@ class HopState(State):
 
 
 class Hop(Strategy):
-    """Decentralised parallel SGD: ``x_{k+1} = mean_j x_j - eta g(x_k)`` over the neighbours j and the worker itself.
+    """Decentralised parallel SGD: ``x_{k+1} = mean_j x_j + u(x_k)`` over the neighbours j and the worker itself.
 
-    Parameters of iteration k are sent before their gradient is computed. A message of iteration k is a token for k: no
-    worker enters an iteration more than ``--hop.max-gap`` after a neighbour's token. Parameters of iteration k - s or
-    later count with ``iteration - (k - s) + 1`` (``--staleness`` s), in `sync` those of k only. A straggler may skip.
+    u is the movement of the weights by this worker's optimizer. Parameters of iteration k are sent before it is
+    computed. A message of iteration k is a token for k: no worker enters an iteration more than ``--hop.max-gap`` after
+    a neighbour's token. Parameters of iteration k - s or later count with ``iteration - (k - s) + 1``
+    (``--staleness`` s), in `sync` those of k only. A straggler may skip.
     Source: Luo et al., "Hop: Heterogeneity-Aware Decentralized Training", ASPLOS 2019, arXiv 1902.01064.
     """
 
     name = "hop"
     modes = ("bounded", "sync")
     restates = True
+    exchanges = "movements"
     uses: ClassVar[Mapping[str, object]] = {"staleness": 5, "backup": 1}
 
     @dataclass(frozen=True, kw_only=True)
@@ -71,22 +73,22 @@ class Hop(Strategy):
             state.sent |= dict.fromkeys(due, step)
         return messages
 
-    def incoming(self, state: HopState, local: LocalGradient, weights: Weights, messages: Sequence[Message]) -> Effect:
-        """The weighted mean of the parameters that have arrived, and the local gradient for the optimizer."""
+    def incoming(self, state: HopState, local: LocalUpdate, weights: Weights, messages: Sequence[Message]) -> Effect:
+        """The weighted mean of the parameters that have arrived, plus the local movement."""
         arrived = {message.header.sender: message for message in messages}  # by step: the newest is the last
         state.newest |= {j: message.header.step for j, message in arrived.items()}
         skipped = self._skipped(state, local.step)
         oldest = local.step + skipped - (state.plan.config.staleness or 0)
         parts = [(m.header.step - oldest + 1, m.entries.values) for m in arrived.values() if m.header.step >= oldest]
         if not parts:
-            return Effect(gradient=local.vector, skipped=skipped)
+            return Effect(movement=local.vector, skipped=skipped)
         if local.step >= oldest:
             parts.append((local.step - oldest + 1, weights()))
         total = sum(weight for weight, _ in parts)
         state.mean.fill(0)
         for weight, x in parts:
             state.mean += np.float32(weight / total) * x
-        return Effect(weights=state.mean, gradient=local.vector, skipped=skipped)
+        return Effect(weights=state.mean, movement=local.vector, skipped=skipped)
 
     def may_advance(self, state: HopState, step: int, inbox: Inbox) -> bool:
         """With a token for the next iteration, and recent parameters from all but the backup workers."""

@@ -12,7 +12,7 @@ from dlion_mpi.config.fields import at_least, option
 from dlion_mpi.strategies.contract import EQUAL_BATCHES, Strategy
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
-from dlion_mpi.strategies.types import Effect, Inbox, LocalGradient, Plan, Sum, Sums, Weights
+from dlion_mpi.strategies.types import Effect, Inbox, LocalUpdate, Plan, Sum, Sums, Weights
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.wire import Message
 
@@ -69,7 +69,7 @@ class PowerSgd(Strategy):
         return True  # the sums are what a step waits for
 
     def incoming(
-        self, state: PowerSgdState, local: LocalGradient, weights: Weights, messages: Sequence[Message]
+        self, state: PowerSgdState, local: LocalUpdate, weights: Weights, messages: Sequence[Message]
     ) -> Sums[Effect]:
         state.residual += np.float32(local.lbs / local.gbs) * local.vector
         own = [state.residual[part].reshape(rows, columns) for part, rows, columns in state.matrices]

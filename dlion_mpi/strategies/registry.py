@@ -77,6 +77,16 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     return strategy, dataclasses.replace(config, strategy_options=own, **shared)
 
 
+def check_gradients(strategy: str, exchanges: str, takes_gradients: bool) -> None:
+    """Raise UserError for a strategy that exchanges gradients if the model cannot give its gradient."""
+    if exchanges == "gradients" and not takes_gradients:
+        able = ", ".join(name for name, cls in STRATEGIES.items() if cls.exchanges == "movements")
+        raise UserError(
+            f"--strategy {strategy} needs gradients, which a model with a custom train_step does not give: "
+            f"choose {able}"
+        )
+
+
 def _own_options(cls: type[Strategy], config: Config, preset: Mapping[str, Any]) -> dict[str, Any]:
     """Return the given options of the strategy, and those of the preset that have an effect with them."""
     fields = {f.name: f for f in declared(cls.Options)}

@@ -16,7 +16,7 @@ from dlion_mpi.wire import Kind, Message, ValueType
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The facts known before the first step: the resolved Config, this rank, all ranks, the gradient's layout."""
+    """The facts known before the first step: the resolved Config, this rank, all ranks, the layout of the weights."""
 
     config: Config
     rank: int
@@ -46,10 +46,11 @@ LinkViews = Mapping[int, LinkView]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalGradient:
-    """This worker's mean gradient of the step, (P,) float32, over ``lbs`` of the ``gbs`` samples of all workers.
+class LocalUpdate:
+    """The result of this worker's step, from ``lbs`` of the ``gbs`` samples of all workers.
 
-    The vector is read-only and valid until the next step's `outgoing` begins.
+    ``vector``: (P,) float32, the mean gradient, or the movement of the weights by the worker's own optimizer, as
+    `Strategy.exchanges` says. Read-only, and valid until the next step's `outgoing` begins.
     """
 
     vector: Vector
@@ -120,15 +121,16 @@ Outbox = dict[int, Outgoing]
 """By peer, the message that it gets."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
-    """A change of the replica: set ``weights``, then give the optimizer ``gradient``. Both (P,) float32 or None.
+    """A change of the replica: set ``weights``, add ``movement``, give the optimizer ``gradient``, in this order.
 
-    ``skipped``: the number of steps to leave out after this one.
+    Each is (P,) float32 or None. ``skipped``: the number of steps to leave out after this one.
     """
 
-    gradient: Vector | None = None
     weights: Vector | None = None
+    movement: Vector | None = None
+    gradient: Vector | None = None
     skipped: int = 0
 
 

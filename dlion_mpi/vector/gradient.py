@@ -1,4 +1,4 @@
-"""A gradient as one flat vector, with the loss that it belongs to."""
+"""A gradient or a movement as one flat vector, with the loss that it belongs to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dlion_mpi.vector.layout import Vector
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """The mean loss of a batch and its gradient, (P,) float32, read-only."""
+    """The mean loss of a batch and its gradient or movement, (P,) float32, read-only."""
 
     loss: float
     vector: Vector

@@ -11,7 +11,7 @@ import pytest
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.strategies.registry import STRATEGIES
-from dlion_mpi.strategies.types import Effect, LocalGradient, Sum, Sums
+from dlion_mpi.strategies.types import Effect, LocalUpdate, Sum, Sums
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 from dlion_mpi.wire import Header, Kind, Message
 from tests.inmemory import Quadratic, Run, Weather, run
@@ -100,8 +100,8 @@ def effect_of(answer: Effect | Sums[Effect | None] | None) -> Effect:
     return effect
 
 
-def local(gradient: Vector, *, step: int = 0, lbs: int = 8, gbs: int = 24) -> LocalGradient:
-    return LocalGradient(vector=gradient, step=step, lbs=lbs, gbs=gbs)
+def local(gradient: Vector, *, step: int = 0, lbs: int = 8, gbs: int = 24) -> LocalUpdate:
+    return LocalUpdate(vector=gradient, step=step, lbs=lbs, gbs=gbs)
 
 
 def arrival(

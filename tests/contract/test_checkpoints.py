@@ -40,6 +40,11 @@ class KeptQuadratic(Quadratic):
         super().__init__(LAYOUT, random.uniform(0.5, 1.5, SIZE).astype(np.float32), 0.1)
         self.momentum, self.v = np.float32(momentum), np.zeros(SIZE, np.float32)
 
+    def movement(self, batch: Array) -> Gradient:
+        gradient = self.gradient(batch)
+        self.v = self.momentum * self.v + gradient.vector
+        return Gradient(gradient.loss, -self.learning_rate * self.v)
+
     def apply(self, gradient: Vector) -> None:
         self.v = self.momentum * self.v + gradient
         self.w -= self.learning_rate * self.v
@@ -239,27 +244,26 @@ def kept_mass(checkpoint: Checkpoint, options: dict[str, Any]) -> list[np.ndarra
     for k in PEERS:
         weights = -files[k]["model/w"].astype(np.float64)
         scale = 1 if strategy == "gaia" else WORKERS
+        sign = 1 if strategy == "ako" else -1  # of gradients, or of movements
         total = scale * weights
         for letter in snapshot.messages_of(files[k], SIZE, WORKERS):
             came = np.zeros(SIZE, np.float32)
             letter.entries.add_to(came, 1.0)
-            total += came if strategy != "gaia" else -came
+            total += sign * came
         for j in PEERS:
             if j != k or own_later:
-                total += owed(part(files[j], "strategy"), k, strategy, files[j]["model/w"])
+                total += sign * owed(part(files[j], "strategy"), k, strategy)
         totals.append(total * (WORKERS // scale))
     return totals
 
 
-def owed(state: Arrays, peer: int, strategy: str, weights: np.ndarray) -> np.ndarray:
-    """What a worker has not sent to ``peer``: gradients, or for gaia updates, which have the other sign."""
+def owed(state: Arrays, peer: int, strategy: str) -> np.ndarray:
+    """What a worker has not sent to ``peer``."""
     nothing = np.zeros(SIZE, np.float32)
     if strategy == "dlion":
         return state["residuals/common"] + state.get(f"residuals/by_peer/{peer}", nothing)
-    unsent = state["accumulated"] + state.get(f"missed/{peer}", nothing)
-    if strategy == "ako":
-        return unsent
-    return -(unsent + (weights - state["before"] if "before" in state else nothing))
+    unsent: np.ndarray = state["accumulated"] + state.get(f"missed/{peer}", nothing)
+    return unsent
 
 
 def computed(checkpoint: Checkpoint) -> np.ndarray:

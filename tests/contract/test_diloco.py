@@ -30,14 +30,14 @@ class Workers:
         """One step of both with these gradients, all entries alike. Returns the weights."""
         answers = []
         for k, (strategy, state) in enumerate(zip(self.strategies, self.states, strict=True)):
-            own = local(np.full(SIZE, gradients[k], np.float32), step=self.step, lbs=lbs[k], gbs=sum(lbs))
+            own = local(np.full(SIZE, -self.rate * gradients[k], np.float32), step=self.step, lbs=lbs[k], gbs=sum(lbs))
             effect = strategy.incoming(state, own, self.weights[k].copy, [])
             assert effect.weights is None
-            assert effect.gradient is not None
-            self.weights[k] = self.weights[k] - self.rate * effect.gradient
+            assert effect.movement is not None
+            self.weights[k] = self.weights[k] + effect.movement
             answers.append(strategy.between(state, own, self.weights[k].copy))
         for k, after in enumerate(effects_of(answers)):
-            assert after.gradient is None
+            assert after.movement is None
             if after.weights is not None:
                 self.weights[k] = after.weights.copy()
         self.step += 1

@@ -19,7 +19,7 @@ from dlion_mpi.loop.worker import Worker
 from dlion_mpi.strategies import dlion
 from dlion_mpi.strategies.dlion import LEAST, MESSAGE_LIMIT, MOST
 from dlion_mpi.strategies.registry import STRATEGIES, resolve
-from dlion_mpi.strategies.types import LinkView, LocalGradient, Outgoing, Plan
+from dlion_mpi.strategies.types import LinkView, LocalUpdate, Outgoing, Plan
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.wire import Header, Kind, Message, ValueType
 from tests.contract.problem import (
@@ -113,11 +113,11 @@ def test_the_own_gradient_is_applied_as_the_widest_link_gets_it(
         free = not state.residuals.by_peer
         messages = strategy.outgoing(state, local(gradient, step=step), views)
         effect = strategy.incoming(state, local(gradient, step=step, lbs=8, gbs=8), OPTIMUM.copy, [])
-        applied += effect.gradient
+        applied += effect.movement
         sent = [peer for peer, message in messages.items() if message.entries is not None]
         if free and sent:
             widest = max(sent, key=lambda peer: views[peer].budget_bytes)
-            np.testing.assert_array_equal(effect.gradient, dense(messages[widest]))
+            np.testing.assert_array_equal(effect.movement, dense(messages[widest]))
     total = np.sum(own, axis=0, dtype=np.float64)
     rounding = 0 if value_type == "float32" else 1e-5 * np.abs(own).sum(axis=0)
     assert (np.abs(applied + state.residuals.common - total) <= rounding).all()
@@ -132,8 +132,8 @@ def test_who_is_left_alone_goes_on_as_with_the_last_of_its_links() -> None:
         messages = strategy.outgoing(state, own, {1: LinkView(True, 130.0)} if step < 10 else {})
         effect = strategy.incoming(state, own, OPTIMUM.copy, [])
         assert bool(messages) == (step < 10)
-        entries.append(np.count_nonzero(effect.gradient))
-        total += effect.gradient
+        entries.append(np.count_nonzero(effect.movement))
+        total += effect.movement
     assert 0 < max(entries[10:]) <= max(entries[:10]) + 2 < SIZE / 2
     np.testing.assert_array_equal(total + state.residuals.common, np.sum(gradients(5, 60, whole=True)[:20], axis=0))
 
@@ -468,14 +468,15 @@ def test_an_exchange_that_costs_more_than_all_its_credit_is_not_put_off_for_ever
 # ---- what arrives
 
 
-def applied(settings: Config, own: LocalGradient, messages: list[Message]) -> Vector:
-    """The effective gradient of a step of rank 0 of 3."""
+def applied(settings: Config, own: LocalUpdate, messages: list[Message]) -> Vector:
+    """The gradient or movement that a step of rank 0 of 3 applies."""
     strategy, resolved = resolve(settings)
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1, 2), layout=LAYOUT))
     strategy.outgoing(state, own, {1: LinkView(True, 1e9), 2: LinkView(True, 1e9)})
     effect = effect_of(strategy.incoming(state, own, lambda: np.zeros(SIZE, np.float32), messages))
-    assert effect.gradient is not None
-    return effect.gradient
+    vector = effect.gradient if strategy.exchanges == "gradients" else effect.movement
+    assert vector is not None
+    return vector
 
 
 def test_dlion_weighs_gradients_by_their_batches() -> None:

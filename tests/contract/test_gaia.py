@@ -17,6 +17,7 @@ from dlion_mpi.strategies import gaia
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.registry import resolve
 from dlion_mpi.strategies.types import Inbox, LinkView, Outgoing, Plan
+from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import Kind
 from tests import inmemory
@@ -40,33 +41,32 @@ FREE, BUSY = LinkView(True, 1e9), LinkView(False, 1e9)
 
 
 class Gaia:
-    """The strategy on rank 0 with a replica of its own, whose optimizer is ``update``."""
+    """The strategy on rank 0 of 4 with its replica. ``update``: the movement by its optimizer, given a gradient."""
 
-    def __init__(self, weights: Vector, update: Callable[[Vector], Vector], ranks: int = 3, **options: Any) -> None:
+    def __init__(self, weights: Vector, update: Callable[[Vector], Vector], ranks: int = 4, **options: Any) -> None:
         self.strategy, resolved = resolve(options_config(strategy="gaia", **options))
         self.state: Any = self.strategy.start(Plan(config=resolved, rank=0, ranks=tuple(range(ranks)), layout=LAYOUT))
         self.w, self.update, self.step = weights.copy(), update, 0
         self.computed = np.zeros(SIZE, np.float64)
-        """The sum of own updates as float32 subtraction sees them."""
+        """The sum of the movements over n."""
 
     def before_compute(self, links: dict[int, LinkView]) -> dict[int, Outgoing]:
         return self.strategy.before_compute(self.state, self.step, self.w.copy, links)
 
     def finish(self, gradient: Vector, *arrived: Any) -> None:
-        own = local(gradient, step=self.step)
+        own = local(self.update(gradient).astype(np.float32), step=self.step)
         self.strategy.outgoing(self.state, own, {})
         effect = effect_of(self.strategy.incoming(self.state, own, self.w.copy, list(arrived)))
-        if effect.weights is not None:
-            self.w = effect.weights.copy()
-        assert effect.gradient is not None
-        before = self.w.copy()
-        self.w = (self.w + self.update(effect.gradient)).astype(np.float32)
-        self.computed += self.w - before
+        assert effect.movement is not None
+        assert effect.weights is None
+        assert effect.gradient is None, "the optimizer has done its step already"
+        self.w += effect.movement
+        self.computed += own.vector / 4
         self.step += 1
 
     def done(self, update: Any) -> None:
-        """As if the optimizer had made this update to weights that are the same afterwards."""
-        self.state.before = self.w - update.astype(np.float32)
+        """As if this update had been accumulated."""
+        self.state.accumulated[:] = update
 
 
 def values_of(message: Outgoing) -> Vector:
@@ -91,7 +91,7 @@ def test_an_entry_is_sent_when_its_sum_is_significant_and_not_before(seed: int, 
     """By definition, an entry at a time: |acc| > S_0 / sqrt(t) |w|; where w is 0, any update."""
     generator = np.random.default_rng(seed)
     weights = generator.choice([0.0, 1.0, -3.0, 100.0], SIZE).astype(np.float32)
-    worker = Gaia(weights, lambda g: generator.normal(size=SIZE, scale=0.02).astype(np.float32), threshold=first)
+    worker = Gaia(weights, lambda g: generator.normal(size=SIZE, scale=0.08).astype(np.float32), threshold=first)
     owed = np.zeros(SIZE, np.float32)
     for step in range(steps):
         messages = worker.before_compute({1: FREE, 2: FREE})
@@ -109,9 +109,9 @@ def test_an_entry_is_sent_when_its_sum_is_significant_and_not_before(seed: int, 
         if any(message.entries is not None and message.entries.indices is None for message in messages.values()):
             expected[:] = True
         owed[expected] = 0
-        before = worker.w.copy()
+        before = worker.computed.copy()
         worker.finish(OPTIMUM)
-        owed += worker.w - before
+        owed += (worker.computed - before).astype(np.float32)
 
 
 def test_the_same_update_becomes_significant_as_the_threshold_falls() -> None:
@@ -138,14 +138,14 @@ def test_what_travels_is_what_the_optimizer_did(threshold: float) -> None:
 
     def update(gradient: Vector) -> Vector:
         velocity[:] = np.rint(velocity / 2 - gradient)
-        return velocity
+        return velocity * 4
 
     worker = Gaia(np.full(SIZE, 64, np.float32), update, threshold=threshold)
     sent = np.zeros(SIZE, np.float64)
     for gradient in gradients(1, 20, whole=True):
         for message in worker.before_compute({1: FREE}).values():
             sent += values_of(message) if message.entries is not None else 0
-        worker.finish(9 * np.sign(gradient), arrival(2, np.rint(OPTIMUM), lbs=8))
+        worker.finish(3 * np.sign(gradient), arrival(2, np.rint(OPTIMUM), lbs=8))
     worker.before_compute({1: BUSY})
     kept = worker.state.accumulated + worker.state.missed.vectors.get(1, np.float32(0))
     assert np.abs(worker.computed).max() > 5
@@ -153,11 +153,25 @@ def test_what_travels_is_what_the_optimizer_did(threshold: float) -> None:
     assert (np.abs(kept).max() > 20) == (threshold == 3.0)
 
 
-def test_others_updates_are_added_and_the_own_gradient_counts_one_in_n() -> None:
+def test_others_updates_are_added_and_the_own_movement_counts_one_in_n() -> None:
     a, b, c = gradients(2, 3, whole=True)
     worker = Gaia(OPTIMUM, lambda g: -g)
     worker.finish(a, arrival(1, b, lbs=8), arrival(2, c, lbs=8))
-    np.testing.assert_allclose(worker.w, OPTIMUM + b + c - a / 3, rtol=1e-5, atol=1e-2)
+    np.testing.assert_allclose(worker.w, OPTIMUM + b + c - a / 4, rtol=1e-5, atol=1e-2)
+
+
+def test_weight_decay_acts_once_whatever_the_number_of_workers() -> None:
+    """Six workers whose movement is AdamW's decay alone: 10 steps of 1 % leave 0.905 of the weights, not 0.551."""
+
+    class Decaying(inmemory.Quadratic):
+        def movement(self, batch: Any) -> Gradient:
+            return Gradient(0.0, np.float32(-0.01) * self.w)
+
+    replicas = [Decaying(LAYOUT, np.zeros(SIZE, np.float32), 0.0) for _ in range(6)]
+    for replica in replicas:
+        replica.w[:] = 1
+    result = run(config("gaia", "bounded", steps=10, staleness=0, threshold=0.0), replicas, rows(6))
+    np.testing.assert_allclose(result.weights, 0.905, atol=0.02)
 
 
 def test_all_entries_go_when_sparse_is_no_smaller() -> None:

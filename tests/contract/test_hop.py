@@ -186,7 +186,7 @@ def test_parameters_count_by_their_age() -> None:
     ]
     effect = completed(10, 50_000, *messages, ranks=5, staleness=4, skip=0)
     np.testing.assert_allclose(mean_of(effect), (5 * 50_000 + 5 * 1 + 3 * 20 + 1 * 300 + 7 * 4000) / 21, rtol=1e-5)
-    np.testing.assert_array_equal(effect.gradient, OPTIMUM)
+    np.testing.assert_array_equal(effect.movement, OPTIMUM)
     assert effect.skipped == 0
 
 
@@ -196,7 +196,7 @@ def test_of_a_neighbour_the_newest_counts_and_what_is_too_old_does_not() -> None
     np.testing.assert_allclose(mean_of(effect), (5 * 1000 + 4 * 100) / 9, rtol=1e-5)
 
 
-def test_without_anything_new_only_the_own_gradient_acts() -> None:
+def test_without_anything_new_only_the_own_movement_acts() -> None:
     assert completed(10, 1000, parameters(2, 5, filled(1)), staleness=4, skip=0).weights is None
 
 

@@ -200,7 +200,8 @@ def test_all_workers_together_are_one_process_with_the_joint_batch(strategy: str
     )
     start = replica.weights()
     for _ in range(12):
-        joint = Batch(*map(np.concatenate, zip(*map(Batches.take, batches, sizes), strict=True)))
+        parts = list(map(Batches.take, batches, sizes))
+        joint = Batch(np.concatenate([part.x for part in parts]), np.concatenate([part.y for part in parts]))
         replica.apply(np.array(replica.gradient(joint).vector))
     assert np.abs(replica.weights() - start).max() > 0.01
     for weights in got:

@@ -81,7 +81,7 @@ def test_one_worker_alone_descends_as_plain_sgd(name: str, mode: str) -> None:
 
 
 @every_mode
-def test_a_strategy_of_one_rank_sends_nothing_and_applies_its_own_gradient(name: str, mode: str) -> None:
+def test_a_strategy_of_one_rank_sends_nothing_and_applies_its_own_update(name: str, mode: str) -> None:
     strategy, resolved = resolve(config(name, mode, value_type="float32"))
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0,), layout=LAYOUT))
     own = local(OPTIMUM, lbs=8, gbs=8)
@@ -89,8 +89,10 @@ def test_a_strategy_of_one_rank_sends_nothing_and_applies_its_own_gradient(name:
     assert outgoing == {}
     assert strategy.may_advance(state, 0, Inbox({}))
     effect = effect_of(strategy.incoming(state, own, lambda: np.zeros(SIZE, np.float32), []))
-    if effect.gradient is not None:
-        np.testing.assert_array_equal(effect.gradient, OPTIMUM)
+    expected, none = (effect.gradient, effect.movement)[:: 1 if strategy.exchanges == "gradients" else -1]
+    if expected is not None:
+        np.testing.assert_array_equal(expected, OPTIMUM)
+    assert none is None
 
 
 @every_mode

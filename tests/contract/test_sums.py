@@ -15,7 +15,7 @@ from dlion_mpi.errors import RunError
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.state import State
-from dlion_mpi.strategies.types import Effect, LinkView, LocalGradient, Outgoing, Sum, Sums, Weights
+from dlion_mpi.strategies.types import Effect, LinkView, LocalUpdate, Outgoing, Sum, Sums, Weights
 from dlion_mpi.wire import Message
 from tests.contract.problem import OPTIMUM, SIZE, config, trained
 from tests.inmemory import Network, Weather
@@ -41,11 +41,11 @@ class Several(Strategy):
     def start(self, plan: Any) -> SeveralState:
         return SeveralState(plan)
 
-    def outgoing(self, state: Any, local: LocalGradient, links: Mapping[int, LinkView]) -> dict[int, Outgoing]:
+    def outgoing(self, state: Any, local: LocalUpdate, links: Mapping[int, LinkView]) -> dict[int, Outgoing]:
         return {peer: Outgoing() for peer in links}
 
     def incoming(
-        self, state: SeveralState, local: LocalGradient, weights: Weights, messages: Sequence[Message]
+        self, state: SeveralState, local: LocalUpdate, weights: Weights, messages: Sequence[Message]
     ) -> Sums[Effect]:
         pieces = np.array_split(local.vector / np.float32(len(state.plan.ranks)), local.step % 4 + 1)
         pieces.insert(1, np.empty(0, np.float32))
@@ -56,7 +56,7 @@ class Several(Strategy):
             totals.append(total)
         return Effect(gradient=np.concatenate(totals))
 
-    def between(self, state: SeveralState, local: LocalGradient, weights: Weights) -> Sums[None]:
+    def between(self, state: SeveralState, local: LocalUpdate, weights: Weights) -> Sums[None]:
         if local.step % 3:
             return
         for factor in (1, 10):
@@ -124,7 +124,7 @@ def test_a_worker_that_fails_between_two_sums_of_a_step_holds_nobody(
     incoming = Several.incoming
 
     def failing(
-        self: Several, state: SeveralState, local: LocalGradient, weights: Weights, messages: Sequence[Message]
+        self: Several, state: SeveralState, local: LocalUpdate, weights: Weights, messages: Sequence[Message]
     ) -> Sums[Effect]:
         whole = incoming(self, state, local, weights, messages)
         request = next(whole)
