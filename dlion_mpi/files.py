@@ -63,7 +63,7 @@ def new_recorder(
             "pid": os.getpid(),
             "python": platform.python_version(),
             "data_source": shard.source,
-            "samples": shard.samples,
+            **({} if shard.samples is None else {"samples": shard.samples}),
             **about,
         }
         try:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from dlion_mpi.checkpoint import export, resume, rounds, session
 from dlion_mpi.checkpoint.preemption import EXIT_CODE
 from dlion_mpi.checkpoint.start import NEW, Start
@@ -120,7 +122,7 @@ def _build(
         session.check(strategy, Plan(config=config, rank=ranks.rank, ranks=members.ranks, layout=replica.layout))
     recorder = _recorder(ranks, config, start, loaded, shard, pace, replica.metric_names)
     exchange = _exchange(ranks, config, strategy, replica, recorder)
-    evaluator = BackgroundEvaluator(replica.evaluate, rows_to_test(shard.x_test, shard.y_test, config.test_samples))
+    evaluator = BackgroundEvaluator(replica.evaluate, rows_to_test(shard, config.test_samples))
     worker = Worker(
         config=config,
         rank=ranks.rank,
@@ -133,7 +135,7 @@ def _build(
         evaluator=evaluator,
         recorder=recorder,
         clock=Clock(exchange.clock.now_s, time.thread_time),
-        training_samples=shard.train_samples_global,
+        training_samples=shard.train_samples_global or 0,
         processors=threads,
         encoder=exchange.encoder,
         reduce=exchange.sums.reduce,
@@ -146,9 +148,11 @@ def _build(
 def _shard(ranks: Ranks, config: Config, own_data: Callable[[], Shard] | None) -> Shard:
     """Read this rank's data, with the facts that only all ranks together know. Raises UserError if shards differ."""
     shard = ranks.together(own_data or partial(_load, ranks, config))
+    facts = ranks.gather_numbers(*(np.nan if fact is None else fact for fact in (shard.classes, shard.samples)))
+    whole = [tuple(None if np.isnan(fact) else int(fact) for fact in row) for row in facts]
+    classes, samples = ranks.together(partial(merge_facts, whole))
     ranks.together(partial(check_alike, ranks.gather_text(shard.kind)))
-    facts = ranks.gather_numbers(shard.classes, shard.samples)
-    return shard.with_facts(*merge_facts([(int(classes), int(samples)) for classes, samples in facts]))
+    return shard.with_facts(classes, samples)
 
 
 def _load(ranks: Ranks, config: Config) -> Shard:
@@ -167,8 +171,8 @@ def _replica(ranks: Ranks, config: Config, shard: Shard, model: Any, threads: in
 
     def build() -> Replica:
         backend.start(threads, local_rank=ranks.local_rank)
-        own, optimizer = models.trainable(config, shard.input_shape, shard.classes, model)
-        return Replica(own, optimizer, shard.x_train.dtype, ranks.rank)
+        own, optimizer = models.trainable(config, shard, model)
+        return Replica(own, optimizer, shard.example().x.dtype, ranks.rank)
 
     replica = ranks.together(build)
     replica.set_knowledge(ranks.share(replica.knowledge()))
@@ -199,7 +203,7 @@ def _say_what(config: Config, ranks: int, built: _Built) -> None:
     shard, parameters = built.shard, built.worker.replica.layout.size
     say(
         f"dlion: {config.strategy}, {config.sync}, {ranks} rank{'s' * (ranks > 1)}; {config.model}, "
-        f"{parameters:,} parameters; {shard.name} from {shard.source}, {shard.train_samples_global:,} training samples"
+        f"{parameters:,} parameters; {shard.describe()}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Small models for tests."""
+"""Small models for tests, for images of bytes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def dense(input_shape: Sequence[int], classes: int) -> Any:
     return keras.Sequential(
         [
             keras.Input(tuple(input_shape)),
+            keras.layers.Rescaling(1 / 255),
             keras.layers.Flatten(),
             keras.layers.Dense(32, activation="relu"),
             keras.layers.Dense(classes),
@@ -27,6 +28,7 @@ def normalised(input_shape: Sequence[int], classes: int) -> Any:
     return keras.Sequential(
         [
             keras.Input(tuple(input_shape)),
+            keras.layers.Rescaling(1 / 255),
             keras.layers.Flatten(),
             keras.layers.Dense(32),
             keras.layers.BatchNormalization(),

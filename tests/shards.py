@@ -8,6 +8,9 @@ from typing import Any
 import h5py
 import numpy as np
 
+from dlion_mpi.learner.batch import Batch
+from dlion_mpi.learner.shards import Shard, shard_of_arrays
+
 
 def write_shard(path: Path, rows: int = 60, **changes: Any) -> None:
     generator = np.random.default_rng(1)
@@ -21,3 +24,17 @@ def write_shard(path: Path, rows: int = 60, **changes: Any) -> None:
     with h5py.File(path, "w") as file:
         for name, array in arrays.items():
             file[name] = array
+
+
+def byte_shard(shape: tuple[int, ...] = (8, 8, 1), rows: int = 20) -> Shard:
+    """Random bytes of this shape, in ten classes."""
+    generator = np.random.default_rng(2)
+    x, y = generator.integers(0, 256, (rows, *shape), dtype=np.uint8), np.arange(rows) % 10
+    return shard_of_arrays(x, y, x, y)
+
+
+def whole_of(shard: Shard) -> tuple[Batch, Batch]:
+    """All training rows and all test rows of a shard."""
+    assert shard.test is not None
+    train, test = (table.read(np.arange(table.rows)) for table in (shard.train, shard.test))
+    return train, test

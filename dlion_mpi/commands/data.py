@@ -111,14 +111,18 @@ def _write(path: str, shard: Shard, attributes: dict[str, str | float]) -> None:
     """Write under a temporary name, then rename: readers see the whole file or none."""
     import h5py
 
+    from dlion_mpi.learner import hdf5
+
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with h5py.File(temporary, "w") as file:
-            for name in ("x_train", "y_train", "x_test", "y_test"):
-                file[name] = getattr(shard, name)
-            file.attrs.update({"classes": shard.classes, "source": shard.source, **attributes})
+            hdf5.write(file, shard.train, "_train")
+            if shard.test is not None:
+                hdf5.write(file, shard.test, "_test")
+            classes = {} if shard.classes is None else {"classes": shard.classes}
+            file.attrs.update({**classes, "source": shard.source, **attributes})
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(folder)
@@ -154,14 +158,14 @@ def info(spec: str, *, ranks: int = 1, partition: str = "iid", alpha: float = 0.
     facts = {
         "name": first.name,
         "source": first.source if not is_sharded else f"{ranks} shard files",
-        "shape": " x ".join(map(str, first.input_shape)),
-        "dtype": str(first.x_train.dtype),
-        "classes": str(first.classes),
+        **first.example().kinds(),
+        "classes": "none" if first.classes is None else str(first.classes),
         "train rows": str(first.train_samples_global),
-        "test rows": str(len(first.y_test)),
+        "test rows": str(0 if first.test is None else first.test.rows),
         "partition": "one file per rank" if is_sharded else dealt,
     }
-    lines = [f"{key:<12}{fact}" for key, fact in facts.items()]
+    width = max(12, *(len(key) + 2 for key in facts))
+    lines = [f"{key:<{width}}{fact}" for key, fact in facts.items()]
     return "\n".join([*lines, "", *_rank_table(shards)])
 
 
@@ -173,13 +177,16 @@ def _check_ranks(ranks: int) -> None:
 def _rank_table(shards: list[Shard]) -> list[str]:
     """One line per rank: its rows, and the rows of each class; for many classes, how many classes it has."""
     classes = shards[0].classes
-    counts = [np.bincount(shard.y_train, minlength=classes) for shard in shards]
-    if classes <= _COUNTED_CLASSES:
+    labels = [None if classes is None else shard.class_labels() for shard in shards]
+    counts = [np.bincount(y, minlength=classes or 0) for y in labels if y is not None]
+    if len(counts) < len(shards) or classes is None:
+        headings, cells = list[str](), [list[int]() for _ in shards]
+    elif classes <= _COUNTED_CLASSES:
         headings = [f"class {label}" for label in range(classes)]
         cells = [row.tolist() for row in counts]
     else:
         headings = ["classes present", "rows of the largest"]
-        cells = [[np.count_nonzero(row), row.max()] for row in counts]
+        cells = [[int(np.count_nonzero(row)), int(row.max())] for row in counts]
     table = [["rank", "rows", *headings]]
     table += [[str(rank), str(shards[rank].samples), *map(str, row)] for rank, row in enumerate(cells)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner.keras_model import KerasModel
-from dlion_mpi.learner.source import Labels, Pixels
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.vector.named_arrays import Array
@@ -29,7 +28,7 @@ Tensors = list[Any]
 class Evaluating(Protocol):
     """Tests the model on knowledge that the caller has."""
 
-    def evaluate(self, knowledge: Vector, x: Pixels, y: Labels) -> int:
+    def evaluate(self, knowledge: Vector, x: Array, y: Array) -> int:
         """Count the rows that a model with this knowledge, (K,) float32, classifies correctly.
 
         The model's variables stay as they are. Threads may call this while another trains.
@@ -39,10 +38,10 @@ class Evaluating(Protocol):
 class InPlace(Evaluating, Protocol):
     """Trains the model's own variables: one worker."""
 
-    def gradient(self, x: Pixels, y: Labels) -> Gradient:
+    def gradient(self, x: Array, y: Array) -> Gradient:
         """Loss and mean gradient over a batch. Updates the statistics, not the weights."""
 
-    def step(self, x: Pixels, y: Labels) -> tuple[float, bool]:
+    def step(self, x: Array, y: Array) -> tuple[float, bool]:
         """Gradient and update in one, as a plain training loop does it.
 
         An update whose loss or gradient is not finite is left out. Returns the loss and whether both are finite.
@@ -67,7 +66,7 @@ class Stateless(Evaluating, Protocol):
     ``state``: of all non-trainable variables; ``slots``: of the optimizer's variables.
     """
 
-    def gradient(self, weights: Vector, state: Tensors, x: Pixels, y: Labels) -> tuple[Gradient, Tensors]:
+    def gradient(self, weights: Vector, state: Tensors, x: Array, y: Array) -> tuple[Gradient, Tensors]:
         """Loss and gradient at ``weights`` over a batch, and the state after it. Threads may call this at once."""
 
     def update(self, weights: Vector, slots: Tensors, gradient: Vector) -> tuple[Vector, Tensors]:

@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
-import optree
 
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner.batch import Batch as Batch
+from dlion_mpi.learner.batch import RowNumbers
 from dlion_mpi.learner.shards import Shard
-from dlion_mpi.learner.source import Rows
-
-
-class Batch(NamedTuple):
-    """Rows to compute on, as Keras takes them.
-
-    Each part is an array (b, ...) or a nested structure (tuple, list, dict) of such arrays. ``y`` is None if there are
-    no targets, ``sample_weight`` if all rows weigh the same.
-    """
-
-    x: Any
-    y: Any = None
-    sample_weight: Any = None
-
-    @property
-    def rows(self) -> int:
-        """Number of rows (b)."""
-        return len(optree.tree_leaves(self.x)[0])
-
-    def part(self, start: int, stop: int) -> Batch:
-        """The rows from ``start`` up to ``stop``."""
-        return self.map(lambda array: array[start:stop])
-
-    def map(self, function: Callable[[Any], Any]) -> Batch:
-        """The same structure with the result of ``function`` in place of every array."""
-        mapped: Batch = optree.tree_map(function, self)  # type: ignore[arg-type]
-        return mapped
 
 
 class Batches:
@@ -58,7 +31,7 @@ class Batches:
         """Continue with the first row of this epoch."""
         # A spawn key keeps this stream apart from the partition's, which the bare seed starts.
         sequence = np.random.SeedSequence(self._seed, spawn_key=(self._rank, epoch))
-        self._order = np.random.default_rng(sequence).permutation(self._shard.samples)
+        self._order = np.random.default_rng(sequence).permutation(self._shard.train.rows)
         self._epoch = epoch
         self._position = 0
 
@@ -73,9 +46,9 @@ class Batches:
             more = self._next_rows(missing)
             rows = np.concatenate([rows, more])
             missing -= len(more)
-        return Batch(self._shard.x_train[rows], self._shard.y_train[rows])
+        return self._shard.train.read(rows)
 
-    def _next_rows(self, size: int) -> Rows:
+    def _next_rows(self, size: int) -> RowNumbers:
         """At most ``size`` rows: fewer where the epoch ends."""
         rows = self._order[self._position : self._position + size]
         self._position += len(rows)
@@ -86,7 +59,7 @@ class Batches:
         return {
             "seed": self._seed,
             "rank": self._rank,
-            "samples": self._shard.samples,
+            "samples": self._shard.train.rows,
             "epoch": self._epoch,
             "position": self._position,
         }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from dlion_mpi.errors import UserError
 from dlion_mpi.learner.batches import Batch
+from dlion_mpi.learner.shards import Shard
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.vector.layout import Vector
 
@@ -21,12 +22,11 @@ SHARE = 0.2
 """Largest share of the time in which an evaluation computes; it sleeps for the rest, to leave the processor free."""
 
 
-def rows_to_test(x: npt.NDArray[Any], y: npt.NDArray[Any], most: int | None) -> Batch:
-    """At most ``most`` of the test rows, at even distances; all if it is None."""
-    if most is None or most >= len(y):
-        return Batch(x, y)
-    rows = np.arange(most) * len(y) // most
-    return Batch(x[rows], y[rows])
+def rows_to_test(shard: Shard, most: int | None) -> Batch:
+    """At most ``most`` of the test rows, at even distances; all if it is None. Raises UserError if there are none."""
+    for rows in shard.tests(sys.maxsize, most):
+        return rows
+    raise UserError("there are no test rows: give some")
 
 
 class BackgroundEvaluator:

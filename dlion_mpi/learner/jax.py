@@ -17,7 +17,6 @@ import numpy as np
 
 from dlion_mpi.learner.backend import Tensors
 from dlion_mpi.learner.keras_model import KerasModel
-from dlion_mpi.learner.source import Labels, Pixels
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.vector.named_arrays import Array
@@ -55,7 +54,7 @@ class _Functions:
         self._compiled: set[tuple[Any, int]] = set()
         self._hits_of = jax.jit(self._hits)
 
-    def evaluate(self, knowledge: Vector, x: Pixels, y: Labels) -> int:
+    def evaluate(self, knowledge: Vector, x: Array, y: Array) -> int:
         """See `backend.Evaluating`."""
         return int(self._call(self._hits_of, knowledge, _values(self._keras.others), *_padded(x, y)))
 
@@ -70,7 +69,7 @@ class _Functions:
         )
         return len(losses) > sum(getattr(variable, "regularizer", None) is not None for variable in trainable)
 
-    def _batch(self, x: Pixels, y: Labels) -> tuple[Any, Any, Any]:
+    def _batch(self, x: Array, y: Array) -> tuple[Any, Any, Any]:
         return _padded(x, y) if self._pads else (x, y, None)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -132,13 +131,13 @@ class InPlace(_Functions):
         self._gradient, self._step, self._apply = jax.jit(gradient), jax.jit(step), jax.jit(self._update)
         self._read = jax.jit(self._flat)
 
-    def gradient(self, x: Pixels, y: Labels) -> Gradient:
+    def gradient(self, x: Array, y: Array) -> Gradient:
         """See `backend.InPlace`."""
         loss, vector, after = self._call(self._gradient, *self._inputs(), *self._batch(x, y))
         _assign(self._keras.non_trainable, after)
         return Gradient(float(loss), np.asarray(vector))
 
-    def step(self, x: Pixels, y: Labels) -> tuple[float, bool]:
+    def step(self, x: Array, y: Array) -> tuple[float, bool]:
         """See `backend.InPlace`."""
         slots = _values(self._keras.optimizer.variables)
         results = self._call(self._step, slots, *self._inputs(), *self._batch(x, y))
@@ -195,7 +194,7 @@ class Stateless(_Functions):
 
         self._gradient, self._update_of = self._jax.jit(gradient), self._jax.jit(update)
 
-    def gradient(self, weights: Vector, state: Tensors, x: Pixels, y: Labels) -> tuple[Gradient, Tensors]:
+    def gradient(self, weights: Vector, state: Tensors, x: Array, y: Array) -> tuple[Gradient, Tensors]:
         """See `backend.Stateless`."""
         loss, vector, after = self._call(self._gradient, weights, state, *self._batch(x, y))
         return Gradient(float(loss), np.asarray(vector)), after
@@ -206,7 +205,7 @@ class Stateless(_Functions):
         return np.array(after), slots
 
 
-def _padded(x: Pixels, y: Labels) -> tuple[Any, Any, Any]:
+def _padded(x: Array, y: Array) -> tuple[Any, Any, Any]:
     """The batch with rows of zeros up to a padded size, and the number of its real rows."""
     more = padded_size(len(y)) - len(y)
     if more:

@@ -69,10 +69,10 @@ class KerasModel:
         return ops.sum(ops.cast(found, "int32"))
 
     def inputs(self, x: Any) -> Any:
-        """Bytes as float32 in [0, 1]; float data as it is."""
+        """The rows as they are; bytes as float32."""
         from keras import ops
 
-        return ops.cast(x, "float32") / 255.0 if self.input_dtype == np.uint8 else x
+        return ops.cast(x, "float32") if self.input_dtype == np.uint8 else x
 
     def plain_rate(self) -> np.float32 | None:
         """The learning rate of an optimizer that does no more than ``w - rate g``, else None."""

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.source import Source, first_line
+from dlion_mpi.learner.batch import Batch, RowNumbers
+from dlion_mpi.learner.source import Source, Table, first_line, labelled, of_images
 
 NAMES = "fashion-mnist, digits, cifar10, cifar10:FOLDER"
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -49,7 +50,7 @@ def _fashion_mnist() -> Source:
     else:
         source = "Keras's copy of Fashion-MNIST"
         (x_train, y_train), (x_test, y_test) = _fashion_mnist_from_keras()
-    return Source("fashion-mnist", source, 10, y_train, x_test, y_test, lambda rows: x_train[rows])
+    return of_images("fashion-mnist", source, 10, labelled(x_train, y_train), labelled(x_test, y_test))
 
 
 def _read_idx(file_name: str, dimensions: int) -> npt.NDArray[np.uint8]:
@@ -105,7 +106,7 @@ def _digits() -> Source:
     x = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     order = np.random.default_rng(0).permutation(len(x))  # not the run's seed: one test set for all runs
     test, train = np.split(order, [len(x) // 5])
-    return Source("digits", "scikit-learn's digits", 10, y[train], x[test], y[test], lambda rows: x[train[rows]])
+    return of_images("digits", "scikit-learn's digits", 10, labelled(x[train], y[train]), labelled(x[test], y[test]))
 
 
 def _cifar10(folder: str) -> Source:
@@ -117,13 +118,18 @@ def _cifar10(folder: str) -> Source:
     train = np.concatenate([_read_cifar10(folder, f"data_batch_{number}.bin") for number in range(1, 6)])
     test = _read_cifar10(folder, "test_batch.bin")
     source = f"CIFAR-10's binary version in {folder}"
-    x_test, y_test = _cifar10_images(test), test[:, 0]
-    return Source("cifar10", source, 10, train[:, 0], x_test, y_test, lambda rows: _cifar10_images(train[rows]))
+
+    def read(rows: RowNumbers) -> Batch:
+        return _cifar10_images(train[rows])
+
+    table = Table(len(train), read, CIFAR10_RECORD_BYTES)
+    return Source("cifar10", source, table, Table.of(_cifar10_images(test)), train[:, 0], 10)
 
 
-def _cifar10_images(records: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """(m, 3073) records -> (m, 32, 32, 3)."""
-    return np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+def _cifar10_images(records: npt.NDArray[np.uint8]) -> Batch:
+    """(m, 3073) records -> images (m, 32, 32, 3) and labels."""
+    images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return labelled(images, records[:, 0])
 
 
 def _read_cifar10(folder: str, file_name: str) -> npt.NDArray[np.uint8]:

@@ -1,69 +1,125 @@
-"""Shards: the part of a data set that a rank owns, and how training rows are dealt out to ranks."""
+"""Shards: the part of a data set that a rank owns."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import optree
 
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner.batch import Batch, RowNumbers
 from dlion_mpi.learner.hdf5 import open_file, open_shard
 from dlion_mpi.learner.named import NAMES, open_named
-from dlion_mpi.learner.source import Labels, Pixels, Rows, Source, of_arrays
+from dlion_mpi.learner.partition import check_partition, partition_rows
+from dlion_mpi.learner.source import (
+    Labels,
+    Source,
+    Table,
+    check_alike_parts,
+    check_finite,
+    checked,
+    class_labels,
+    with_class_labels,
+)
 
-PARTITIONS = ("iid", "dirichlet")
-LARGEST_ALPHA = 1e6
+Facts = tuple[int | None, ...]
+"""Classes and samples of a rank, None where it has none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shard:
     """One rank's training rows, and the whole test set.
 
-    ``x_train``: (m, *input_shape) uint8 or float32. ``y_train``: (m,) int32. ``x_test``, ``y_test``: the same
-    for the test set. ``classes`` and ``train_samples_global`` are equal on every rank, except for shard files
-    until ``with_facts``. ``source``: where it was read from, for people.
+    ``test``: None if there are no test rows. ``classes``: number of classes; None if the targets are not classes.
+    ``train_samples_global``: training rows of all ranks; None if a rank cannot count its rows. Both are equal on every
+    rank, except before `with_facts`. ``source``: where it was read from, for people.
     """
 
     name: str
-    x_train: Pixels
-    y_train: Labels
-    x_test: Pixels
-    y_test: Labels
-    classes: int
-    train_samples_global: int
     source: str
+    train: Table
+    test: Table | None
+    classes: int | None = None
+    train_samples_global: int | None = None
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: (F,) or (H, W, C)."""
-        return self.x_train.shape[1:]
+    def samples(self) -> int | None:
+        """Training rows of this rank (m); None if they cannot be counted."""
+        return self.train.rows
 
     @property
-    def samples(self) -> int:
-        """Training rows of this rank (m)."""
-        return len(self.y_train)
+    def has_tests(self) -> bool:
+        """Whether there are test rows."""
+        return self.test is not None
+
+    def example(self) -> Batch:
+        """Two training rows; one row twice if there is only one."""
+        return self._example
+
+    @cached_property
+    def _example(self) -> Batch:
+        if not self.train.rows:
+            raise UserError("the shard has no training rows: give each rank some")
+        return self.train.read(np.minimum(np.arange(2), self.train.rows - 1))
+
+    @property
+    def input_shape(self) -> Any:
+        """Shape of one row's input: a tuple, or a structure of tuples for several inputs."""
+        return optree.tree_map(lambda array: array.shape[1:], self.example().x)
 
     @property
     def kind(self) -> str:
-        """Shape and type of the samples."""
-        return f"{self.input_shape} {self.x_train.dtype}"
+        """Structure, shapes and types of the training rows."""
+        return self.example().kind()
 
-    def with_facts(self, classes: int, train_samples_global: int) -> Shard:
+    def class_labels(self) -> Labels | None:
+        """The class of every training row, (m,); None if the targets are not classes."""
+        return class_labels(self.train.read(np.arange(self.train.rows)).y)
+
+    def tests(self, chunk_rows: int, most: int | None = None) -> Iterator[Batch]:
+        """The test rows in batches of ``chunk_rows``; at most ``most`` of them, at even distances."""
+        if self.test is None:
+            return
+        numbers = np.arange(self.test.rows)
+        if most is not None and most < len(numbers):
+            numbers = np.arange(most) * len(numbers) // most
+        for start in range(0, len(numbers), chunk_rows):
+            yield self.test.read(numbers[start : start + chunk_rows])
+
+    def describe(self) -> str:
+        """Name, source and number of training rows, for people."""
+        rows = self.train_samples_global
+        return f"{self.name} from {self.source}, {'uncounted' if rows is None else f'{rows:,}'} training samples"
+
+    def with_facts(self, classes: int | None, train_samples_global: int | None) -> Shard:
         """The same shard, knowing what ``merge_facts`` found over all ranks."""
         return replace(self, classes=classes, train_samples_global=train_samples_global)
 
 
-def merge_facts(facts: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(classes, samples) of each rank -> (most classes, all samples together)."""
-    return max(classes for classes, _ in facts), sum(samples for _, samples in facts)
+def merge_facts(facts: Sequence[Facts]) -> tuple[int | None, int | None]:
+    """(classes, samples) of each rank -> (most classes, all samples together), None where ranks have none.
+
+    Raises UserError if some ranks have classes and others do not.
+    """
+    known = {rank: classes for rank, (classes, _) in enumerate(facts) if classes is not None}
+    for rank in range(len(facts)):
+        if known and rank not in known:
+            some = next(iter(known))
+            raise UserError(
+                f"--data: rank {rank} has targets that are no class labels from 0 on, rank {some} has {known[some]} "
+                "classes: they must be alike"
+            )
+    samples = [rows for _, rows in facts if rows is not None]
+    return max(known.values(), default=None), sum(samples) if len(samples) == len(facts) else None
 
 
 def check_alike(kinds: Sequence[str]) -> None:
-    """Raise UserError unless the samples of all ranks are of the same kind (shape and type)."""
+    """Raise UserError unless the samples of all ranks are of the same kind (structure, shape and type)."""
     for rank, kind in enumerate(kinds):
         if kind != kinds[0]:
             raise UserError(f"--data: rank {rank} has samples of {kind}, rank 0 of {kinds[0]}: they must be alike")
@@ -93,65 +149,33 @@ def load_shards(spec: str, *, ranks: int, partition: str = "iid", alpha: float =
 
 
 def shard_of_arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Shard:
-    """This rank's own arrays as a shard, held to the same rules as an HDF5 file.
-
-    x: (m, F), (m, H, W) or (m, H, W, C) of uint8 or float. y: (m,) integers. Raises UserError otherwise.
-    """
-    source = of_arrays(x_train, y_train, x_test, y_test)
-    return _shard(source, np.arange(len(source.y_train)))
-
-
-def partition_rows(
-    labels: npt.NDArray[Any], *, ranks: int, method: str = "iid", alpha: float = 0.5, seed: int = 0
-) -> list[Rows]:
-    """Deal rows out to ranks: each row to exactly one rank, no rank left empty, the same result everywhere.
-
-    ``labels``: (m,) integers. Gives, per rank, ascending row numbers. ``iid``: a seeded permutation, shares
-    that differ by at most one row. ``dirichlet``: each class is split in proportions drawn from Dir(alpha):
-    a small ``alpha`` gives each rank few classes; a rank left empty takes a row of the fullest. Raises
-    UserError for fewer rows than ranks, an unknown method, or an alpha outside (0, 1e6].
-    Source: Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution" (2019), per class.
-    """
-    _check_partition(method, alpha, seed)
-    if len(labels) < ranks:
-        remedy = f"use at most {len(labels)} ranks or more data"
-        raise UserError(f"the data set has {len(labels)} training samples for {ranks} ranks: {remedy}")
-    generator = np.random.default_rng(seed)
-    if method == "iid":
-        return [np.sort(rows) for rows in np.array_split(generator.permutation(len(labels)), ranks)]
-    pieces: list[list[Rows]] = [[] for _ in range(ranks)]
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        proportions = generator.dirichlet(np.full(ranks, alpha))
-        cuts = np.rint(np.cumsum(proportions)[:-1] * len(rows)).astype(np.int64)
-        for rank, piece in enumerate(np.split(rows, cuts)):
-            pieces[rank].append(piece)
-    dealt = [np.sort(np.concatenate(piece)) for piece in pieces]
-    for rank in range(ranks):
-        if len(dealt[rank]) == 0:
-            fullest = max(range(ranks), key=lambda other: len(dealt[other]))
-            dealt[rank], dealt[fullest] = dealt[fullest][-1:], dealt[fullest][:-1]
-    return dealt
-
-
-def _check_partition(method: str, alpha: float, seed: int) -> None:
-    if method not in PARTITIONS:
-        raise UserError(f"--partition {method}: must be one of {', '.join(PARTITIONS)}")
-    if not 0 < alpha <= LARGEST_ALPHA:
-        raise UserError(f"--dirichlet-alpha {alpha:g}: must be above 0, up to {LARGEST_ALPHA:g}")
-    if seed < 0:
-        raise UserError(f"--seed {seed}: must be 0 or more")
+    """This rank's arrays as a shard. Raises UserError."""
+    where = "arrays in memory"
+    train, test = Batch(np.asarray(x_train), np.asarray(y_train)), Batch(np.asarray(x_test), np.asarray(y_test))
+    for part, suffix in ((train, "_train"), (test, "_test")):
+        for place, array in checked(part, where, suffix).named(suffix).items():
+            check_finite(array, where, place)
+    check_alike_parts(train, test, where)
+    labels = [class_labels(part.y) for part in (train, test)]
+    classes = None if any(y is None for y in labels) else 1 + max(int(y.max()) for y in labels if y is not None)
+    if classes is not None:
+        train, test = with_class_labels(train), with_class_labels(test)
+    source = Source("arrays", where, Table.of(train), Table.of(test), None, classes)
+    return _shard(source, np.arange(train.rows))
 
 
 def _load(spec: str, wanted: Sequence[int], ranks: int, method: str, alpha: float, seed: int) -> list[Shard]:
-    _check_partition(method, alpha, seed)
+    check_partition(method, alpha, seed)
     if "{rank}" in spec:
         if method != "iid":
             raise UserError(f"data {spec!r} is already divided by rank: leave out the partition {method!r}")
         sources = [open_shard(spec, rank, ranks) for rank in wanted]
-        return [_shard(source, np.arange(len(source.y_train))) for source in sources]
+        return [_shard(source, np.arange(source.train.rows)) for source in sources]
     source = _open(spec)
-    dealt = partition_rows(source.y_train, ranks=ranks, method=method, alpha=alpha, seed=seed)
+    if source.labels is None and method == "dirichlet":
+        raise UserError(f"data {spec!r} has no classes and no groups to deal by: use --partition iid")
+    labels = np.zeros(source.train.rows, np.int64) if source.labels is None else source.labels
+    dealt = partition_rows(labels, ranks=ranks, method=method, alpha=alpha, seed=seed)
     return [_shard(source, dealt[rank]) for rank in wanted]
 
 
@@ -165,19 +189,14 @@ def _open(spec: str) -> Source:
     return open_file(path, os.path.basename(path))
 
 
-def _shard(source: Source, rows: Rows) -> Shard:
+def _shard(source: Source, rows: RowNumbers) -> Shard:
+    """The shard of these rows, which are read now; and all test rows."""
+    test = source.test
     return Shard(
         name=source.name,
-        x_train=_with_channels(source.read_train(rows)),
-        y_train=source.y_train[rows].astype(np.int32),
-        x_test=_with_channels(source.x_test),
-        y_test=source.y_test.astype(np.int32),
-        classes=source.classes,
-        train_samples_global=len(source.y_train),
         source=source.source,
+        train=Table.of(source.train.read(rows)),
+        test=None if test is None else Table.of(test.read(np.arange(test.rows))),
+        classes=source.classes,
+        train_samples_global=source.train.rows,
     )
-
-
-def _with_channels(x: Pixels) -> Pixels:
-    """Images (m, H, W) -> (m, H, W, 1); everything else as it is."""
-    return x.reshape(*x.shape, 1) if x.ndim == 3 else x

@@ -1,8 +1,8 @@
-"""A data set that is open: labels and test rows in memory, training rows read when they are asked for; its checks."""
+"""A data set that is open: what its rows are, and the checks that all kinds of data share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,110 +10,163 @@ import numpy as np
 import numpy.typing as npt
 
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner.batch import Batch, RowNumbers
 
-Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
-Labels = npt.NDArray[np.int32]
-Rows = npt.NDArray[np.int64]
-
-DATASETS = ("x_train", "y_train", "x_test", "y_test")
+Labels = npt.NDArray[np.integer[Any]]
 BLOCK_BYTES = 16 << 20
-SELECTION_ROWS = 256
-"""Rows of one HDF5 selection. h5py's time grows with the square of an index list: 4 s for 15,000 rows at once."""
+MOST_CLASSES = 2**31 - 1
+"""Larger whole numbers are no class labels: those are int32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows that can be read by number.
+
+    ``rows``: how many there are. ``read``: row numbers to those rows, in memory in any order, from a file ascending.
+    ``row_bytes``: size of one row.
+    """
+
+    rows: int
+    read: Callable[[RowNumbers], Batch]
+    row_bytes: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> Table:
+        """Rows of arrays, which may be memory-mapped files: they are converted when they are read."""
+
+        def read(rows: RowNumbers) -> Batch:
+            if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
+                return converted(batch.part(int(rows[0]), int(rows[-1]) + 1))
+            return converted(batch.map(lambda array: array[rows]))
+
+        return cls(batch.rows, read, row_bytes(batch))
+
+    def part(self, rows: RowNumbers) -> Table:
+        """Only these rows (ascending), read now."""
+        return self if len(rows) == self.rows else Table.of(self.read(rows))
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """An open data set.
 
-    ``source``: where it was read from, for people. ``y_train``: (m,) and ``y_test``: (t,) integers from 0 to
-    ``classes`` - 1. ``x_test``: (t, ...) uint8 or float32. ``read_train``: ascending row numbers to those rows of
-    the training set.
+    ``source``: where it was read from, for people. ``test``: None without test rows. ``labels``: (m,) one number per
+    training row by which the Dirichlet partition deals: its class, or another group; None if rows have none.
+    ``classes``: number of classes; None if the targets are not classes.
     """
 
     name: str
     source: str
-    classes: int
-    y_train: npt.NDArray[Any]
-    x_test: Pixels
-    y_test: npt.NDArray[Any]
-    read_train: Callable[[Rows], Pixels]
+    train: Table
+    test: Table | None
+    labels: Labels | None
+    classes: int | None
 
 
-def of_arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Source:
-    """Arrays in memory, held to the same rules as an HDF5 file. Raises UserError."""
-    where = "arrays in memory"
-    parts = {name: np.asarray(part) for name, part in zip(DATASETS, (x_train, y_train, x_test, y_test), strict=True)}
-    check(parts, where)
-    y_train, y_test, classes = labels(parts, None, where)
-    test, train = (read_rows(parts[name], np.arange(len(parts[name])), name, where) for name in ("x_test", "x_train"))
-    return Source("arrays", where, classes, y_train, test, y_test, lambda _: train)  # a rank's arrays are its shard
+def labelled(x: Any, y: Any) -> Batch:
+    """Images (m, H, W) or (m, H, W, C) and labels -> images with channels and int32 labels."""
+    return Batch(x if x.ndim == 4 else x[..., None], y.astype(np.int32))
 
 
-def check(parts: Mapping[str, Any], where: str) -> None:
-    """Refuse HDF5 datasets or arrays of the wrong shape or dtype, before any value is read. Raises UserError."""
-    for name, part in parts.items():
-        if not part.size:
-            raise UserError(f"{where}: {name} is empty, shape {part.shape}: store at least one row")
-    for x_name, y_name in (("x_train", "y_train"), ("x_test", "y_test")):
-        x, y = parts[x_name], parts[y_name]
-        if x.ndim not in (2, 3, 4):
-            shapes = "(rows, features), (rows, height, width) or (rows, height, width, channels)"
-            raise UserError(f"{where}: {x_name} has shape {x.shape}: store {shapes}")
-        if x.dtype != np.uint8 and x.dtype.kind != "f":
-            raise UserError(f"{where}: {x_name} is {x.dtype}: store it as uint8 (0 to 255) or float32")
-        if y.dtype.kind not in "iu" or y.shape not in ((y.size,), (y.size, 1)):
-            raise UserError(f"{where}: {y_name} is {y.dtype} of shape {y.shape}: store one integer label per row")
-        if len(y) != len(x):
-            raise UserError(f"{where}: {x_name} has {len(x)} rows, {y_name} {len(y)}: store one label per row")
-    x, other = parts["x_train"], parts["x_test"]
-    if x.shape[1:] != other.shape[1:] or x.dtype.kind != other.dtype.kind:
-        train, test = (f"{part.dtype} rows of {part.shape[1:]}" for part in (x, other))
-        raise UserError(f"{where}: x_train has {train}, x_test {test}: store both alike")
+def of_images(name: str, source: str, classes: int, train: Batch, test: Batch) -> Source:
+    """A data set of images with labels in memory."""
+    return Source(name, source, Table.of(train), Table.of(test), train.y, classes)
 
 
-def labels(parts: Mapping[str, Any], declared: Any, where: str) -> tuple[Labels, Labels, int]:
-    """Labels for training and test, each (m,), and the classes: ``declared``, else the largest label + 1.
+def row_bytes(batch: Batch) -> int:
+    """Size of one row."""
+    return sum(int(np.prod(array.shape[1:])) * array.dtype.itemsize for array in batch.named().values())
 
-    Raises UserError for a negative label, or one that is too large.
+
+def converted(batch: Batch) -> Batch:
+    """Floats as float32, as Keras has them; all others as they are, in the machine's order of bytes."""
+    return batch.map(_converted)
+
+
+def _converted(array: Any) -> Any:
+    with np.errstate(over="ignore"):  # a float64 beyond float32 is found as infinite
+        return np.asarray(array, kept_type(array.dtype))
+
+
+def checked(batch: Batch, where: str, part: str = "") -> Batch:
+    """The batch, if every array has numbers and all have equally many rows, at least one. Raises UserError.
+
+    ``part``: ``_train`` or ``_test``, which the message adds to the names of the arrays.
     """
-    y_train, y_test = (parts[name][()].reshape(-1) for name in ("y_train", "y_test"))
-    smallest, largest = min(int(y_train.min()), int(y_test.min())), max(int(y_train.max()), int(y_test.max()))
-    if smallest < 0:
-        raise UserError(f"{where}: label {smallest} is negative: count labels from 0")
-    if declared is None:
-        declared = min(largest + 1, 2**31 - 1)  # labels are kept as int32
-    elif np.ndim(declared) or np.asarray(declared).dtype.kind not in "iu":
-        raise UserError(f"{where}: the attribute classes is {declared!r}: store one integer")
-    if largest >= declared:
-        raise UserError(f"{where}: label {largest} is too large: {declared} classes go from 0 to {declared - 1}")
-    return y_train.astype(np.int32), y_test.astype(np.int32), int(declared)
+    places = batch.named(part)
+    if not any(place[0] == "x" for place in places):
+        raise UserError(f"{where}: there are no inputs x{part}: give at least one array")
+    for place, array in places.items():
+        if not array.size:
+            raise UserError(f"{where}: {place} is empty, shape {array.shape}: give at least one row")
+        if array.dtype.kind not in "biuf":
+            raise UserError(f"{where}: {place} is {array.dtype}: give numbers")
+        if array.ndim == 0:
+            raise UserError(f"{where}: {place} is a single number: give one row per sample")
+    rows = {place: len(array) for place, array in places.items()}
+    first, *others = rows
+    for place in others:
+        if rows[place] != rows[first]:
+            raise UserError(f"{where}: {first} has {rows[first]} rows, {place} {rows[place]}: give equally many rows")
+    return batch
 
 
-def read_rows(part: Any, rows: Rows, name: str, where: str) -> Pixels:
-    """Read these rows (ascending) of an HDF5 dataset or array as uint8 or float32. Raises UserError unless finite.
+def check_alike_parts(train: Batch, test: Batch, where: str) -> None:
+    """Raise UserError unless test rows are like training rows. Arrays may be open data sets.
 
-    Rows of other ranks are skipped. Chunked storage is read block by block instead: HDF5 reads whole chunks anyway.
+    Weights may be missing in one of them, and labels may be whole numbers of two types.
     """
-    x = np.empty((len(rows), *part.shape[1:]), np.uint8 if part.dtype == np.uint8 else np.float32)
-    span = max(1, BLOCK_BYTES * len(part) // (part.dtype.itemsize * part.size))
-    is_chunked = getattr(part, "chunks", None) is not None
-    at = 0
-    while at < len(rows):
-        piece = rows[at : np.searchsorted(rows, rows[at] + span)]
-        if not is_chunked:
-            piece = piece[:SELECTION_ROWS]
-        first, last = piece[0], piece[-1]
-        with np.errstate(over="ignore"):  # a float64 beyond float32 is caught as infinite below
-            if is_chunked or last - first == len(piece) - 1:
-                x[at : at + len(piece)] = part[first : last + 1][piece - first]
-            else:
-                x[at : at + len(piece)] = part[piece]
-        at += len(piece)
-    finite = x.dtype == np.uint8 or np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
-    if not np.all(finite):
-        name = f"{name} row {rows[np.argmin(finite)]}"
-        raise UserError(f"{where}: {name} has NaN, infinity or more than float32 holds: clean the data")
-    return x
+    kinds = []
+    are_labels = may_be_classes(train.y) and may_be_classes(test.y)
+    for part in (train, test):
+        places = part._replace(y=None if are_labels else part.y, sample_weight=None).named()
+        kinds.append({place: (tuple(a.shape[1:]), kept_type(a.dtype)) for place, a in places.items()})
+    for place in {**kinds[0], **kinds[1]}:
+        ours, theirs = (_text_of(kind.get(place)) for kind in kinds)
+        if ours != theirs:
+            raise UserError(f"{where}: {place} has {ours} for training, {theirs} for tests: give both alike")
+
+
+def _text_of(kind: tuple[tuple[int, ...], np.dtype[Any]] | None) -> str:
+    return "no data" if kind is None else f"{kind[1]} rows of {kind[0]}"
+
+
+def kept_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type that `converted` gives."""
+    return np.dtype(np.float32) if dtype.kind == "f" else dtype.newbyteorder("=")
+
+
+def check_finite(array: Any, where: str, place: str, numbers: RowNumbers | None = None) -> None:
+    """Raise UserError if a float of the array is not finite as float32. ``numbers``: of its rows, for the message."""
+    if array.dtype.kind != "f":
+        return
+    block = max(1, BLOCK_BYTES * len(array) // max(1, array.nbytes))
+    for start in range(0, len(array), block):
+        part = array[start : start + block]
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(np.asarray(part, np.float32)).reshape(len(part), -1).all(axis=1)
+        if not finite.all():
+            row = start + int(np.argmin(finite))
+            place = f"{place} row {row if numbers is None else numbers[row]}"
+            raise UserError(f"{where}: {place} has NaN, infinity or more than float32 holds: clean the data")
+
+
+def may_be_classes(y: Any) -> bool:
+    """Whether the targets are one whole number per row. Arrays may be open data sets."""
+    return hasattr(y, "dtype") and y.dtype.kind in "iu" and y.shape[1:] in ((), (1,))
+
+
+def class_labels(y: Any) -> Labels | None:
+    """The classes of the rows, (m,), if the targets are one whole number per row that counts from 0; else None."""
+    if not may_be_classes(y) or int(y.min()) < 0 or int(y.max()) >= MOST_CLASSES:
+        return None
+    labels: Labels = np.asarray(y).reshape(-1)
+    return labels
+
+
+def with_class_labels(batch: Batch) -> Batch:
+    """The batch with its whole numbers y as int32 labels, (b,)."""
+    return batch._replace(y=batch.y.reshape(-1).astype(np.int32))
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner.backend import Tensors, light, quiet
 from dlion_mpi.learner.keras_model import KerasModel
-from dlion_mpi.learner.source import Labels, Pixels
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.vector.named_arrays import Array
@@ -59,7 +58,7 @@ class _Graphs:
         ]
         self._evaluate = self._evaluating()
 
-    def evaluate(self, knowledge: Vector, x: Pixels, y: Labels) -> int:
+    def evaluate(self, knowledge: Vector, x: Array, y: Array) -> int:
         """See `backend.Evaluating`."""
         return int(self._evaluate(*self._tensors(knowledge, x, y)))
 
@@ -107,13 +106,13 @@ class InPlace(_Graphs):
         self._compile_training()
         self._compile_copying()
 
-    def gradient(self, x: Pixels, y: Labels) -> Gradient:
+    def gradient(self, x: Array, y: Array) -> Gradient:
         """See `backend.InPlace`."""
         loss, vector = self._gradient(*self._tensors(x, y))
         # The tensor's own memory, no copy: the array keeps the tensor alive.
         return Gradient(float(loss), np.asarray(vector))
 
-    def step(self, x: Pixels, y: Labels) -> tuple[float, bool]:
+    def step(self, x: Array, y: Array) -> tuple[float, bool]:
         """See `backend.InPlace`."""
         loss, finite = self._step(*self._tensors(x, y))
         return float(loss), bool(finite)
@@ -225,7 +224,7 @@ class Stateless(_Graphs):
 
         self._gradient, self._update = gradient.get_concrete_function(), update.get_concrete_function()
 
-    def gradient(self, weights: Vector, state: Tensors, x: Pixels, y: Labels) -> tuple[Gradient, Tensors]:
+    def gradient(self, weights: Vector, state: Tensors, x: Array, y: Array) -> tuple[Gradient, Tensors]:
         """See `backend.Stateless`."""
         weights, x, y = self._tensors(weights, x, y)
         loss, vector, after = self._gradient(weights, self._tensors(*state), x, y)

@@ -125,7 +125,7 @@ def drive(run: VirtualRun) -> list[Finish]:
             evaluator=run.evaluator(),
             recorder=run.recorders[rank],
             clock=Clock(lambda: events.now_s),
-            training_samples=run.shards[0].train_samples_global,
+            training_samples=run.shards[0].train_samples_global or 0,
             reduce=partial(collectives.reduce, SUM),
         )
         worker.on_step = partial(_metered, run, worker)

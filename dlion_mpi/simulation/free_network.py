@@ -73,7 +73,7 @@ def train_together(run: VirtualRun) -> list[Finish]:
     workers = run.workers
     group = Group(run=run, totals=[Totals() for _ in range(workers)])
     evaluator = run.evaluator()
-    schedule = growth(run.config, workers, run.shards[0].train_samples_global)
+    schedule = growth(run.config, workers, run.shards[0].train_samples_global or 0)
     every = run.config.evaluate_every
     with stopped_by_signals([group]):
         while not group.ended():

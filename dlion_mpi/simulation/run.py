@@ -49,7 +49,7 @@ class VirtualRun:
     _collector: tuple[int, int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        rows = rows_to_test(self.shards[0].x_test, self.shards[0].y_test, self.config.test_samples)
+        rows = rows_to_test(self.shards[0], self.config.test_samples)
         self.accuracies = Accuracies(self.shared, rows, self.test_pool)
 
     def __enter__(self) -> VirtualRun:
@@ -105,15 +105,14 @@ def prepare(
         )
     check_alike([shard.kind for shard in shards])
     backend.start(1, concurrent=threads)  # one thread for each operation: its sums then have one order only
-    own, optimizer = models.trainable(config, shards[0].input_shape, shards[0].classes, model)
-    shared = SharedReplica(own, optimizer, shards[0].x_train.dtype)
+    own, optimizer = models.trainable(config, shards[0], model)
+    shared = SharedReplica(own, optimizer, shards[0].example().x.dtype)
     check_gradients(config.strategy, exchanges, shared.takes_gradients)
     new_folder(config)
     if report:
         say(
             f"dlion simulate: {config.strategy}, {config.sync}, {workers} worker{'s' * (workers > 1)} of "
-            f"{environment.name}; {config.model}, {shared.layout.size:,} parameters; {shards[0].name} from "
-            f"{shards[0].source}, {shards[0].train_samples_global:,} training samples"
+            f"{environment.name}; {config.model}, {shared.layout.size:,} parameters; {shards[0].describe()}"
         )
         if config.seconds is None and any(phase.share for phase in environment.phases[1:]):
             say("the length of the run is unknown, so its first phase lasts: give --seconds")

@@ -12,6 +12,7 @@ from dlion_mpi.learner.batches import Batch
 from dlion_mpi.learner.models import build, optimizer
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.vector.named_arrays import StateError
+from tests.shards import byte_shard
 
 ROWS = Batch(
     np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8), np.arange(40, dtype=np.int32) % 10
@@ -20,7 +21,7 @@ ROWS = Batch(
 
 def replica(name: str = "sgd", momentum: float = 0.0, model: str = "tests.nets:normalised") -> Replica:
     backend.start(1)
-    return Replica(build(model, (8, 8, 1), 10, 0), optimizer(name, 0.01, momentum), np.uint8)
+    return Replica(build(model, byte_shard(), 0), optimizer(name, 0.01, momentum), np.uint8)
 
 
 def steps(own: Replica, count: int, alone: bool) -> list[float]:

@@ -14,6 +14,7 @@ from dlion_mpi.learner.batches import Batch
 from dlion_mpi.learner.models import build, optimizer
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.simulation.shared_replica import SharedReplica, VirtualReplica
+from tests.shards import byte_shard
 
 NETS = ["tests.nets:dense", "tests.nets:normalised"]
 OPTIMIZERS = [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.0)]
@@ -21,7 +22,7 @@ OPTIMIZERS = [("sgd", 0.0), ("sgd", 0.9), ("adam", 0.0)]
 
 def keras_model(net: str) -> Any:
     backend.start(1)
-    return build(net, (8, 8, 1), 10, seed=3)
+    return build(net, byte_shard(), 3)
 
 
 def batch(number: int, size: int = 16) -> Batch:
@@ -115,7 +116,7 @@ def test_averages_of_the_optimizer_are_put_in_at_the_end_as_keras_does(kind: str
     last = replica.weights()
     replica.finish()
     plain.compile(averaging(), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    plain.fit(rows.x.astype(np.float32) / 255, rows.y, batch_size=16, epochs=5, verbose=0)
+    plain.fit(rows.x, rows.y, batch_size=16, epochs=5, verbose=0)
     wanted = np.concatenate([np.ravel(w) for w in plain.get_weights()])
     np.testing.assert_allclose(replica.weights(), wanted, rtol=1e-4, atol=1e-6)
     assert np.abs(last - wanted).max() > 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from dlion_mpi.algorithms.ring import ring_bytes
 from dlion_mpi.config.fields import Every
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.batches import Batch, Batches
+from dlion_mpi.learner.batch import Batch, joined
+from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.models import build, optimizer
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.learner.shards import Shard, load_shards
+from dlion_mpi.learner.source import Table
 from dlion_mpi.loop import links as loop_links
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.timeline import Phase
@@ -194,14 +197,13 @@ def test_all_workers_together_are_one_process_with_the_joint_batch(strategy: str
     batches = [Batches(shard, seed=0, rank=rank) for rank, shard in enumerate(shards)]
     sizes = BALANCED if strategy == "free-network" else [32] * 3
     replica = Replica(
-        build("tests.nets:dense", shards[0].input_shape, shards[0].classes, 0),
+        build("tests.nets:dense", shards[0], 0),
         optimizer(wanted.optimizer, wanted.learning_rate, wanted.momentum),
-        shards[0].x_train.dtype,
+        np.uint8,
     )
     start = replica.weights()
     for _ in range(12):
-        parts = list(map(Batches.take, batches, sizes))
-        joint = Batch(np.concatenate([part.x for part in parts]), np.concatenate([part.y for part in parts]))
+        joint = joined(list(map(Batches.take, batches, sizes)))
         replica.apply(np.array(replica.gradient(joint).vector))
     assert np.abs(replica.weights() - start).max() > 0.01
     for weights in got:
@@ -505,9 +507,16 @@ def test_an_unknown_strategy_is_refused_with_all_that_are_known() -> None:
         simulate(config(strategy="gossip"), cloud(), report=False)
 
 
+def changed(shard: Shard, change: Callable[[Any], Any]) -> Shard:
+    """The shard with other inputs."""
+    assert shard.test is not None
+    tables = [table.read(np.arange(table.rows)) for table in (shard.train, shard.test)]
+    train, test = (Table.of(rows._replace(x=change(rows.x))) for rows in tables)
+    return dataclasses.replace(shard, train=train, test=test)
+
+
 def floats(shard: Shard) -> Shard:
-    x_train, x_test = (x.astype(np.float32) for x in (shard.x_train, shard.x_test))
-    return dataclasses.replace(shard, x_train=x_train, x_test=x_test)
+    return changed(shard, lambda x: x.astype(np.float32))
 
 
 def test_data_of_several_kinds_is_refused() -> None:
@@ -519,9 +528,8 @@ def test_data_of_several_kinds_is_refused() -> None:
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_loss_that_is_not_finite_on_one_worker_ends_the_run_everywhere(mode: str) -> None:
     shards = load_shards("digits", ranks=3)
-    broken = np.full(shards[1].x_train.shape, 3e38, np.float32)
     shards = [floats(shard) for shard in shards]
-    shards[1] = dataclasses.replace(shards[1], x_train=broken)
+    shards[1] = changed(shards[1], lambda x: np.full(x.shape, np.inf, np.float32))
     outcome = simulate(config(sync=mode, steps=200, batching="fixed"), cloud(), shards=shards, report=False)
     assert outcome.exit_code == 1
     assert outcome.summary["stopped"].startswith("rank 1, step 0")

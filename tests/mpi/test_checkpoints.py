@@ -17,6 +17,7 @@ from dlion_mpi.learner.models import build
 from dlion_mpi.metrics import reader as runs
 from dlion_mpi.run import Result, run
 from tests.options import config
+from tests.shards import byte_shard
 
 MODEL = "tests.nets:normalised"
 """With dropout and batch normalisation: generators and statistics count as well."""
@@ -26,7 +27,7 @@ DLION = {"strategy": "dlion", "sync": "sync", "batching": "fixed", "max_n": 20, 
 def train(out: Path, start: Start = NEW, **options: Any) -> tuple[Result, np.ndarray]:
     """A run, and the weights and statistics it leaves in its model."""
     backend.start(1)
-    model = build(MODEL, (8, 8, 1), 10, 0)
+    model = build(MODEL, byte_shard(), 0)
     options = {"data": "digits", "model": MODEL, "learning_rate": 0.02, "out": str(out), **options}
     outcome = run(config(**options), model=model, report=False, start=start)
     return outcome, np.concatenate([np.ravel(v.numpy()).astype(np.float64) for v in model.variables])
@@ -69,7 +70,7 @@ def test_fit_goes_on_with_a_run_as_the_command_does(world: MPI.Intracomm, shared
     x, y = generator.random((60, 8, 8, 1), dtype=np.float32), np.arange(60) % 10
     shared: dict[str, Any] = {"progress_every": 0}
     backend.start(1)
-    models = [build(MODEL, (8, 8, 1), 10, seed) for seed in (0, 1)]
+    models = [build(MODEL, byte_shard(), seed) for seed in (0, 1)]
     models[1].name = "another"
     first = fit(models[0], (x, y), (x, y), steps=20, out=str(shared_folder), checkpoint_every="20", **shared)
     world.Barrier()

@@ -20,6 +20,7 @@ from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.registry import STRATEGIES
 from tests.mpi.test_training import PLAIN
 from tests.options import config
+from tests.shards import byte_shard
 
 MODEL = "tests.nets:dense"
 PARAMETERS = 2410
@@ -44,7 +45,7 @@ def test_with_equal_batches_all_give_the_same_weights_after_50_steps(world: MPI.
     backend.start(1)
     weights = []
     for strategy, options in [*runs, ("horovod", {}), ("horovod", {})]:
-        model = build(MODEL, (8, 8, 1), 10, 0)
+        model = build(MODEL, byte_shard(), 0)
         start = np.concatenate([w.ravel() for w in model.get_weights()])
         assert train(model, strategy=strategy, steps=50, learning_rate=0.1, **options).exit_code == 0
         weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
@@ -77,7 +78,7 @@ summing = pytest.mark.parametrize("strategy", ["allreduce", "powersgd", "diloco"
 @summing
 def test_a_run_learns_and_all_replicas_are_equal_after_the_last_sum(world: MPI.Intracomm, strategy: str) -> None:
     backend.start(1)
-    model = build(MODEL, (8, 8, 1), 10, 0)
+    model = build(MODEL, byte_shard(), 0)
     settings = {"steps": 200, "learning_rate": 0.1, **OPTIONS.get(strategy, {})}
     result = train(model, strategy=strategy, **settings)
     assert result.exit_code == 0

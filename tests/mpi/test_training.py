@@ -17,6 +17,7 @@ from dlion_mpi.learner.models import build
 from dlion_mpi.learner.shards import load, shard_of_arrays
 from dlion_mpi.run import Result, run
 from tests.options import config, grow_soon
+from tests.shards import byte_shard
 
 MODEL = "tests.nets:dense"
 PLAIN = {
@@ -38,7 +39,7 @@ def train(keras_model: Any = None, **options: Any) -> Result:
 
 def fresh_model(seed: int = 0) -> Any:
     backend.start(1)
-    return build(MODEL, (8, 8, 1), 10, seed)
+    return build(MODEL, byte_shard(), seed)
 
 
 def flat_weights(model: Any) -> np.ndarray:
@@ -63,8 +64,7 @@ def joint_sgd(ranks: int, steps: int, lbs: int) -> np.ndarray:
     batches = [Batches(shard, seed=0, rank=r) for r, shard in enumerate(shards)]
     for _ in range(steps):
         parts = [b.take(lbs) for b in batches]
-        x = np.concatenate([x for x, _ in parts]).astype(np.float32) / 255
-        y = np.concatenate([y for _, y in parts])
+        x, y = np.concatenate([part.x for part in parts]), np.concatenate([part.y for part in parts])
         with tf.GradientTape() as tape:
             value = loss(y, model(x, training=True))
         variables = [v.value for v in model.trainable_variables]

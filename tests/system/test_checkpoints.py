@@ -71,7 +71,7 @@ import sys, numpy as np, keras
 from sklearn.datasets import load_digits
 assert not any(name.startswith("dlion") for name in sys.modules)
 pixels, y = load_digits(return_X_y=True)
-x = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1).astype("float32") / 255
+x = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
 test = np.random.default_rng(0).permutation(len(x))[: len(x) // 5]
 model = keras.saving.load_model(sys.argv[1])
 print((model.predict(x[test], verbose=0).argmax(1) == y[test]).mean())

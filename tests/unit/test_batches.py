@@ -11,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner.batch import Batch
 from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.shards import Shard
+from dlion_mpi.learner.source import Table
 
 
 def shard(rows: int) -> Shard:
     """A shard in which both x and y hold the row's number."""
     x, y = np.zeros((rows, 2), np.float32), np.arange(rows, dtype=np.int32)
     x[:, 0] = y
-    return Shard(name="", x_train=x, y_train=y, x_test=x, y_test=y, classes=rows, train_samples_global=rows, source="")
+    table = Table.of(Batch(x, y))
+    return Shard(name="", source="", train=table, test=table, classes=rows, train_samples_global=rows)
 
 
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30), rows=st.integers(1, 17))
@@ -27,7 +30,7 @@ def test_batches_cover_every_row_once_per_epoch_whatever_their_sizes(sizes: list
     batches = Batches(shard(rows), seed=1, rank=2)
     seen: list[int] = []
     for size in sizes:
-        x, y = batches.take(size)
+        x, y, _ = batches.take(size)
         assert (x.shape, x.dtype, y.shape, y.dtype) == ((size, 2), np.float32, (size,), np.int32)
         np.testing.assert_array_equal(x[:, 0], y)
         seen += y.tolist()

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from dlion_mpi.commands import data as datatool
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.shards import load, partition_rows
+from dlion_mpi.learner.partition import partition_rows
+from dlion_mpi.learner.shards import load
+from tests.shards import whole_of
 
 ROWS = 30
 CLASSES = 3
@@ -103,9 +105,10 @@ def test_split_writes_the_shards_that_load_deals(whole: str, tmp_path: Path, par
     for rank in range(3):
         dealt = load(whole, rank=rank, ranks=3, partition=partition, alpha=0.5, seed=7)
         read = load(pattern, rank=rank, ranks=3)
-        for name in ("x_train", "y_train", "x_test", "y_test"):
-            np.testing.assert_array_equal(getattr(read, name), getattr(dealt, name))
-        assert read.x_train.dtype == np.uint8
+        for own, other in zip(whole_of(read), whole_of(dealt), strict=True):
+            np.testing.assert_array_equal(own.x, other.x)
+            np.testing.assert_array_equal(own.y, other.y)
+            assert own.x.dtype == np.uint8
         assert read.classes == CLASSES
 
 
@@ -219,13 +222,13 @@ def test_bad_requests_say_what_to_change_and_write_nothing(
 def test_info_shows_the_data_set_and_what_each_rank_gets(whole: str) -> None:
     lines = datatool.info(whole, ranks=2, partition="dirichlet", alpha=0.1, seed=1).splitlines()
     facts = dict(line.split(maxsplit=1) for line in lines[:5])
-    assert facts == {"name": "whole.h5", "source": whole, "shape": "4", "dtype": "uint8", "classes": "3"}
+    assert facts == {"name": "whole.h5", "source": whole, "x": "(4,) uint8", "y": "() int32", "classes": "3"}
     assert [line.split() for line in lines[5:7]] == [["train", "rows", "30"], ["test", "rows", "7"]]
     assert lines[7].split(maxsplit=1)[1] == "dirichlet, alpha 0.1, seed 1"
     table = [[int(cell) for cell in line.split()] for line in lines[-2:]]
     for rank, row in enumerate(table):
         shard = load(whole, rank=rank, ranks=2, partition="dirichlet", alpha=0.1, seed=1)
-        assert row == [rank, shard.samples, *np.bincount(shard.y_train, minlength=CLASSES)]
+        assert row == [rank, shard.samples, *np.bincount(whole_of(shard)[0].y, minlength=CLASSES)]
 
 
 def test_info_finds_all_shard_files(whole: str, tmp_path: Path) -> None:

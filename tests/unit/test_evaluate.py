@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dlion_mpi.learner.batches import Batch
 from dlion_mpi.learner.evaluate import CHUNK, BackgroundEvaluator, rows_to_test, target_reached_s
+from dlion_mpi.learner.shards import shard_of_arrays
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.vector.layout import Vector
 
@@ -170,8 +171,9 @@ def test_by_definition(tests: list[list[tuple[int, int]]], target: float) -> Non
 
 def test_fewer_test_rows_are_taken_evenly_and_with_their_labels() -> None:
     x, y = np.arange(20).reshape(10, 2), np.arange(10)
-    few_x, few_y, _ = rows_to_test(x, y, 4)
-    assert few_y.tolist() == [0, 2, 5, 7]
-    np.testing.assert_array_equal(few_x[:, 0], 2 * few_y)
+    shard = shard_of_arrays(x, y, x, y)
+    few = rows_to_test(shard, 4)
+    assert few.y.tolist() == [0, 2, 5, 7]
+    np.testing.assert_array_equal(few.x[:, 0], 2 * few.y)
     for most in (None, 10, 99):
-        assert rows_to_test(x, y, most)[1] is y
+        assert rows_to_test(shard, most).y.tolist() == y.tolist()
