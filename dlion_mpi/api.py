@@ -122,7 +122,7 @@ def fit(
     seed: int = 0,
     out: str | None = None,
     tensorboard: str | None = None,
-    optimizer: Literal["sgd", "adam"] = "sgd",
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
     learning_rate: float = 0.05,
     momentum: float = 0.0,
     threads: int = 0,

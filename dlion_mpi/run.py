@@ -22,7 +22,8 @@ from dlion_mpi.errors import RunError
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
 from dlion_mpi.learner import backend, models
 from dlion_mpi.learner.batches import Batches
-from dlion_mpi.learner.evaluate import BackgroundEvaluator, rows_to_test
+from dlion_mpi.learner.evaluate import CHUNK, BackgroundEvaluator
+from dlion_mpi.learner.keras_model import check_alike as check_models
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.learner.shards import Shard, check_alike, load, merge_facts
 from dlion_mpi.log import say
@@ -116,13 +117,12 @@ def _build(
     pace = ranks.together(lambda: PaceClock.from_environ(ranks.rank, run_seconds=config.seconds))
     threads = config.threads or share_of_cores(ranks)
     shard = _shard(ranks, config, own_data)
-    replica = _replica(ranks, config, shard, model, threads)
-    ranks.together(partial(check_gradients, config.strategy, strategy.exchanges, replica.takes_gradients))
+    replica = _replica(ranks, config, strategy, shard, model, threads)
     if config.checkpoint_every is not None:
         session.check(strategy, Plan(config=config, rank=ranks.rank, ranks=members.ranks, layout=replica.layout))
     recorder = _recorder(ranks, config, start, loaded, shard, pace, replica.metric_names)
     exchange = _exchange(ranks, config, strategy, replica, recorder)
-    evaluator = BackgroundEvaluator(replica.evaluate, rows_to_test(shard, config.test_samples))
+    evaluator = BackgroundEvaluator(replica.evaluate, partial(shard.tests, CHUNK, config.test_samples))
     worker = Worker(
         config=config,
         rank=ranks.rank,
@@ -166,16 +166,22 @@ def _load(ranks: Ranks, config: Config) -> Shard:
     )
 
 
-def _replica(ranks: Ranks, config: Config, shard: Shard, model: Any, threads: int) -> Replica:
+def _replica(ranks: Ranks, config: Config, strategy: Strategy, shard: Shard, model: Any, threads: int) -> Replica:
     """Build the model, with rank 0's first weights."""
 
     def build() -> Replica:
         backend.start(threads, local_rank=ranks.local_rank)
-        own, optimizer = models.trainable(config, shard, model)
-        return Replica(own, optimizer, shard.example().x.dtype, ranks.rank)
+        keras_model = models.trainable(config, shard, model)
+        guarded = config.non_finite == "skip"
+        return Replica(keras_model, ranks.rank, tests=next(shard.tests(2), None), guarded=guarded)
 
     replica = ranks.together(build)
+    ranks.together(partial(check_models, ranks.gather_text(replica.facts())))
+    ranks.together(partial(check_gradients, config.strategy, strategy.exchanges, replica.takes_gradients))
+    ranks.together(partial(replica.trace, "alone" if ranks.size == 1 else strategy.exchanges))
     replica.set_knowledge(ranks.share(replica.knowledge()))
+    if len(frozen := replica.frozen()):
+        replica.set_frozen(ranks.share(frozen))
     return replica
 
 

@@ -277,11 +277,11 @@ class Quadratic:
     def move(self, movement: Vector) -> None:
         self.w += movement
 
-    def step_alone(self, batch: npt.NDArray[Any]) -> tuple[float, bool]:
+    def step_alone(self, batch: npt.NDArray[Any]) -> Gradient:
         gradient = self.gradient(batch)
         if gradient.finite:
             self.apply(gradient.vector)
-        return gradient.loss, gradient.finite
+        return gradient.applied()
 
     def apply(self, gradient: Vector) -> None:
         self.w -= self.learning_rate * gradient
@@ -299,8 +299,8 @@ class Quadratic:
 
     def set_statistics(self, statistics: Vector) -> None: ...
 
-    def evaluate(self, knowledge: Vector, batch: npt.NDArray[Any]) -> int:
-        return 0
+    def evaluate(self, knowledge: Vector, batches: Iterable[Any]) -> dict[str, float]:
+        return {}
 
     def finish(self) -> None: ...
 
@@ -477,5 +477,4 @@ def _drive(
 
 
 def _compute(request: Compute, replica: Any, rank: int, seconds: Callable[[int, int], float]) -> Computed:
-    loss, vector, finite = compute.answer(request, replica)
-    return Computed(loss, vector, finite, seconds(rank, request.samples), 0.0)
+    return Computed.of(compute.answer(request, replica), seconds(rank, request.samples), 0.0)

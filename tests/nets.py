@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dlion_mpi.learner.batch import Batch
+from dlion_mpi.learner.compiled import prepared
+from dlion_mpi.learner.keras_model import KerasModel
+
+
+def ready(model: Any, example: Batch, optimizer: Any = None) -> KerasModel:
+    """A model that can be trained on rows like these; ``optimizer``: of a model that is not compiled."""
+    return KerasModel(prepared(model, example, lambda: optimizer), example)
+
 
 def dense(input_shape: Sequence[int], classes: int) -> Any:
     """Two dense layers over the flattened input."""

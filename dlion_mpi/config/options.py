@@ -121,11 +121,18 @@ class Config:
         None, "new folder for TensorBoard, with one folder of scalars per rank", value="FOLDER"
     )
 
-    model: str = _model("cipher", "cipher, or PACKAGE.MODULE:FUNCTION that returns a Keras model", common=True)
-    optimizer: str = _model("sgd", "optimizer that applies the combined gradient", choices=("sgd", "adam"), common=True)
+    model: str = _model(
+        "cipher",
+        "cipher, resnet20, resnet18, transformer, transformer-large, mlp, or PACKAGE.MODULE:FUNCTION that returns a "
+        "Keras model",
+        common=True,
+    )
+    optimizer: str = _model(
+        "sgd", "optimizer of a model that comes without one", choices=("sgd", "adam", "adamw"), common=True
+    )
     learning_rate: float = _model(0.05, "learning rate of the optimizer", bounds=ABOVE_0, common=True)
     momentum: float = _model(
-        0.0, "momentum of SGD", bounds=Bounds(0, 1 - 1e-9, "in [0, 1)"), idle={"optimizer": ("adam",)}
+        0.0, "momentum of SGD", bounds=Bounds(0, 1 - 1e-9, "in [0, 1)"), idle={"optimizer": ("adam", "adamw")}
     )
     threads: int = _model(
         0,

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
 
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner.batch import Batch
 from dlion_mpi.learner.keras_model import KerasModel
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Vector
@@ -23,13 +25,15 @@ from dlion_mpi.vector.named_arrays import Array
 EXTRAS_OF_KERAS = ("matplotlib", "pandas", "sklearn")
 Tensors = list[Any]
 """Values of variables, as the backend's tensors or as NumPy arrays."""
+Logs = dict[str, float]
+"""Metrics by Keras's names."""
 
 
 class Evaluating(Protocol):
     """Tests the model on knowledge that the caller has."""
 
-    def evaluate(self, knowledge: Vector, x: Array, y: Array) -> int:
-        """Count the rows that a model with this knowledge, (K,) float32, classifies correctly.
+    def evaluate(self, knowledge: Vector, batches: Iterable[Batch]) -> Logs:
+        """The metrics of Keras's ``test_step`` over batches, for a model with this knowledge, (K,) float32.
 
         The model's variables stay as they are. Threads may call this while another trains.
         """
@@ -38,17 +42,29 @@ class Evaluating(Protocol):
 class InPlace(Evaluating, Protocol):
     """Trains the model's own variables: one worker."""
 
-    def gradient(self, x: Array, y: Array) -> Gradient:
-        """Loss and mean gradient over a batch. Updates the statistics, not the weights."""
+    def trace(self, kind: str) -> None:
+        """Compile what computes "movements", "gradients" or a step "alone", with the example batch.
 
-    def step(self, x: Array, y: Array) -> tuple[float, bool]:
-        """Gradient and update in one, as a plain training loop does it.
-
-        An update whose loss or gradient is not finite is left out. Returns the loss and whether both are finite.
+        An error of the model, or of data that do not fit it, comes here and not in the first step.
         """
+
+    def movement(self, batch: Batch) -> Gradient:
+        """Loss, and what Keras's ``train_step`` does to the weights, which stay as they are.
+
+        Optimizer, statistics and generators are as after the step.
+        """
+
+    def step(self, batch: Batch) -> Gradient:
+        """Keras's ``train_step``, as a plain training loop does it. The vector is empty."""
+
+    def gradient(self, batch: Batch) -> Gradient:
+        """Loss and mean gradient over a batch. Updates the statistics, not the weights."""
 
     def apply(self, gradient: Vector) -> None:
         """Give the optimizer a gradient, (P,) float32."""
+
+    def move(self, movement: Vector) -> None:
+        """Add a movement to the weights, (P,) float32; constrained variables are then put right."""
 
     def read(self, *, statistics: bool) -> Vector:
         """A copy of the weights, (P,) float32, or with the ``statistics`` of the knowledge, (K,)."""
@@ -63,14 +79,34 @@ class InPlace(Evaluating, Protocol):
 class Stateless(Evaluating, Protocol):
     """The same as functions of values that the caller keeps: many workers that share one model.
 
-    ``state``: of all non-trainable variables; ``slots``: of the optimizer's variables.
+    ``state``: of all non-trainable variables; ``slots``: of the optimizers' variables. Threads may call these at once.
     """
 
-    def gradient(self, weights: Vector, state: Tensors, x: Array, y: Array) -> tuple[Gradient, Tensors]:
-        """Loss and gradient at ``weights`` over a batch, and the state after it. Threads may call this at once."""
+    def movement(
+        self, weights: Vector, state: Tensors, slots: Tensors, batch: Batch
+    ) -> tuple[Gradient, Tensors, Tensors]:
+        """Loss and movement at ``weights``, with the state and the slots after the step."""
+
+    def gradient(self, weights: Vector, state: Tensors, batch: Batch) -> tuple[Gradient, Tensors]:
+        """Loss and gradient at ``weights`` over a batch, and the state after it."""
 
     def update(self, weights: Vector, slots: Tensors, gradient: Vector) -> tuple[Vector, Tensors]:
-        """Weights and slots after the optimizer got ``gradient``. For one thread only."""
+        """Weights and slots after the optimizer got ``gradient``."""
+
+
+def training_loss_of(logs: Mapping[str, float]) -> float:
+    """The loss among what a ``train_step`` returns: ``loss``, or the sum of all that are called a loss."""
+    if "loss" in logs:
+        return logs["loss"]
+    losses = [value for name, value in logs.items() if "loss" in name]
+    return sum(losses) if losses else math.nan
+
+
+def summed_logs(logs: Sequence[tuple[int, Mapping[str, float]]]) -> Logs:
+    """The mean by rows of what a ``test_step`` returned for batches: (rows, logs) of each."""
+    rows = sum(count for count, _ in logs)
+    names = logs[0][1] if logs else ()
+    return {name: sum(count * values[name] for count, values in logs) / rows for name in names}
 
 
 def start(threads: int = 0, *, concurrent: int | None = None, local_rank: int = 0) -> None:
@@ -83,9 +119,12 @@ def start(threads: int = 0, *, concurrent: int | None = None, local_rank: int = 
     _module().start(threads, threads if concurrent is None else concurrent, local_rank)
 
 
-def in_place(model: KerasModel) -> InPlace:
-    """Graphs that train the variables of ``model``."""
-    made: InPlace = _module().InPlace(model)
+def in_place(model: KerasModel, *, guarded: bool = False) -> InPlace:
+    """Functions that train the variables of ``model``.
+
+    ``guarded``: a movement that is not finite leaves everything as it was.
+    """
+    made: InPlace = _module().InPlace(model, guarded=guarded)
     return made
 
 

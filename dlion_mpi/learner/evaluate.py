@@ -1,18 +1,15 @@
-"""Test accuracy in the background, and when the workers together reached a target."""
+"""Tests in the background, and when the workers together reached a target."""
 
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from dlion_mpi.errors import UserError
-from dlion_mpi.learner.batches import Batch
-from dlion_mpi.learner.shards import Shard
+from dlion_mpi.learner.batch import Batch
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.vector.layout import Vector
 
@@ -22,21 +19,16 @@ SHARE = 0.2
 """Largest share of the time in which an evaluation computes; it sleeps for the rest, to leave the processor free."""
 
 
-def rows_to_test(shard: Shard, most: int | None) -> Batch:
-    """At most ``most`` of the test rows, at even distances; all if it is None. Raises UserError if there are none."""
-    for rows in shard.tests(sys.maxsize, most):
-        return rows
-    raise UserError("there are no test rows: give some")
-
-
 class BackgroundEvaluator:
     """Evaluates snapshots in a thread, one at a time and in order.
 
-    ``evaluate``: (knowledge, batch) -> number of correct rows. ``rows``: the test rows.
+    ``evaluate``: (knowledge, batches) -> metrics. ``tests``: gives the test rows, in batches.
     """
 
-    def __init__(self, evaluate: Callable[[Vector, Batch], int], rows: Batch) -> None:
-        self._evaluate, self._rows = evaluate, rows
+    def __init__(
+        self, evaluate: Callable[[Vector, Iterable[Batch]], dict[str, float]], tests: Callable[[], Iterable[Batch]]
+    ) -> None:
+        self._evaluate, self._tests = evaluate, tests
         self._snapshots: queue.SimpleQueue[tuple[int, float, Vector, float] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Evaluation | BaseException] = queue.SimpleQueue()
         self._pending = 0
@@ -72,24 +64,22 @@ class BackgroundEvaluator:
         self._snapshots.put(None)
         self._thread.join()
 
-    def accuracy(self, knowledge: Vector) -> float:
-        """Share of the test rows that a model with this knowledge classifies correctly."""
-        hits = 0
-        for start in range(0, len(self._rows.y), CHUNK):
+    def _paced(self) -> Iterator[Batch]:
+        """The test rows; between batches it sleeps, to leave the processor free."""
+        for batch in self._tests():
             if self._abandoned:
-                break
+                return
             started_s = time.monotonic()
-            hits += self._evaluate(knowledge, self._rows.part(start, start + CHUNK))
+            yield batch
             if not self._awaited:
                 time.sleep((time.monotonic() - started_s) * (1 / SHARE - 1))
-        return hits / len(self._rows.y)
 
     def _run(self) -> None:
         while (snapshot := self._snapshots.get()) is not None:
             step, time_s, knowledge, submitted_s = snapshot
             try:
-                accuracy = self.accuracy(knowledge)
-                self._done.put(Evaluation(step, time_s, {"accuracy": accuracy}, time.monotonic() - submitted_s))
+                metrics = self._evaluate(knowledge, self._paced())
+                self._done.put(Evaluation(step, time_s, metrics, time.monotonic() - submitted_s))
             except BaseException as failure:  # raised by `poll`, in the loop
                 self._done.put(failure)
 

@@ -1,88 +1,149 @@
-"""A Keras model with its optimizer and loss, in terms of Keras alone: what every backend computes."""
+"""A Keras model that is to be trained: its variables in groups, and what a backend needs of it.
+
+Keras does the step: its ``train_step`` and ``test_step`` know losses, weights of samples, loss scaling, clipping and
+whatever a model defines itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dlion_mpi.errors import UserError
-from dlion_mpi.vector.layout import Layout
+from dlion_mpi.learner.batch import Batch
+from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array
 
 
 class KerasModel:
-    """The model's variables in groups, and its loss and test as functions for a backend to compile.
+    """A compiled model, its optimizers, and its variables in groups.
 
-    ``trainable``: the variables that are trained, all float32; their entries are the *weights*, (P,).
-    ``statistics``: other float variables, such as those of batch normalisation. Weights and statistics together are
-    the *knowledge*, (K,). ``others``: integer variables, such as the states of random generators.
-    A *state* is a list with the values of all non-trainable variables, in Keras's order.
+    ``trainable``: the variables that are trained; their entries are the *weights*, (P,). ``statistics``: other float
+    variables that training changes, such as those of batch normalisation. Weights and statistics together are the
+    *knowledge*, (K,). ``frozen``: float variables that training leaves alone. ``others``: integer variables, such as
+    the states of random generators. A *state* is a list with the values of all non-trainable variables, in Keras's
+    order. ``own_step``: whether the model has its own ``train_step``, so that no gradient can be had.
     """
 
-    def __init__(self, model: Any, optimizer: Any, input_dtype: npt.DTypeLike) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.input_dtype: np.dtype[Any] = np.dtype(input_dtype)
+    def __init__(self, model: Any, example: Batch) -> None:
+        import keras
+
+        self.model, self.example = model, example
+        self.own_step = type(model).train_step is not keras.Model.train_step
+        self.eager = bool(model.run_eagerly)
+        _create_variables(model, example, own_step=self.own_step)
         self.trainable = list(model.trainable_variables)
         if not self.trainable:
             raise UserError("the model has no trainable variables: there is nothing to train")
-        if any(v.dtype != "float32" for v in self.trainable):
-            raise UserError("the model has trainable variables that are not float32: build it with float32 weights")
         self.non_trainable = list(model.non_trainable_variables)
+        moving = _moving(model)
         # By place, never by path: a block that is built twice gives two variables of one path.
-        self.statistics_at = [k for k, v in enumerate(self.non_trainable) if "float" in v.dtype]
-        self.others_at = [k for k, v in enumerate(self.non_trainable) if "float" not in v.dtype]
-        self.statistics = [self.non_trainable[k] for k in self.statistics_at]
-        self.others = [self.non_trainable[k] for k in self.others_at]
-        optimizer.build(self.trainable)
+        kinds = [_kind(variable, id(variable) in moving) for variable in self.non_trainable]
+        self.statistics_at, self.frozen_at, self.others_at = (
+            [place for place, found in enumerate(kinds) if found == kind] for kind in ("statistic", "frozen", "other")
+        )
+        self.statistics, self.frozen, self.others = (
+            [self.non_trainable[place] for place in places]
+            for places in (self.statistics_at, self.frozen_at, self.others_at)
+        )
+        self.optimizers = _optimizers(model)
+        if not self.own_step and not model.optimizer.built:
+            model.optimizer.build(self.trainable)
         self.layout = Layout.of([v.shape for v in self.trainable])
         self.knowledge_layout = Layout.of([v.shape for v in (*self.trainable, *self.statistics)])
-        self._loss = _loss_function(model)
 
-    def describe(self) -> str:
-        """Shapes of all variables and the optimizer's name, to tell one model from another."""
-        shapes = [list(v.shape) for v in (*self.trainable, *self.statistics, *self.others)]
-        return f"{shapes}, {type(self.optimizer).__name__}"
+    @property
+    def slots(self) -> list[Any]:
+        """The optimizers' variables. With the model's own ``train_step`` they may come with the first step."""
+        return [variable for optimizer in self.optimizers for variable in optimizer.variables]
 
-    def state(self, statistics: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-        """A state of these values of the ``statistics`` and of the ``others``."""
-        values = dict(zip((*self.statistics_at, *self.others_at), (*statistics, *others), strict=True))
-        return [values[place] for place in range(len(self.non_trainable))]
+    @property
+    def loss_scale(self) -> Any:
+        """The optimizer if it scales the loss, else None."""
+        import keras
 
-    def loss(self, y: Any, outputs: Any, losses: Sequence[Any], rows: Any = None) -> Any:
-        """The mean loss of a batch; ``losses``: the layers' own, such as regularisation.
+        optimizer = self.model.optimizer
+        return optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else None
 
-        ``rows``: the number of real rows; the rows after them are padding and do not count.
-        """
-        loss = self._loss(y, outputs, rows)
-        return loss + sum(losses) if losses else loss
+    def state(self, statistics: Sequence[Any], state: Sequence[Any]) -> list[Any]:
+        """A state with these values of the statistics, and the others of ``state``."""
+        replaced = dict(zip(self.statistics_at, statistics, strict=True))
+        return [replaced.get(place, value) for place, value in enumerate(state)]
 
-    def hits(self, y: Any, outputs: Any, rows: Any = None) -> Any:
-        """Count the rows of a batch, or of its first ``rows``, that are classified correctly."""
-        from keras import ops
+    def data(self, batch: Batch) -> Any:
+        """A batch as ``train_step`` takes it."""
+        import keras
 
-        found = ops.equal(ops.cast(ops.argmax(outputs, 1), "int32"), y)
-        if rows is not None:
-            found = ops.logical_and(found, ops.arange(y.shape[0]) < rows)
-        return ops.sum(ops.cast(found, "int32"))
+        return keras.utils.pack_x_y_sample_weight(*batch)
 
-    def inputs(self, x: Any) -> Any:
-        """The rows as they are; bytes as float32."""
-        from keras import ops
-
-        return ops.cast(x, "float32") if self.input_dtype == np.uint8 else x
+    def training_loss(self, batch: Batch) -> Any:
+        """The loss of a batch, with all that the model adds to it; for a gradient."""
+        model = self.model
+        outputs = model(batch.x, training=True) if model._call_has_training_arg else model(batch.x)
+        return model._compute_loss(
+            x=batch.x, y=batch.y, y_pred=outputs, sample_weight=batch.sample_weight, training=True
+        )
 
     def plain_rate(self) -> np.float32 | None:
         """The learning rate of an optimizer that does no more than ``w - rate g``, else None."""
-        config = self.optimizer.get_config()
-        rate = config.get("learning_rate")
-        if type(self.optimizer).__name__ != "SGD" or not isinstance(rate, float | np.floating):
+        optimizer = self.model.optimizer
+        if self.own_step or type(optimizer).__name__ != "SGD":
             return None
-        plain = type(self.optimizer)(rate).get_config() | {"name": config["name"]}
-        constrained = any(getattr(v, "constraint", None) is not None for v in self.trainable)
-        return np.float32(rate) if config == plain and not constrained else None
+        config = optimizer.get_config()
+        rate = config.get("learning_rate")
+        if not isinstance(rate, float | np.floating):
+            return None
+        plain = type(optimizer)(rate).get_config() | {"name": config["name"]}
+        return np.float32(rate) if config == plain and not self.constrained and self._all_float32() else None
+
+    @property
+    def constrained(self) -> list[Any]:
+        """The trainable variables with a constraint."""
+        return [v for v in self.trainable if getattr(v, "constraint", None) is not None]
+
+    def describe(self) -> str:
+        """Shapes of all variables and the optimizers' classes, to tell one model from another."""
+        shapes = [list(v.shape) for v in (*self.trainable, *self.statistics, *self.others)]
+        return ", ".join([f"{shapes}", *(type(optimizer).__name__ for optimizer in self.optimizers)])
+
+    def finish(self) -> None:
+        """Put in the weights what the optimizers keep for the end, such as their averages."""
+        if not self.own_step:
+            self.model.optimizer.finalize_variable_values(self.trainable)
+
+    def _all_float32(self) -> bool:
+        return all(v.dtype == "float32" for v in self.trainable)
+
+
+def facts(keras_model: KerasModel) -> str:
+    """Facts that must be the same on all ranks, one a line: variables, optimizers, loss.
+
+    Names of layers are left out, since Keras numbers them by what a process has built before.
+    """
+    model = keras_model.model
+    lines = [f"a model of class {type(model).__name__}"]
+    for title in ("trainable", "statistics", "frozen", "others"):
+        for number, variable in enumerate(getattr(keras_model, title)):
+            lines.append(f"{title} variable {number} ({variable.name}): {tuple(variable.shape)} {variable.dtype}")
+    lines += [f"optimizer {_settings(optimizer)}" for optimizer in keras_model.optimizers]
+    lines.append(f"loss {_words(model.loss) if getattr(model, 'loss', None) is not None else 'of the model itself'}")
+    return "\n".join(lines)
+
+
+def check_alike(facts_by_rank: Sequence[str]) -> None:
+    """Raise UserError unless all ranks have built the same model: it names the first difference."""
+    first = facts_by_rank[0].split("\n")
+    for rank, text in enumerate(facts_by_rank):
+        own = text.split("\n")
+        for k in range(max(len(own), len(first)) if text != facts_by_rank[0] else 0):
+            here, there = (lines[k] if k < len(lines) else "nothing more" for lines in (own, first))
+            if here != there:
+                raise UserError(
+                    f"rank {rank} has another model than rank 0. Rank {rank}: {here}. Rank 0: {there}. Build and "
+                    "compile it alike on all ranks"
+                )
 
 
 def value_for_rank(variable: Any, rank: int) -> Array:
@@ -90,40 +151,78 @@ def value_for_rank(variable: Any, rank: int) -> Array:
 
     Ranks start from equal weights, but must not drop the same units.
     """
-    value = np.array(variable.numpy())
+    value = numbers(variable)
     if variable.name == "seed_generator_state" and value.shape == (2,) and value.dtype.kind in "iu":
         value += np.array([rank, 0], value.dtype)
     return value
 
 
-def _loss_function(model: Any) -> Callable[[Any, Any, Any], Any]:
-    """The model's own loss if it was compiled with one, else cross-entropy over its logits or softmax."""
+def numbers(variable: Any) -> Array:
+    """A copy of a variable's value."""
     import keras
 
-    if getattr(model, "compiled", False) and model.loss is not None:
-        loss = keras.losses.get(model.loss)
-    else:
-        last = model.layers[-1] if model.layers else None
-        activation = getattr(last, "activation", None)
-        is_softmax = isinstance(last, keras.layers.Softmax) or activation is keras.activations.softmax
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=not is_softmax)
-    if isinstance(loss, keras.losses.Loss):
-        is_sum = loss.reduction == "sum"
-        return lambda y, outputs, rows: loss(y, outputs, sample_weight=_row_weights(y, rows, is_sum))
-
-    def mean(y: Any, outputs: Any, rows: Any) -> Any:
-        each, weights = loss(y, outputs), _row_weights(y, rows, False)
-        return keras.ops.mean(each if weights is None else each * weights)
-
-    return mean
+    value: Array = keras.ops.convert_to_numpy(variable.value)
+    return value.copy()
 
 
-def _row_weights(y: Any, rows: Any, is_sum: bool) -> Any:
-    """Weights (b,) that leave padding out of the loss: of its sum, or of its mean over all b rows."""
-    if rows is None:
-        return None
-    from keras import ops
+def flat(parts: Sequence[Any]) -> Vector:
+    """Arrays as one vector of float32."""
+    if not parts:
+        return np.empty(0, np.float32)
+    return np.concatenate([np.ravel(np.asarray(part)).astype(np.float32, copy=False) for part in parts])
 
-    size = y.shape[0]
-    counted = ops.cast(ops.arange(size) < rows, "float32")
-    return counted if is_sum else counted * (size / ops.cast(rows, "float32"))
+
+def _create_variables(model: Any, example: Batch, *, own_step: bool) -> None:
+    """Build what Keras builds before the first step: layers, metrics, losses."""
+    shapes = example.map(np.asarray)
+    try:
+        model._symbolic_build(data_batch=(shapes.x, shapes.y, shapes.sample_weight))
+    except Exception:
+        if not own_step:  # its own `train_step` need not call the model
+            raise
+
+
+def _moving(model: Any) -> set[int]:
+    """The identities of variables that their layers created as non-trainable, and that are not frozen with them."""
+    return {id(v) for layer in _layers(model) if layer.trainable for v in layer._non_trainable_variables}
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    yield from model._flatten_layers()
+
+
+def _kind(variable: Any, moving: bool) -> str:
+    if "float" not in variable.dtype:
+        return "other"
+    return "statistic" if moving else "frozen"
+
+
+def _optimizers(model: Any) -> list[Any]:
+    """The optimizer that the model was compiled with, and those that it keeps as attributes."""
+    import keras
+
+    found = [model.optimizer, *vars(model).values()]
+    found = [item for item in found if isinstance(item, keras.optimizers.Optimizer)]
+    return list({id(item): item for item in found}.values())
+
+
+def _settings(optimizer: Any) -> str:
+    config = {name: value for name, value in optimizer.get_config().items() if name != "name"}
+    return f"{type(optimizer).__name__} {_words(config)}"
+
+
+def _words(thing: Any) -> str:
+    """A short text of a configuration that is the same for equal ones in every process."""
+    import keras
+
+    if isinstance(thing, dict):
+        return "{" + ", ".join(f"{key}: {_words(value)}" for key, value in thing.items() if key != "name") + "}"
+    if isinstance(thing, list | tuple):
+        return "[" + ", ".join(_words(item) for item in thing) + "]"
+    if isinstance(thing, float | np.floating):
+        return f"{float(thing):.6g}"
+    if isinstance(thing, str | int | bool) or thing is None:
+        return str(thing)
+    if isinstance(thing, keras.losses.Loss | keras.optimizers.schedules.LearningRateSchedule):
+        return f"{type(thing).__name__} {_words(thing.get_config())}"
+    return getattr(thing, "__name__", type(thing).__name__)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,11 @@ import numpy as np
 from dlion_mpi import plugins
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner import networks
 from dlion_mpi.learner.backend import quiet
+from dlion_mpi.learner.batch import Batch
+from dlion_mpi.learner.compiled import check_labels, fitting, prepared
+from dlion_mpi.learner.keras_model import KerasModel
 from dlion_mpi.learner.shards import Shard
 
 
@@ -48,34 +53,40 @@ def cipher(input_shape: Any, classes: int | None, *, scale: bool = False) -> Any
     )
 
 
+def _built_in(spec: str) -> Callable[[Batch, Any, int | None], Any] | None:
+    """A built-in model, as a function of example rows, the shape of a row's input, and the number of classes."""
+    return {
+        "cipher": lambda rows, shape, classes: cipher(shape, classes, scale=rows.x.dtype == np.uint8),
+        "resnet20": lambda rows, shape, classes: networks.residual(rows, classes, blocks=3, width=16),
+        "resnet18": lambda rows, shape, classes: networks.residual(rows, classes, blocks=2, width=64),
+        "transformer": lambda rows, shape, classes: networks.transformer(rows, depth=4, width=128, heads=4),
+        "transformer-large": lambda rows, shape, classes: networks.transformer(rows, depth=6, width=256, heads=8),
+        "mlp": lambda rows, shape, classes: networks.mlp(rows, classes),
+    }.get(spec)
+
+
+NAMES = "cipher, resnet20, resnet18, transformer, transformer-large, mlp"
+
+
 def build(spec: str, shard: Shard, seed: int) -> Any:
     """The Keras model that ``--model`` names, with initial weights from ``seed``. Raises UserError.
 
-    ``spec``: ``cipher``, or the PACKAGE.MODULE:FUNCTION of a function (input_shape, classes) -> Keras model.
+    ``spec``: a built-in model, or the PACKAGE.MODULE:FUNCTION of a function that returns a Keras model. It is called
+    with the shape of a row's input (a structure of shapes for several inputs) and the number of classes (None if the
+    targets are not classes), or without arguments if it takes none.
     """
     import keras
 
-    input_shape, classes = shard.input_shape, shard.classes
-    if spec == "cipher":
-        is_bytes = getattr(shard.example().x, "dtype", None) == np.uint8
-        builder = partial(cipher, scale=is_bytes)
-    else:
-        builder = plugins.load("--model", spec, built_in="cipher", kind="function")
+    built_in = _built_in(spec)
+    own = None if built_in else plugins.load("--model", spec, built_in=NAMES, kind="function")
     with quiet():  # Keras imports TensorFlow here, whatever its backend
         keras.utils.set_random_seed(seed)
-    model = builder(input_shape, classes)
+    if built_in:
+        return built_in(shard.example(), shard.input_shape, shard.classes)
+    assert own is not None
+    model = own(shard.input_shape, shard.classes) if inspect.signature(own).parameters else own()
     if not isinstance(model, keras.Model):
         raise UserError(f"--model {spec}: returned {type(model).__name__}, but must return a keras.Model")
-    if not model.built:
-        model.build((None, *input_shape))
-    wanted = (None, *input_shape)
-    if tuple(model.input_shape) != wanted:
-        raise UserError(f"--model {spec}: takes input {model.input_shape}, but the data gives {wanted}")
-    if tuple(model.output_shape) != (None, classes):
-        raise UserError(
-            f"--model {spec}: gives output {model.output_shape}, but the data has {classes} classes: "
-            f"it must be (None, {classes})"
-        )
     return model
 
 
@@ -85,12 +96,20 @@ def optimizer(name: str, learning_rate: float, momentum: float) -> Any:
 
     if name == "sgd":
         return keras.optimizers.SGD(learning_rate, momentum=momentum)
-    return keras.optimizers.Adam(learning_rate)
+    return {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW}[name](learning_rate)
 
 
-def trainable(config: Config, shard: Shard, model: Any = None) -> tuple[Any, Any]:
-    """The model to train, and its optimizer: ``model`` and its own if it was compiled, else those of the Config."""
+def trainable(config: Config, shard: Shard, model: Any = None) -> KerasModel:
+    """The model to train: ``model``, or the one that the Config names; compiled if it was not. Raises UserError."""
+    import keras
+
+    example = shard.example()
     if model is None:
         model = build(config.model, shard, config.seed)
-    own = getattr(model, "optimizer", None)
-    return model, own if own is not None else optimizer(config.optimizer, config.learning_rate, config.momentum)
+    if not isinstance(model, keras.Model):
+        raise UserError(f"the model is {type(model).__name__}, but must be a keras.Model")
+    model = prepared(model, example, lambda: optimizer(config.optimizer, config.learning_rate, config.momentum))
+    with fitting(example):
+        keras_model = KerasModel(model, example)
+    check_labels(model, example, shard.classes)
+    return keras_model

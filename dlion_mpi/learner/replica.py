@@ -1,17 +1,18 @@
-"""One worker's copy of the model: gradients out as one flat vector, effective gradients in through the optimizer."""
+"""One worker's copy of the model: movements or gradients out as one flat vector, those of all workers in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dlion_mpi.learner import backend
-from dlion_mpi.learner.batches import Batch
-from dlion_mpi.learner.keras_model import KerasModel, value_for_rank
+from dlion_mpi.learner.backend import Logs
+from dlion_mpi.learner.batch import Batch
+from dlion_mpi.learner.compiled import fitting
+from dlion_mpi.learner.keras_model import KerasModel, facts, flat, value_for_rank
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, array
@@ -20,50 +21,58 @@ from dlion_mpi.vector.named_arrays import Array, Arrays, array
 class Replica:
     """A `loop.ports.Replica` that trains the model's own variables.
 
-    *Weights* are the trainable variables, (P,) float32. *Knowledge* is the weights followed by the float
-    non-trainable variables such as batch-norm statistics, (K,) float32: those are updated by the local batches
-    alone, and travel with knowledge transfer and with evaluation. Integer state (dropout's generators) stays.
+    *Weights* are the trainable variables, (P,) float32. *Knowledge* is the weights followed by the *statistics*: other
+    float variables that training changes, such as those of batch normalisation, (K,) float32 together. Integer state
+    (dropout's generators) stays. ``tests``: some test rows, to try the tests on; None: there are none. ``guarded``: a
+    movement that is not finite leaves everything as it was.
     """
 
-    metric_names: tuple[str, ...] = ("accuracy",)
-
-    def __init__(self, model: Any, optimizer: Any, input_dtype: npt.DTypeLike, rank: int = 0) -> None:
-        self._keras = KerasModel(model, optimizer, input_dtype)
-        for variable in self._keras.others:
+    def __init__(
+        self, keras_model: KerasModel, rank: int = 0, *, tests: Batch | None = None, guarded: bool = False
+    ) -> None:
+        self._keras, self._guarded = keras_model, guarded
+        for variable in keras_model.others:
             variable.assign(value_for_rank(variable, rank))
-        self._backend = backend.in_place(self._keras)
-        self.layout: Layout = self._keras.layout
-
-    def gradient(self, batch: Batch) -> Gradient:
-        """Loss and mean gradient over a batch; updates batch-norm statistics, not the weights."""
-        return self._backend.gradient(batch.x, batch.y)
+        self._backend = backend.in_place(keras_model, guarded=guarded)
+        self.layout: Layout = keras_model.layout
+        self.metric_names: tuple[str, ...] = ()
+        if tests is not None:
+            with fitting(tests):
+                self.metric_names = tuple(self.evaluate(self.knowledge(), [tests]))
 
     @property
     def takes_gradients(self) -> bool:
-        """Whether the model can give its gradient."""
-        return True
+        """Whether the gradient can be had: not if the model has its own ``train_step``."""
+        return not self._keras.own_step
+
+    def trace(self, kind: str) -> None:
+        """Compile what computes "movements", "gradients" or a step "alone". Raises UserError if that fails."""
+        with fitting(self._keras.example):
+            self._backend.trace("movements" if self._guarded and kind == "alone" else kind)
 
     def movement(self, batch: Batch) -> Gradient:
-        """Compute what a training step adds to the weights, which stay as they are. Slots and statistics move."""
-        gradient = self.gradient(batch)
-        if not gradient.finite:
-            return gradient
-        before = self.weights()
-        self.apply(gradient.vector)
-        moved = self.weights() - before
-        self.set_weights(before)
-        return Gradient(gradient.loss, moved)
+        """Loss and movement of a training step; weights as before, optimizer and statistics as after it."""
+        return self._backend.movement(batch)
 
     def move(self, movement: Vector) -> None:
         """Add a movement to the weights, (P,) float32."""
-        self.set_weights(self.weights() + movement)
+        self._backend.move(movement)
 
-    def step_alone(self, batch: Batch) -> tuple[float, bool]:
-        """Gradient and update at once, for a worker without peers.
+    def gradient(self, batch: Batch) -> Gradient:
+        """Loss and mean gradient over a batch; updates batch-norm statistics, not the weights."""
+        return self._backend.gradient(batch)
 
-        An update whose loss or gradient is not finite is left out. Returns the loss and whether both are finite.
+    def step_alone(self, batch: Batch) -> Gradient:
+        """A training step, for a worker without peers.
+
+        A guarded step whose loss or movement is not finite is left out, and its loss is NaN. The vector is empty.
         """
-        return self._backend.step(batch.x, batch.y)
+        if not self._guarded:
+            return self._backend.step(batch)
+        moved = self._backend.movement(batch)
+        if moved.finite:
+            self._backend.move(moved.vector)
+        return moved.applied()
 
     def apply(self, gradient: Vector) -> None:
         """Give the optimizer an effective gradient, (P,) float32."""
@@ -87,26 +96,38 @@ class Replica:
 
     def statistics(self) -> Vector:
         """A copy of the statistics, (K - P,) float32."""
-        return self.knowledge()[self.layout.size :]
+        return flat([self._backend.value(variable) for variable in self._keras.statistics])
 
     def set_statistics(self, statistics: Vector) -> None:
         """Replace the statistics, (K - P,) float32."""
-        self.set_knowledge(np.concatenate([self.weights(), statistics]))
+        _assign(self._keras.statistics, statistics)
 
-    def evaluate(self, knowledge: Vector, batch: Batch) -> int:
-        """Count the rows that a model with this knowledge classifies correctly. The replica stays as it is."""
-        return self._backend.evaluate(knowledge, batch.x, batch.y)
+    def frozen(self) -> Vector:
+        """A copy of the float variables that training leaves alone, float32."""
+        return flat([self._backend.value(variable) for variable in self._keras.frozen])
+
+    def set_frozen(self, values: Vector) -> None:
+        """Replace what `frozen` gives."""
+        _assign(self._keras.frozen, values)
+
+    def evaluate(self, knowledge: Vector, batches: Iterable[Batch]) -> Logs:
+        """The metrics of a model with this knowledge on batches of test rows. The replica stays as it is."""
+        return as_tests(self._backend.evaluate(knowledge, batches))
 
     def finish(self) -> None:
         """After the last step: put in the weights what the optimizer keeps for the end, such as their averages."""
-        self._keras.optimizer.finalize_variable_values(self._keras.trainable)
+        self._keras.finish()
+
+    def facts(self) -> str:
+        """Facts that must be the same on all ranks, one a line."""
+        return facts(self._keras)
 
     def describe(self) -> str:
-        """Shapes of all variables and the optimizer's name, to tell one model from another."""
+        """Shapes of all variables and the optimizers' classes, to tell one model from another."""
         return self._keras.describe()
 
     def to_arrays(self) -> Arrays:
-        """Weights, statistics, generators' states and the optimizer's variables, in arrays that do not change."""
+        """Weights, statistics, generators' states and the optimizers' variables, in arrays that do not change."""
         return {name: self._numbers(variable) for name, variable in self._variables().items()}
 
     def from_arrays(self, arrays: Mapping[str, Array], *, generators: bool = True) -> None:
@@ -129,11 +150,24 @@ class Replica:
             "weights": self._keras.trainable,
             "statistics": self._keras.statistics,
             "others": self._keras.others,
-            "optimizer": self._keras.optimizer.variables,
+            "optimizer": self._keras.slots,
         }
         return {f"{group}/{k}": v for group, variables in groups.items() for k, v in enumerate(variables)}
 
     def _numbers(self, variable: Any) -> Array:
-        """A variable's value; truth values as bytes."""
+        """A variable's value in a type that HDF5 has: truth values as bytes, bfloat16 as float32."""
         value = self._backend.value(variable)
-        return value.astype(np.uint8) if value.dtype == np.bool_ else value
+        if value.dtype == np.bool_:
+            return value.astype(np.uint8)
+        return value.astype(np.float32) if variable.dtype == "bfloat16" else value
+
+
+def as_tests(logs: Mapping[str, float]) -> Logs:
+    """Keras's metrics of a test by our names: the loss is ``val_loss``, to tell it from that of training."""
+    return {"val_loss" if name == "loss" else name: value for name, value in logs.items()}
+
+
+def _assign(variables: list[Any], values: Vector) -> None:
+    layout = Layout.of([v.shape for v in variables])
+    for variable, value in zip(variables, layout.split(values), strict=True):
+        variable.assign(value.astype(variable.dtype) if variable.dtype != "bfloat16" else value)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dlion_mpi.loop.ports import Compute, Replica
-from dlion_mpi.vector.layout import Vector
+from dlion_mpi.vector.gradient import Gradient
 
 
-def answer(request: Compute, replica: Replica) -> tuple[float, Vector | None, bool]:
-    """Compute what is requested. Returns the loss, the vector (None: it was applied), and whether both are finite."""
+def answer(request: Compute, replica: Replica) -> Gradient:
+    """Compute what is requested. The vector of a whole training step is empty."""
     if request.kind == "alone":
-        loss, finite = replica.step_alone(request.batch)
-        return loss, None, finite
-    update = replica.movement(request.batch) if request.kind == "movements" else replica.gradient(request.batch)
-    return update.loss, update.vector, update.finite
+        return replica.step_alone(request.batch)
+    return replica.movement(request.batch) if request.kind == "movements" else replica.gradient(request.batch)

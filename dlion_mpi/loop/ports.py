@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -34,7 +34,8 @@ class Compute:
 class Computed:
     """``vector``: the gradient or the movement, (P,) float32; None after a whole training step.
 
-    ``finite``: whether loss and vector are finite. ``seconds``: duration, of which ``paced_s`` were slept.
+    ``finite``: whether loss and vector are finite. ``seconds``: duration, of which ``paced_s`` were slept. ``logs``:
+    what Keras's training step returned.
     """
 
     loss: float
@@ -42,6 +43,13 @@ class Computed:
     finite: bool
     seconds: float
     paced_s: float
+    logs: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: Gradient, seconds: float, paced_s: float) -> Computed:
+        """The answer, given what a replica has computed in this time."""
+        vector = found.vector if len(found.vector) else None
+        return cls(found.loss, vector, found.finite, seconds, paced_s, found.logs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +209,8 @@ class Replica(Protocol):
     def gradient(self, batch: Any) -> Gradient:
         """Compute loss and mean gradient over a batch; the weights stay as they are."""
 
-    def step_alone(self, batch: Any) -> tuple[float, bool]:
-        """Do a whole training step, unless loss or gradient are not finite. Returns the loss and whether they are."""
+    def step_alone(self, batch: Any) -> Gradient:
+        """Do a whole training step. Returns its loss, with an empty vector; NaN for a step that was left out."""
 
     def apply(self, gradient: Vector) -> None:
         """Give the optimizer an effective gradient, (P,)."""
@@ -225,8 +233,8 @@ class Replica(Protocol):
     def set_statistics(self, statistics: Vector) -> None:
         """Replace the statistics."""
 
-    def evaluate(self, knowledge: Vector, batch: Any) -> int:
-        """Count the rows that a model with this knowledge classifies correctly. Any thread may call this."""
+    def evaluate(self, knowledge: Vector, batches: Iterable[Any]) -> dict[str, float]:
+        """The metrics of a model with this knowledge on batches of test rows. Any thread may call this."""
 
     def finish(self) -> None:
         """After the last step: put in the weights what the optimizer keeps for the end, such as their averages."""

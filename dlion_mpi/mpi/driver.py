@@ -31,9 +31,9 @@ def drive(loop: Loop, *, replica: Replica, exchange: Exchange, pace: PaceClock |
 
 def _compute(request: Compute, replica: Replica, now_s: Callable[[], float], pace: PaceClock | None) -> Computed:
     started_s = now_s()
-    loss, vector, finite = compute.answer(request, replica)
+    found = compute.answer(request, replica)
     paced_s = 0.0
     if pace is not None:
         paced_s = max(0.0, pace.seconds(request.samples, started_s) - (now_s() - started_s))
         time.sleep(paced_s)
-    return Computed(loss, vector, finite, now_s() - started_s, paced_s)
+    return Computed.of(found, now_s() - started_s, paced_s)

@@ -24,7 +24,7 @@ from dlion_mpi.simulation.links import Processor, VirtualEncoder, VirtualLinks
 from dlion_mpi.simulation.network import Events, Network
 from dlion_mpi.simulation.run import VirtualRun
 from dlion_mpi.strategies.registry import resolve
-from dlion_mpi.vector.layout import Vector
+from dlion_mpi.vector.gradient import Gradient
 
 
 class Process:
@@ -85,9 +85,8 @@ class Process:
         exchange_s, self._exchange_s = self._processor.loop_s - self._exchange_s, self._processor.loop_s
         self._events.at(now_s + exchange_s + seconds, partial(self._computed, future, seconds))
 
-    def _computed(self, future: Future[tuple[float, Vector | None, bool]], seconds: float) -> None:
-        loss, vector, finite = future.result()
-        self.resume(Computed(loss, vector, finite, seconds, seconds))
+    def _computed(self, future: Future[Gradient], seconds: float) -> None:
+        self.resume(Computed.of(future.result(), seconds, seconds))
 
 
 def _life(worker: Worker) -> Loop:

@@ -9,19 +9,19 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
 from dlion_mpi.learner import backend, models
 from dlion_mpi.learner.batches import Batches
-from dlion_mpi.learner.evaluate import rows_to_test
 from dlion_mpi.learner.shards import Shard, check_alike, load_shards
 from dlion_mpi.log import say
 from dlion_mpi.microcloud.environments import Environment
-from dlion_mpi.simulation.evaluate import Accuracies, VirtualEvaluator
+from dlion_mpi.simulation.evaluate import Tests, VirtualEvaluator
 from dlion_mpi.simulation.meter import Meter
-from dlion_mpi.simulation.shared_replica import SharedReplica, VirtualReplica
+from dlion_mpi.simulation.shared_replica import CHUNK, SharedReplica, VirtualReplica
 from dlion_mpi.strategies.registry import check_gradients
 from dlion_mpi.view.live import terminal_for, title_of
 
@@ -43,14 +43,13 @@ class VirtualRun:
     pool: ThreadPoolExecutor
     test_pool: ThreadPoolExecutor
     meter: Meter
-    accuracies: Accuracies = field(init=False)
+    tests: Tests = field(init=False)
     complete: bool = False
     """Whether the run has ended as intended; the recorders write it down."""
     _collector: tuple[int, int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        rows = rows_to_test(self.shards[0], self.config.test_samples)
-        self.accuracies = Accuracies(self.shared, rows, self.test_pool)
+        self.tests = Tests(self.shared, partial(self.shards[0].tests, CHUNK, self.config.test_samples), self.test_pool)
 
     def __enter__(self) -> VirtualRun:
         # Garbage collection took an eighth of the time: it visits TensorFlow's million objects, which stay, and a step
@@ -76,7 +75,7 @@ class VirtualRun:
     def evaluator(self) -> VirtualEvaluator:
         """A new evaluator for one worker's snapshots."""
         at_once = self.config.target_accuracy is not None
-        return VirtualEvaluator(self.accuracies, at_once=at_once)
+        return VirtualEvaluator(self.tests, at_once=at_once)
 
 
 def prepare(
@@ -105,8 +104,7 @@ def prepare(
         )
     check_alike([shard.kind for shard in shards])
     backend.start(1, concurrent=threads)  # one thread for each operation: its sums then have one order only
-    own, optimizer = models.trainable(config, shards[0], model)
-    shared = SharedReplica(own, optimizer, shards[0].example().x.dtype)
+    shared = SharedReplica(models.trainable(config, shards[0], model), tests=next(shards[0].tests(2), None))
     check_gradients(config.strategy, exchanges, shared.takes_gradients)
     new_folder(config)
     if report:
@@ -123,7 +121,7 @@ def prepare(
         shared=shared,
         replicas=[VirtualReplica(shared, rank) for rank in range(workers)],
         batches=[Batches(shard, seed=config.seed, rank=rank) for rank, shard in enumerate(shards)],
-        recorders=_recorders(config, environment, shards, VirtualReplica.metric_names),
+        recorders=_recorders(config, environment, shards, shared.metric_names),
         pool=ThreadPoolExecutor(threads, thread_name_prefix="compute"),
         test_pool=ThreadPoolExecutor(threads, thread_name_prefix="test"),
         meter=Meter(

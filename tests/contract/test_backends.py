@@ -30,15 +30,6 @@ def test_jax_computes_what_tensorflow_does(tmp_path: Path) -> None:
             np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
 
 
-@needs_jax
-def test_batches_are_padded_to_few_sizes() -> None:
-    from dlion_mpi.learner.jax import padded_size
-
-    sizes = [padded_size(size) for size in range(1, 1025)]
-    assert all(size <= padded <= max(size + 1, 1.5 * size) for size, padded in enumerate(sizes, 1))
-    assert len(set(sizes)) == 20
-
-
 def test_a_backend_that_is_not_there_is_named() -> None:
     code = "from dlion_mpi.learner import backend; backend.start()"
     environment = {**os.environ, "KERAS_BACKEND": "openvino"}

@@ -12,6 +12,7 @@ from dlion_mpi.learner.batches import Batch
 from dlion_mpi.learner.models import build, optimizer
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.vector.named_arrays import StateError
+from tests.nets import ready
 from tests.shards import byte_shard
 
 ROWS = Batch(
@@ -21,7 +22,7 @@ ROWS = Batch(
 
 def replica(name: str = "sgd", momentum: float = 0.0, model: str = "tests.nets:normalised") -> Replica:
     backend.start(1)
-    return Replica(build(model, byte_shard(), 0), optimizer(name, 0.01, momentum), np.uint8)
+    return Replica(ready(build(model, byte_shard(), 0), ROWS, optimizer(name, 0.01, momentum)))
 
 
 def steps(own: Replica, count: int, alone: bool) -> list[float]:
@@ -29,7 +30,7 @@ def steps(own: Replica, count: int, alone: bool) -> list[float]:
     losses = []
     for _ in range(count):
         if alone:
-            losses.append(own.step_alone(ROWS)[0])
+            losses.append(own.step_alone(ROWS).loss)
         else:
             gradient = own.gradient(ROWS)
             own.apply(gradient.vector)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner.batch import Batch, joined
 from dlion_mpi.learner.batches import Batches
-from dlion_mpi.learner.models import build, optimizer
+from dlion_mpi.learner.models import trainable
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.learner.shards import Shard, load_shards
 from dlion_mpi.learner.source import Table
@@ -196,11 +196,7 @@ def test_all_workers_together_are_one_process_with_the_joint_batch(strategy: str
     shards = load_shards("digits", ranks=3)
     batches = [Batches(shard, seed=0, rank=rank) for rank, shard in enumerate(shards)]
     sizes = BALANCED if strategy == "free-network" else [32] * 3
-    replica = Replica(
-        build("tests.nets:dense", shards[0], 0),
-        optimizer(wanted.optimizer, wanted.learning_rate, wanted.momentum),
-        np.uint8,
-    )
+    replica = Replica(trainable(wanted, shards[0]))
     start = replica.weights()
     for _ in range(12):
         joint = joined(list(map(Batches.take, batches, sizes)))
@@ -311,15 +307,15 @@ def test_what_workers_have_in_common_is_tested_once(
     unsent: str, tests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tested = []
-    accuracy = SharedReplica.accuracy
+    evaluate = SharedReplica.evaluate
 
-    def counted(shared: SharedReplica, knowledge: Vector, rows: Batch) -> float:
+    def counted(shared: SharedReplica, knowledge: Vector, batches: Iterable[Batch]) -> dict[str, float]:
         tested.append(knowledge)
-        return accuracy(shared, knowledge, rows)
+        return evaluate(shared, knowledge, batches)
 
-    monkeypatch.setattr(SharedReplica, "accuracy", counted)
+    monkeypatch.setattr(SharedReplica, "evaluate", counted)
     _, ranks = recorded(tmp_path, cloud(mbit=3.0), steps=20, unsent=unsent)
-    assert len(tested) == tests
+    assert len(tested) == tests + 1, "and once before the start, on two rows"
     assert all(own["evaluations/step"].tolist() == [10, 20, 20] for own in ranks)
 
 

@@ -12,6 +12,7 @@ from dlion_mpi.learner.batches import Batch
 from dlion_mpi.learner.models import optimizer
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.simulation.shared_replica import SharedReplica, VirtualReplica
+from tests.nets import ready
 
 SIZES = (33, 40, 1)
 """Batch sizes, in this order: some are padded on JAX."""
@@ -22,7 +23,7 @@ def models() -> dict[str, Any]:
     import keras
 
     layers = keras.layers
-    start = [keras.Input((8, 8, 1)), layers.Flatten()]
+    start = [keras.Input((8, 8, 1)), layers.Rescaling(1 / 255), layers.Flatten()]
     return {
         "plain": keras.Sequential([*start, layers.Dense(16, activation="relu"), layers.Dense(10)]),
         "regularised": keras.Sequential([*start, layers.Dense(10, kernel_regularizer="l2", bias_regularizer="l1")]),
@@ -39,7 +40,7 @@ def models() -> dict[str, Any]:
 
 
 def _compiled(model: Any, loss: Any) -> Any:
-    model.compile("sgd", loss)
+    model.compile(optimizer("adam", 0.003, 0.0), loss)
     return model
 
 
@@ -51,17 +52,19 @@ def batch(number: int, size: int) -> Batch:
 
 
 def trajectory() -> dict[str, np.ndarray]:
-    """Losses, gradients, weights and correct rows of a few steps, for each model and both kinds of replica."""
+    """Losses, gradients, movements, weights and tests of a few steps, for each model and both kinds of replica."""
     backend.start(1)
     found: dict[str, np.ndarray] = {}
     for name, model in models().items():
-        real = Replica(model, optimizer("adam", 0.003, 0.0), np.uint8)
+        rows = batch(0, 2)
+        keras_model = ready(model, rows, optimizer("adam", 0.003, 0.0))
+        real = Replica(keras_model, tests=rows)
         start = np.random.default_rng(1).normal(0, 0.05, len(real.knowledge())).astype(np.float32) ** 2
         real.set_knowledge(start)
         found |= {f"{name}, real, {what}": value for what, value in _steps(real).items()}
         if name in ("plain", "normalised"):
             real.set_knowledge(start)
-            shared = SharedReplica(model, optimizer("adam", 0.003, 0.0), np.uint8)
+            shared = SharedReplica(keras_model, tests=rows)
             found |= {f"{name}, virtual, {what}": value for what, value in _steps(VirtualReplica(shared, 0)).items()}
     return found
 
@@ -73,9 +76,11 @@ def _steps(replica: Replica | VirtualReplica) -> dict[str, np.ndarray]:
         found["losses"].append(gradient.loss)
         found[f"gradient of {size}"] = np.array(gradient.vector)
         replica.apply(gradient.vector)
-        found["losses"].append(replica.step_alone(batch(number, size))[0])
+        found[f"movement of {size}"] = np.array(replica.movement(batch(number, size)).vector)
+        found["losses"].append(replica.step_alone(batch(number, size)).loss)
     found["knowledge"] = replica.knowledge()
-    found["hits"] = replica.evaluate(replica.knowledge(), batch(99, 333))
+    tested = replica.evaluate(replica.knowledge(), [batch(99, 333), batch(98, 40)])
+    found["tests"] = [tested[name] for name in sorted(tested)]
     return {name: np.asarray(value) for name, value in found.items()}
 
 

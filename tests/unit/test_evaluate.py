@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlion_mpi.learner.batches import Batch
-from dlion_mpi.learner.evaluate import CHUNK, BackgroundEvaluator, rows_to_test, target_reached_s
-from dlion_mpi.learner.shards import shard_of_arrays
+from dlion_mpi.learner.evaluate import CHUNK, BackgroundEvaluator, target_reached_s
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.vector.layout import Vector
 
@@ -37,16 +36,24 @@ class Model:
         self.calls: list[int] = []
         self.threads: set[int] = set()
 
-    def evaluate(self, vector: Vector, rows: Batch) -> int:
-        x, y, _ = rows
+    def evaluate(self, vector: Vector, batches: Iterable[Batch]) -> dict[str, float]:
         self.entered.set()
         assert self.gate.wait(WAIT_S)
         if vector[0] < 0:
             raise FloatingPointError("the model has exploded")
-        self.calls.append(len(y))
-        self.threads.add(threading.get_ident())
-        assert (x % 10 == y).all(), "rows and labels belong together"
-        return int((x < vector[0]).sum())
+        hits = 0
+        for x, y, _ in batches:
+            self.calls.append(len(y))
+            self.threads.add(threading.get_ident())
+            assert (x % 10 == y).all(), "rows and labels belong together"
+            hits += int((x < vector[0]).sum())
+        return {"accuracy": hits / ROWS}
+
+
+def batches_of_rows() -> Iterator[Batch]:
+    """The test rows, in batches."""
+    for start in range(0, ROWS, CHUNK):
+        yield Batch(X, Y).part(start, start + CHUNK)
 
 
 @pytest.fixture
@@ -56,7 +63,7 @@ def model() -> Model:
 
 @pytest.fixture
 def evaluator(model: Model) -> Iterator[BackgroundEvaluator]:
-    own = BackgroundEvaluator(model.evaluate, Batch(X, Y))
+    own = BackgroundEvaluator(model.evaluate, batches_of_rows)
     yield own
     model.gate.set()
     own.close()
@@ -105,7 +112,7 @@ def test_what_fails_in_the_background_is_raised_in_the_loop(evaluator: Backgroun
 
 
 def test_closing_finishes_what_was_submitted(model: Model) -> None:
-    evaluator = BackgroundEvaluator(model.evaluate, Batch(X, Y))
+    evaluator = BackgroundEvaluator(model.evaluate, batches_of_rows)
     evaluator.submit(1, 0.1, knowledge(3))
     evaluator.close()
     assert [e.step for e in evaluator.poll()] == [1]
@@ -167,13 +174,3 @@ def test_by_definition(tests: list[list[tuple[int, int]]], target: float) -> Non
         assert found == expected
     else:
         assert expected is None or (found is not None and found <= expected)
-
-
-def test_fewer_test_rows_are_taken_evenly_and_with_their_labels() -> None:
-    x, y = np.arange(20).reshape(10, 2), np.arange(10)
-    shard = shard_of_arrays(x, y, x, y)
-    few = rows_to_test(shard, 4)
-    assert few.y.tolist() == [0, 2, 5, 7]
-    np.testing.assert_array_equal(few.x[:, 0], 2 * few.y)
-    for most in (None, 10, 99):
-        assert rows_to_test(shard, most).y.tolist() == y.tolist()
