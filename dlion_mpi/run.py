@@ -27,6 +27,7 @@ from dlion_mpi.learner.keras_model import check_alike as check_models
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.learner.shards import Shard, check_alike, load, merge_facts
 from dlion_mpi.log import say
+from dlion_mpi.loop import statistics
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.train import CHANNELS, leave, train
 from dlion_mpi.loop.worker import Clock, Worker
@@ -73,6 +74,7 @@ def run(
             with _shown(ranks, built, report):
                 with session.checkpoints(worker, preemption, loaded, report=report):
                     seconds = _train(built, 0.0 if loaded is None else loaded.checkpoint.time_s)
+                _average_statistics(ranks, worker)
                 _evaluate_last(worker, built.evaluator, seconds)
                 export.save(ranks, worker, report=report)
             built.recorder.close(complete=worker.exit_code == 0)
@@ -246,6 +248,15 @@ def _train(built: _Built, begin_s: float) -> float:
             worker.stop_reason, worker.exit_code = str(error), 1
             driven(leave(worker))
         return exchange.clock.now_s()
+
+
+def _average_statistics(ranks: Ranks, worker: Worker) -> None:
+    """Set the statistics of all ranks' models to their mean."""
+    own = worker.replica.statistics()
+    if ranks.size > 1 and len(own):
+        everywhere = statistics.mean(ranks.mean(statistics.weighted(own, worker.batch_sizes.lbs)))
+        if everywhere is not None:
+            worker.replica.set_statistics(everywhere)
 
 
 def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, seconds: float) -> None:

@@ -45,6 +45,7 @@ def take(w: Worker, spare: Arrays) -> Arrays:
         **under("data", integers(**w.batches.state())),
         **under("status", w.batch_sizes.to_arrays()),
         **under("transfer", w.knowledge.to_arrays()),
+        **under("statistics", w.statistics.to_arrays()),
     }
 
 
@@ -157,6 +158,7 @@ def restore(w: Worker, arrays: Mapping[str, Array], steps: Mapping[int, int]) ->
     w.inbox.held = messages_of(arrays, size, ranks)
     w.batch_sizes.from_arrays(part(arrays, "status"), max(steps.values()))
     w.knowledge.from_arrays(part(arrays, "transfer"), w.replica.knowledge)
+    w.statistics.from_arrays(part(arrays, "statistics"))
 
 
 def _restore_progress(w: Worker, saved: Mapping[str, Array]) -> None:

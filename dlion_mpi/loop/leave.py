@@ -29,14 +29,15 @@ def leave(w: Worker) -> Loop:
         if w.checkpoints is not None:
             checkpoints = w.checkpoints
             yield Until(lambda: checkpoints.over, serve)
-        ended = w.collectives.gather(CLOSING, [w.batch_sizes.started, w.knowledge.started])
+        ended = w.collectives.gather(CLOSING, [w.batch_sizes.started, w.knowledge.started, w.statistics.started])
         yield Until(lambda: ended.done and (last_sum is None or last_sum.done), serve)
-        rounds_of_batch_sizes, rounds_of_knowledge = (int(most) for most in ended.table.max(axis=0))
+        rounds_of_batch_sizes, rounds_of_knowledge, rounds_of_statistics = (int(n) for n in ended.table.max(axis=0))
         w.batch_sizes.leave(rounds_of_batch_sizes)
+        w.statistics.leave(rounds_of_statistics)
         if w.knowledge.started < rounds_of_knowledge:
             yield Until(lambda: not w.knowledge.gathering, serve)
             w.knowledge.leave(rounds_of_knowledge)
-        yield Until(lambda: w.batch_sizes.settled() and w.knowledge.settled(), serve)
+        yield Until(lambda: w.batch_sizes.settled() and w.knowledge.settled() and w.statistics.settled(), serve)
         sent = w.collectives.gather(CLOSING, w.links.fall_silent())
         yield Until(lambda: sent.done, serve)
         expected = [int(count) for count in sent.table[:, w.rank]]

@@ -187,7 +187,6 @@ class Replica(Protocol):
 
     Weights: (P,) float32. Knowledge: weights and statistics, (K,) float32. A batch is what `Batches.take` gave.
     ``takes_gradients``: False for a model that cannot give its gradient, because its training step is the user's.
-    ``metric_names``: the metrics that `evaluate` returns, the same on all ranks.
     """
 
     layout: Layout

@@ -18,6 +18,7 @@ from dlion_mpi.loop.exchange import encodes_in_background, is_encoded, post, pos
 from dlion_mpi.loop.knowledge import KnowledgeRounds
 from dlion_mpi.loop.leave import CLOSING, leave
 from dlion_mpi.loop.ports import Compute, Computed, Loop, Until
+from dlion_mpi.loop.statistics import StatisticsRounds
 from dlion_mpi.loop.step import Step
 from dlion_mpi.loop.sums import SUM, effect_of
 from dlion_mpi.loop.worker import Worker
@@ -25,7 +26,7 @@ from dlion_mpi.metrics.records import StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.strategies.types import Effect, LocalUpdate
 
-CHANNELS = (BatchSizeRounds.channel, KnowledgeRounds.channel, CLOSING, SUM)
+CHANNELS = (BatchSizeRounds.channel, KnowledgeRounds.channel, StatisticsRounds.channel, CLOSING, SUM)
 """The channels of the collectives; see `mpi/collectives.py`."""
 SMOOTHING = 0.2
 """Weight of the newest step in the running mean of step times."""
@@ -56,6 +57,7 @@ def train(w: Worker) -> Loop:
             completed = yield from complete(w, local)
             if not completed:
                 break
+        yield from average_statistics(w)
         yield from rebalance_test_and_transfer(w, computed)
         finish_step(w, computed)
         if w.checkpoints is not None:
@@ -168,6 +170,16 @@ def _apply(w: Worker, effect: Effect) -> None:
         w.replica.move(effect.movement)
     if effect.gradient is not None:
         w.replica.apply(effect.gradient)
+
+
+def average_statistics(w: Worker) -> Generator[Until, None, None]:
+    """Continue the round of the statistics, or start one that is due."""
+    assert w.current is not None
+    if w.statistics.awaits():
+        with w.timed(Phase.AGREE):
+            yield Until(lambda: w.statistics.settled() or w.cut_short() or w.members.epoch > 0, w.collect)
+    replica, skipped = w.replica, w.current.skipped
+    w.statistics.advance(w.step + 1, w.current.lbs, replica.statistics, replica.set_statistics, skipped=skipped)
 
 
 def rebalance_test_and_transfer(w: Worker, computed: Computed) -> Generator[Until, None, None]:

@@ -15,6 +15,7 @@ from dlion_mpi.loop.knowledge import KnowledgeRounds
 from dlion_mpi.loop.links import Links
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.ports import BackgroundEncoder, Batches, Collectives, Reduce, Replica, Stamp, Until
+from dlion_mpi.loop.statistics import StatisticsRounds
 from dlion_mpi.loop.step import Step
 from dlion_mpi.metrics.gauges import Totals
 from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
@@ -133,6 +134,7 @@ class Worker:
     budget: ExchangeBudget = field(init=False)
     batch_sizes: BatchSizeRounds = field(init=False)
     knowledge: KnowledgeRounds = field(init=False)
+    statistics: StatisticsRounds = field(init=False)
     history: History = field(default_factory=History)
 
     def __post_init__(self, training_samples: int, processors: int) -> None:
@@ -148,6 +150,7 @@ class Worker:
         self.inbox = Inbox(dict.fromkeys(self.members.peers(self.rank), -1))
         self.batch_sizes = BatchSizeRounds(self.config, self.rank, workers, training_samples, self.collectives)
         self.knowledge = KnowledgeRounds(self.config, self.rank, workers, self.collectives, self.now_s)
+        self.statistics = StatisticsRounds(self.config, workers, len(self.replica.statistics()), self.collectives)
         self.summing = self.strategy.sums() and not self.alone
         plan = Plan(config=self.config, rank=self.rank, ranks=self.members.ranks, layout=self.replica.layout)
         self.state = self.strategy.start(plan)

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from dlion_mpi.errors import RunError
-from dlion_mpi.loop import compute
+from dlion_mpi.loop import compute, statistics
 from dlion_mpi.loop.clock import Clock
 from dlion_mpi.loop.leave import leave
 from dlion_mpi.loop.membership import Membership
@@ -137,6 +137,8 @@ def drive(run: VirtualRun) -> list[Finish]:
         events.run(lambda: not running)
     if running:
         raise RuntimeError(f"deadlock: workers {sorted(running)} wait, and no event is left")
+    workers = [process.worker for process in processes]
+    statistics.average([worker.replica for worker in workers], [worker.batch_sizes.lbs for worker in workers])
     for process in processes:
         worker = process.worker
         worker.replica.finish()

@@ -17,6 +17,7 @@ import numpy as np
 from dlion_mpi.algorithms.batching import solve_lbs
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
+from dlion_mpi.loop import statistics
 from dlion_mpi.loop.batch_sizes import NO_LIMIT, growth
 from dlion_mpi.metrics.gauges import Totals
 from dlion_mpi.metrics.records import Evaluation, StepRecord
@@ -50,10 +51,11 @@ def resolve(config: Config) -> Config:
 
 @dataclass(kw_only=True)
 class Group:
-    """State of all workers, which are always at the same step. ``losses``, ``compute_s``, ``samples``: by rank."""
+    """State of all workers, which are always at the same step. By rank: ``totals``, ``shares`` of the last batch."""
 
     run: VirtualRun
     totals: list[Totals]
+    shares: list[int]
     stop_reason: str | None = None
     exit_code: int = 0
     step: int = 0
@@ -71,7 +73,7 @@ class Group:
 def train_together(run: VirtualRun) -> list[Finish]:
     """Train until the run ends. Each step computes all gradients, applies their mean and advances the time."""
     workers = run.workers
-    group = Group(run=run, totals=[Totals() for _ in range(workers)])
+    group = Group(run=run, totals=[Totals() for _ in range(workers)], shares=[1] * workers)
     evaluator = run.evaluator()
     schedule = growth(run.config, workers, run.shards[0].train_samples_global or 0)
     every = run.config.evaluate_every
@@ -83,7 +85,9 @@ def train_together(run: VirtualRun) -> list[Finish]:
             due = group.now_s - group.evaluated_s >= (every.seconds or math.inf)
             if due or (every.steps is not None and group.step % every.steps == 0):
                 group.evaluated_s = group.now_s
+                statistics.average(run.replicas, group.shares)
                 evaluator.submit(group.step, group.now_s, run.replicas[0].knowledge())
+    statistics.average(run.replicas, group.shares)
     run.replicas[0].finish()
     evaluator.submit(group.step, group.now_s, run.replicas[0].knowledge())
     _take(group, evaluator.poll(wait=True))
@@ -100,7 +104,7 @@ def _step(group: Group, gbs: int) -> None:
     """Do one step: divide the batch, compute all gradients, apply their mean, advance the time."""
     run, config, environment = group.run, group.run.config, group.run.environment
     paces = [environment.pace(rank, group.now_s, config.seconds) for rank in range(run.workers)]
-    shares = balanced(gbs, paces, config.batch_size_max or NO_LIMIT)
+    shares = group.shares = balanced(gbs, paces, config.batch_size_max or NO_LIMIT)
     futures = [
         run.pool.submit(replica.gradient, batches.take(lbs))
         for replica, batches, lbs in zip(run.replicas, run.batches, shares, strict=True)

@@ -210,6 +210,42 @@ def test_in_sync_a_resumed_run_is_the_same_to_the_last_bit(
         ]
 
 
+class Normalised(KeptQuadratic):
+    """Has a statistic, the moving average of its batches, and moves by it: so it shows in the weights."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.mean = np.zeros(SIZE, np.float32)
+
+    def gradient(self, batch: Array) -> Gradient:
+        self.mean += np.float32(0.1) * (batch.mean(axis=0, dtype=np.float32) - self.mean)
+        return Gradient(0.0, self.w - self.mean)
+
+    def statistics(self) -> Vector:
+        return self.mean.copy()
+
+    def set_statistics(self, statistics: Vector) -> None:
+        self.mean = statistics.copy()
+
+    def to_arrays(self) -> Arrays:
+        return {**super().to_arrays(), "mean": self.mean.copy()}
+
+    def from_arrays(self, arrays: Mapping[str, Array], *, generators: bool = True) -> None:
+        super().from_arrays(arrays)
+        self.mean = vector(arrays, "mean", SIZE)
+
+
+@pytest.mark.parametrize("every", ["19", "20", "21"])
+def test_in_sync_statistics_in_flight_are_resumed_to_the_last_bit(every: str, tmp_path: Path) -> None:
+    """At step 20 a round has just begun."""
+    options: dict[str, Any] = {"sync": "sync", "checkpoint_every": every}
+    whole, _ = train(config(tmp_path, **options), Weather(seed=1, delay=30, slow=2), Normalised)
+    first = checkpoints(tmp_path)[0]
+    resumed, _ = train(config(tmp_path / "b", **options), Weather(seed=2, delay=50), Normalised, from_=first)
+    np.testing.assert_array_equal(resumed.weights, whole.weights)
+    assert len(whole.collectives.calls["statistics"]) == 3
+
+
 def test_taking_checkpoints_changes_nothing(tmp_path: Path) -> None:
     options: dict[str, Any] = {"sync": "sync", "strategy": "dlion", "max_n": 30, "steps": 60, "batch_size": 4}
     plain = run(options_config(**options), [KeptQuadratic(rank) for rank in PEERS], rows())
