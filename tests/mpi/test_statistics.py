@@ -35,7 +35,11 @@ def test_statistics_of_unequal_ranks_end_as_their_mean(world: MPI.Intracomm, opt
     normalisation = model.layers[0]
     moved = 1 - 0.99**STEPS
     if options.get("batching") != "auto":  # else ranks count by their batches
-        np.testing.assert_allclose(normalisation.moving_mean, moved * (size - 1) / 2, rtol=1e-4, atol=1e-6)
+        # Outside lockstep ranks take a mean at unequal steps, and what they have moved since decays unequally.
+        exact = "sync" in options or "strategy" in options
+        np.testing.assert_allclose(
+            normalisation.moving_mean, moved * (size - 1) / 2, rtol=1e-4 if exact else 0.05, atol=1e-6
+        )
     np.testing.assert_allclose(normalisation.moving_variance, 1 - moved, rtol=1e-4)
     own = np.concatenate([np.ravel(w) for w in model.get_weights()[2:4]]).astype(np.float32)
     assert len({values.tobytes() for values in world.allgather(own)}) == 1
