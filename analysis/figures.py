@@ -19,6 +19,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 
 from dlion_mpi.commands.report import target_of
+from dlion_mpi.config.target import Target
 from dlion_mpi.errors import UserError
 from dlion_mpi.log import complain, say
 from dlion_mpi.metrics.reader import Run, labels, load_all
@@ -45,7 +46,6 @@ STYLE: Any = {
     "pdf.fonttype": 42,  # publishers refuse Matplotlib's default, Type 3
 }
 DASHES = ("-", "--", "-.", ":")
-DASHED = ("accuracy", "loss")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m analysis.figures", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--out folder of a run")
     parser.add_argument("-o", "--output", default="figures", metavar="DIR", help="(default: figures)")
-    parser.add_argument("--target-accuracy", metavar="ACCURACY", help="for the time to target, 0 to 1")
+    parser.add_argument("--target", metavar="METRIC>=VALUE", help="for the time to target: 'accuracy>=0.8'")
     args = parser.parse_args(argv)
     try:
-        target = target_of(args.target_accuracy)
+        target = target_of(args.target)
         runs = load_all(args.runs)
         for label, run in zip(labels(runs), runs, strict=True):
             for note in run.notes:
@@ -69,11 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def draw(runs: Sequence[Run], *, target: float | None = None) -> dict[str, Drawing]:
+def draw(runs: Sequence[Run], *, target: Target | str | None = None) -> dict[str, Drawing]:
     """Draw every figure that has data, by name: first the comparisons, then the figures of each run.
 
-    ``target``: test accuracy (0 to 1) for the time to target; None: the default of `dlion report`.
+    ``target``: for the time to target, such as ``"accuracy>=0.8"``; None: the default of `dlion report`. Raises
+    UserError.
     """
+    target = Target.parse(target) if isinstance(target, str) else target
     names = labels(runs)
     drawn = {figure["key"]: drawing(figure) for figure in comparison.figures(runs, names, target)}
     for run, name in zip(runs, names, strict=True):
@@ -134,13 +136,18 @@ def _line(axes: Axes, line: Mapping[str, Any], figure: Figure) -> None:
     known = [n for n, value in enumerate(line["y"]) if value is not None]
     style: dict[str, Any] = {"color": LIGHT[line["colour"] % len(LIGHT)], "label": line["name"], "lw": 1.1}
     # Dashes help to distinguish runs, but make many noisy lines harder to see.
-    style["ls"] = DASHES[line["colour"] % len(DASHES)] if figure["key"] in DASHED else "-"
+    style["ls"] = DASHES[line["colour"] % len(DASHES)] if _compares(figure) else "-"
     marker = "o" if len(known) <= 30 else ""
     axes.plot([time_s[n] for n in known], [line["y"][n] for n in known], marker=marker, ms=2, **style)
     if "low" in line:
         rows = [n for n in known if line["low"][n] is not None]
         times, low, high = ([values[n] for n in rows] for values in (time_s, line["low"], line["high"]))
         axes.fill_between(times, low, high, color=style["color"], alpha=0.16, lw=0)
+
+
+def _compares(figure: Figure) -> bool:
+    """Whether the lines of a figure are whole runs."""
+    return figure["key"] == "loss" or (figure["key"].startswith("test-") and not figure["key"].endswith("-of-workers"))
 
 
 def _limit(axes: Axes, figure: Figure) -> None:
@@ -188,9 +195,10 @@ def _targets(figure: Figure) -> Drawing | None:
             label, (end_s if time_s is None else time_s, row), (3, 0), textcoords="offset points", va="center"
         )
     axes.set_yticks(range(len(times)), figure["rows"])
+    metric, sign, unit = (figure[name] for name in ("metric", "sign", "unit"))
     axes.margins(x=0.35)
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"Time to {figure['targets'][figure['chosen']]:g} % test accuracy (s of training)")
+    axes.set_xlabel(f"Time to test {metric} {sign} {figure['targets'][figure['chosen']]:g}{unit} (s of training)")
     return made
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dlion_mpi.metrics.files import Array
+from dlion_mpi.metrics.files import Array, fitted
 from dlion_mpi.metrics.rank import Columns, Rank
 from dlion_mpi.metrics.reader import Run, labels
 from dlion_mpi.report.settings import settings as rows_of_settings
@@ -70,7 +70,8 @@ def _table(runs: Sequence[Run], columns_of: Callable[[Rank], Mapping[str, Array]
         ),
         "rank": np.repeat(np.array([rank.rank for _, rank, _ in parts], dtype=np.int32), lengths),
     }
-    for name in list(parts[0][2]):
+    for name in dict.fromkeys(name for _, _, columns in parts for name in columns):
         # Drop each column once it is copied: two copies of a long run would not fit in memory.
-        table[name] = np.concatenate([columns.pop(name) for _, _, columns in parts])
+        own = [columns.pop(name, None) for _, _, columns in parts]
+        table[name] = np.concatenate([fitted(part, (rows,)) for part, rows in zip(own, lengths, strict=True)])
     return pd.DataFrame(table, copy=False)

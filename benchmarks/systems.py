@@ -40,8 +40,9 @@ import h5py
 import numpy as np
 from systems_table import read
 
-from dlion_mpi.learner.evaluate import target_reached_s
+from dlion_mpi.config.target import Target
 from dlion_mpi.metrics.records import Evaluation
+from dlion_mpi.metrics.targets import reached_s
 from dlion_mpi.microcloud import environments
 from dlion_mpi.provenance import commit, versions
 
@@ -150,7 +151,7 @@ class Measured:
 
     def reached_s(self, target: float) -> float | None:
         """Return the time at which the mean accuracy of the workers reached the target."""
-        return target_reached_s(self.tests, target)
+        return reached_s(self.tests, Target("accuracy", ">=", target))
 
     def lasted_s(self) -> float:
         """Return the time at which the first worker ended."""
@@ -196,7 +197,7 @@ def measured(case: Case, seconds: float, target: float) -> Measured:
         command += ["--learning-rate", str(case.learning_rate), "--strategy", *shlex.split(case.system)]
         command += ["--evaluate-every", "20", "--test-samples", "1000", "--progress-every", "0"]
         command += ["--seed", str(case.seed), "--seconds", str(seconds), "--steps", str(case.most_steps)]
-        command += ["--target-accuracy", str(target), "--out", str(out)]
+        command += ["--target", f"accuracy>={target}", "--out", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dlion_mpi.config.options import Config
-from dlion_mpi.learner.evaluate import target_reached_s
 from dlion_mpi.log import say
 from dlion_mpi.loop.worker import Worker
-from dlion_mpi.metrics.gauges import summary_names
+from dlion_mpi.metrics.gauges import metric_gauge, summary_names
 from dlion_mpi.metrics.records import Evaluation
+from dlion_mpi.metrics.targets import reached_s
 from dlion_mpi.view.lines import summary
 
 
@@ -41,14 +43,19 @@ class Finish:
     stop_reason: str | None
     exit_code: int
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the test metrics; empty if nothing was tested."""
+        return list(self.evaluations[-1].metrics) if self.evaluations else []
+
     @classmethod
     def of(cls, worker: Worker, seconds: float) -> Finish:
-        """Sum up a worker after ``seconds`` of training. It has been evaluated at least once."""
+        """Sum up a worker after ``seconds`` of training."""
         return cls(
             row=worker.history.totals.row(
                 seconds,
+                worker.last_test(),
                 step=worker.step,
-                accuracy=worker.history.evaluations[-1].metrics["accuracy"],
                 bytes_sent=sum(link.bytes_sent for link in worker.links.totals().values()),
             ),
             evaluations=worker.history.evaluations,
@@ -71,26 +78,40 @@ def sum_up(config: Config, finishes: Sequence[Finish], *, rank: int = 0, report:
     """Return the run's result, given every worker's finish by rank; with ``report``, rank 0 prints it in a line."""
     found = _summary(config, finishes)
     if report and rank == 0:
-        say(summary(found, [finish.row for finish in finishes]))
+        say(summary(found, [finish.row for finish in finishes], finishes[0].metrics))
     codes = [finish.exit_code for finish in finishes]
     return Result(rank, found, 1 if 1 in codes else max(codes))  # a failure counts before a signal
 
 
 def _summary(config: Config, finishes: Sequence[Finish]) -> dict[str, Any]:
     rows = np.array([finish.row for finish in finishes], np.float64)
-    column = dict(zip(summary_names(), rows.T, strict=True))
+    metrics = finishes[0].metrics
+    column = dict(zip(summary_names(metrics), rows.T, strict=True))
     losses = column["loss"]
     return {
         "strategy": config.strategy,
         "ranks": len(rows),
         "steps": int(column["step"].max()),
         "seconds": round(float(column["seconds"].max()), 3),
-        "accuracy_mean": round(float(column["accuracy"].mean()), 6),
-        "accuracy_std": round(float(column["accuracy"].std()), 6),
-        "accuracy_per_rank": [round(float(a), 6) for a in column["accuracy"]],
+        **_tests({name: column[metric_gauge(name).key] for name in metrics}),
         "loss": round(float(losses.mean()), 6) if np.isfinite(losses).all() else None,
         "bytes_sent": int(column["bytes_sent"].sum()),
-        "target_reached_s": target_reached_s([f.evaluations for f in finishes], config.target_accuracy),
+        "target_reached_s": reached_s([f.evaluations for f in finishes], config.target),
         "stopped": next((f.stop_reason for f in finishes if f.stop_reason), None),
         "out": config.out,
     }
+
+
+def _tests(metrics: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Any]:
+    """The keys of the test metrics, of which the values by rank are given; None stands for NaN and infinity."""
+    found: dict[str, Any] = {}
+    for name, values in metrics.items():
+        with np.errstate(invalid="ignore"):  # of infinite values
+            found |= {f"{name}_mean": _number(values.mean()), f"{name}_std": _number(values.std())}
+        found[f"{name}_per_rank"] = [_number(value) for value in values]
+    return found
+
+
+def _number(value: float) -> float | None:
+    """Round to the digits that float32 has; None if JSON has no such number."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None

@@ -31,6 +31,7 @@ from dlion_mpi.loop import statistics
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.train import CHANNELS, leave, train
 from dlion_mpi.loop.worker import Clock, Worker
+from dlion_mpi.metrics.names import check_names, check_same
 from dlion_mpi.microcloud.environments import PaceClock, start_clock
 from dlion_mpi.mpi import sums
 from dlion_mpi.mpi.cores import share_of_cores
@@ -122,7 +123,8 @@ def _build(
     replica = _replica(ranks, config, strategy, shard, model, threads)
     if config.checkpoint_every is not None:
         session.check(strategy, Plan(config=config, rank=ranks.rank, ranks=members.ranks, layout=replica.layout))
-    recorder = _recorder(ranks, config, start, loaded, shard, pace, replica.metric_names)
+    metrics = _metrics(ranks, config, replica)
+    recorder = _recorder(ranks, config, start, loaded, shard, pace, metrics)
     exchange = _exchange(ranks, config, strategy, replica, recorder)
     evaluator = BackgroundEvaluator(replica.evaluate, partial(shard.tests, CHUNK, config.test_samples))
     worker = Worker(
@@ -139,6 +141,7 @@ def _build(
         clock=Clock(exchange.clock.now_s, time.thread_time),
         training_samples=shard.train_samples_global or 0,
         processors=threads,
+        metrics=metrics,
         encoder=exchange.encoder,
         reduce=exchange.sums.reduce,
     )
@@ -185,6 +188,14 @@ def _replica(ranks: Ranks, config: Config, strategy: Strategy, shard: Shard, mod
     if len(frozen := replica.frozen()):
         replica.set_frozen(ranks.share(frozen))
     return replica
+
+
+def _metrics(ranks: Ranks, config: Config, replica: Replica) -> tuple[str, ...]:
+    """Names of the test metrics; none without test rows. Raises UserError if ranks or options name others."""
+    own = replica.metric_names
+    ranks.together(partial(check_same, ranks.gather_text("\n".join(own))))
+    ranks.together(partial(check_names, own, config.target, config.best))
+    return own
 
 
 def _recorder(
@@ -265,7 +276,8 @@ def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, seconds: floa
         evaluator.close(abandon=True)
         return
     worker.replica.finish()
-    evaluator.submit(worker.step, seconds, worker.replica.knowledge())
+    if worker.metrics:
+        evaluator.submit(worker.step, seconds, worker.replica.knowledge())
     for evaluation in evaluator.poll(wait=True):
         worker.history.evaluations.append(evaluation)
         worker.recorder.evaluation(evaluation)

@@ -3,7 +3,7 @@
 # second job that writes the report.
 #
 #   bash jobs/against-horovod.sh [OPTIONS OF dlion train]      submits both jobs; without Slurm everything runs here
-#   bash jobs/against-horovod.sh --target-accuracy 0.8 --seconds 600
+#   bash jobs/against-horovod.sh --target 'accuracy>=0.8' --seconds 600
 #
 # DLION_STRATEGIES="horovod dlion"   strategies to compare
 # DLION_ENVIRONMENTS="none"          none: the nodes as they are. A micro-cloud, for example hetero-sys-a: rank k is slowed

@@ -418,6 +418,7 @@ def run(
             recorder=Nothing(),
             clock=Clock(lambda: network.tick * 1e-3),
             training_samples=sum(len(x) for x in rows),
+            metrics=replica.metric_names,
             encoder=MemoryEncoder(network, rank),
             reduce=partial(own.reduce, SUM),
         )

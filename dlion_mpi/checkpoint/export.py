@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 
 from dlion_mpi.config.options import Config
+from dlion_mpi.config.target import falls
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.log import say
 from dlion_mpi.loop.ports import Replica
 from dlion_mpi.loop.worker import Worker
+from dlion_mpi.metrics.names import best_metric
 from dlion_mpi.mpi.ranks import Ranks
 
 
@@ -45,9 +48,7 @@ def save(ranks: Ranks, worker: Worker, *, report: bool) -> None:
     if config.save_model_of == "mean":
         whose, knowledge = f"the mean of {ranks.size} workers", ranks.mean(own)
     else:
-        accuracies = ranks.gather_numbers(worker.history.evaluations[-1].metrics["accuracy"])[:, 0]
-        best = int(np.argmax(accuracies))
-        whose = f"rank {best}, test accuracy {accuracies[best]:.2%}"
+        best, whose = _best(ranks, worker)
         knowledge = ranks.share(own.copy(), best)
     if ranks.rank != 0:
         return
@@ -60,6 +61,16 @@ def save(ranks: Ranks, worker: Worker, *, report: bool) -> None:
         worker.stop_reason, worker.exit_code = str(error), 1
     finally:
         replica.set_knowledge(own)
+
+
+def _best(ranks: Ranks, worker: Worker) -> tuple[int, str]:
+    """The best rank by ``--best``, and in words why. Without test data, the lowest training loss tells."""
+    metric = best_metric(worker.config.best, worker.metrics)
+    value = worker.history.totals.mean("loss") if metric is None else worker.last_test().get(metric, math.nan)
+    values = ranks.gather_numbers(value)[:, 0]
+    wanted = values if metric is None or falls(metric) else -values
+    best = int(np.argmin(np.where(np.isnan(wanted), np.inf, wanted)))
+    return best, f"rank {best}, {'training loss' if metric is None else f'test {metric}'} {values[best]:.4g}"
 
 
 def _write(replica: Replica, path: Path) -> None:

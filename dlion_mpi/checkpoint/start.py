@@ -12,11 +12,11 @@ from dlion_mpi.config.options import FIELDS, Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.strategies.given import config_of, values_of
 
-ENDS = ("steps", "seconds", "target_accuracy")
+ENDS = ("steps", "seconds", "target")
 CHANGEABLE = {
     *ENDS,
     *("evaluate_every", "test_samples", "progress_every", "non_finite", "threads", "learning_rate"),
-    *("checkpoint_every", "keep_checkpoints", "time_limit", "save_model", "save_model_of"),
+    *("checkpoint_every", "keep_checkpoints", "time_limit", "save_model", "save_model_of", "best"),
     *("exchange_share", "batch_size_max", "patience"),
 }
 """Options that may change when a run resumes."""

@@ -53,7 +53,12 @@ def add_run_options(
         group = parser.add_argument_group(f"--strategy {table}")
         for f in declared(own):
             _add(group, f"{table}.{f.name}", f, f.default)
-    for name in (*RENAMED, *FIXED):
+    add_refused(parser, *RENAMED, *FIXED)
+
+
+def add_refused(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add former options, which are refused with a message that says what to write instead."""
+    for name in names:
         parser.add_argument(flag(name), action=_Refused, nargs="?", dest=name, help=argparse.SUPPRESS)
 
 

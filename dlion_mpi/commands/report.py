@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dlion_mpi.commands.arguments import add_refused
+from dlion_mpi.config.target import Target
 from dlion_mpi.errors import UserError
 
 
@@ -24,16 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the page; an existing file is replaced (default: report.html)",
     )
     parser.add_argument(
-        "--target-accuracy",
-        metavar="ACCURACY",
-        help="compare the time to this test accuracy, 0 to 1 (default: the target of the runs, or one that most "
-        "runs reached)",
+        "--target",
+        metavar="METRIC>=VALUE",
+        help="compare the time to this value of a test metric, 'accuracy>=0.8' or 'val_loss<=0.3' (default: the "
+        "target of the runs, or one that most runs reached)",
     )
+    add_refused(parser, "target_accuracy")
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the page. Print its path on stdout and what is missing on stderr. Return the exit code."""
-    target = target_of(args.target_accuracy)
+    target = target_of(args.target)
     output = Path(args.output)
     if output.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"-o {output}: must end in .html")
@@ -52,11 +55,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def target_of(text: str | None) -> float | None:
-    """Parse ``--target-accuracy`` (0 to 1). Raises UserError."""
+def target_of(text: str | None) -> Target | None:
+    """Parse ``--target``. Raises UserError."""
     if text is None:
         return None
-    from dlion_mpi.config.fields import convert
-    from dlion_mpi.config.options import FIELDS, Config
-
-    return Config(target_accuracy=convert(FIELDS["target_accuracy"], text)).target_accuracy
+    try:
+        return Target.parse(text)
+    except UserError as error:
+        raise UserError(f"--target: {error}") from None

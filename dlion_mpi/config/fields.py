@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dlion_mpi.config.target import Target
 from dlion_mpi.errors import UserError
 
 Field = dataclasses.Field[Any]
@@ -33,6 +34,7 @@ class Every:
         return str(self.steps) if self.steps is not None else f"{self.seconds!r}s".replace(".0s", "s")
 
 
+_PARSED: Mapping[str, type[Every] | type[Target]] = {"Every": Every, "Target": Target}
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -132,9 +134,9 @@ def _check_text(name: str, value: Any) -> None:
 def convert(f: Field, text: Any, prefix: str = "") -> Any:
     """Convert a value from the command line, TOML or Python to the field's type. Raises UserError."""
     declared_type, name = type_name(f), flag(prefix + f.name)
-    if declared_type == "Every":
+    if parsed := _PARSED.get(declared_type):
         try:
-            return text if isinstance(text, Every) else Every.parse(str(text))
+            return text if isinstance(text, parsed) else parsed.parse(str(text))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     wanted = {"int": int, "float": float}.get(declared_type, str)

@@ -11,6 +11,7 @@ from typing import Any
 
 from dlion_mpi.config.fields import ABOVE_0, Bounds, Every, Field, at_least, check, declared, flag, option
 from dlion_mpi.config.modes import MODES, Mode
+from dlion_mpi.config.target import Target
 from dlion_mpi.errors import UserError
 from dlion_mpi.wire import ValueType
 
@@ -81,10 +82,10 @@ class Config:
         None, "stop after this many steps (1000 if no end is given)", bounds=at_least(1), common=True
     )
     seconds: float | None = _run(None, "stop after this many seconds of training", bounds=ABOVE_0, common=True)
-    target_accuracy: float | None = _run(
+    target: Target | None = _run(
         None,
-        "stop when the mean test accuracy of the workers reaches this, in 0..1",
-        bounds=Bounds(1e-9, 1, "in (0, 1], for example 0.8"),
+        "stop when the mean of a test metric over the workers reaches this: 'accuracy>=0.8', 'val_loss<=0.3'",
+        value="METRIC>=VALUE",
         common=True,
     )
     evaluate_every: Every = _run(
@@ -215,7 +216,13 @@ class Config:
         None, "write the trained model at the end, a FILE.keras that plain Keras loads", value="FILE.keras", common=True
     )
     save_model_of: str | None = _checkpoints(
-        None, "model to save: that of the most accurate worker, or the mean of all", choices=("best", "mean")
+        None, "model to save: that of the best worker, or the mean of all", choices=("best", "mean")
+    )
+    best: str | None = _checkpoints(
+        None,
+        "test metric that tells the best worker (default: val_loss)",
+        idle={"save_model_of": ("mean",)},
+        value="METRIC",
     )
 
     @classmethod
@@ -243,8 +250,9 @@ class Config:
             raise UserError(f"--time-limit {self.time_limit}: give a time such as 90s, 30m or 2h")
         if self.save_model is not None and not self.save_model.endswith(".keras"):
             raise UserError(f"--save-model {self.save_model}: must end in .keras")
-        if self.save_model_of is not None and self.save_model is None:
-            raise UserError("--save-model-of belongs to --save-model: give that too")
+        for name in ("save_model_of", "best"):
+            if self.save_model is None and getattr(self, name) is not None:
+                raise UserError(f"{flag(name)} belongs to --save-model: give that too")
 
     @property
     def mode(self) -> Mode:
@@ -254,10 +262,10 @@ class Config:
 
     @property
     def last_step(self) -> float:
-        """Number of steps of the run; infinite if only a time or an accuracy ends it."""
+        """Number of steps of the run; infinite if only a time or a target ends it."""
         if self.steps is not None:
             return self.steps
-        return 1000 if self.seconds is None and self.target_accuracy is None else math.inf
+        return 1000 if self.seconds is None and self.target is None else math.inf
 
     def values(self) -> dict[str, Any]:
         """Return all options by full name, those of the strategy last. None: not given."""
@@ -269,7 +277,7 @@ class Config:
         for name, value in self.values().items():
             if value is not None:
                 # JSON text is valid TOML except for surrogate pairs and a bare DEL.
-                text = json.dumps(str(value) if isinstance(value, Every) else value, ensure_ascii=False)
+                text = json.dumps(str(value) if isinstance(value, Every | Target) else value, ensure_ascii=False)
                 text = text.replace("\x7f", "\\u007f")
                 table, _, own = name.rpartition(".")
                 tables.setdefault(table or FIELDS[name].metadata["table"], []).append(f"{own} = {text}")

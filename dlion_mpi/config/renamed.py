@@ -19,6 +19,7 @@ RENAMED = {
     "unsent": "--dlion.unsent",
     "own_gradient": "--dlion.unsent (accumulate, accumulate-whole or drop)",
     "link_share": "--dlion.link-share",
+    "target_accuracy": "--target 'accuracy>=VALUE'",
     "message_limit": "--dlion.link-share (without a separate limit)",
 }
 FIXED = {

@@ -1,13 +1,11 @@
-"""Tests in the background, and when the workers together reached a target."""
+"""Tests in the background."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-
-import numpy as np
+from collections.abc import Callable, Iterable, Iterator
 
 from dlion_mpi.learner.batch import Batch
 from dlion_mpi.metrics.records import Evaluation
@@ -82,19 +80,3 @@ class BackgroundEvaluator:
                 self._done.put(Evaluation(step, time_s, metrics, time.monotonic() - submitted_s))
             except BaseException as failure:  # raised by `poll`, in the loop
                 self._done.put(failure)
-
-
-def target_reached_s(evaluations: Sequence[Sequence[Evaluation]], target: float | None) -> float | None:
-    """The first time at which the mean over the workers of their latest accuracy is ``target``; None if never.
-
-    ``evaluations``: per worker, in time order.
-    """
-    if target is None:
-        return None
-    events = sorted((e.time_s, k, e.metrics["accuracy"]) for k, own in enumerate(evaluations) for e in own)
-    latest = np.full(len(evaluations), np.nan)
-    for time_s, k, accuracy in events:
-        latest[k] = accuracy
-        if latest.mean() >= target:  # NaN until each worker has been evaluated once
-            return time_s
-    return None

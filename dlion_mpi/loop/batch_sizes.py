@@ -28,7 +28,9 @@ LEFT = math.nan
 
 
 class BatchSizeRounds:
-    """Gathers (alpha, beta, most samples, latest accuracy) from all workers and solves for their batch sizes.
+    """Gathers (alpha, beta, most samples, latest test) from all workers and solves for their batch sizes.
+
+    The latest test is the value of the target's metric.
 
     Every worker solves the same problem from the same table, so the batch sizes of a step add up to GBS exactly. In
     `bounded` with ``--backup``, and in `async`, workers may take new batch sizes at different steps.
@@ -43,7 +45,7 @@ class BatchSizeRounds:
         self._config, self._rank = config, rank
         self._collectives = collectives
         self._awaited = config.mode.lockstep
-        self._period = PERIOD if self.adapts or config.target_accuracy is not None else None
+        self._period = PERIOD if self.adapts or config.target is not None else None
         self._ticket: Ticket | None = None
         self._record: list[float] = []
         self._asked_step = 0
@@ -51,7 +53,8 @@ class BatchSizeRounds:
         self._schedule = growth(config, workers, training_samples)
         self.fit = ThroughputFit()
         self.started = 0
-        self.accuracy = math.nan
+        self.tested = math.nan
+        """The latest value of the metric of ``--target``."""
         self.target_reached = False
         self.gbs = self._gbs(0)
         self.lbs = equal_lbs(self.gbs, workers)[rank]
@@ -104,7 +107,7 @@ class BatchSizeRounds:
             "samples": column(samples),
             "seconds": column(seconds),
             **integers(off=self.fit.off, lbs=self.lbs, gbs=self.gbs, asked_step=self._asked_step),
-            **numbers(accuracy=self.accuracy),
+            **numbers(tested=self.tested),
             **begun,
         }
 
@@ -118,7 +121,7 @@ class BatchSizeRounds:
         self.fit.pairs.extend((int(b), float(t)) for b, t in zip(samples, seconds, strict=True))
         self.fit.off, self._asked_step = integer(arrays, "off"), integer(arrays, "asked_step")
         self.lbs, self.gbs = integer(arrays, "lbs"), integer(arrays, "gbs")
-        self.accuracy = number(arrays, "accuracy")
+        self.tested = number(arrays, "tested")
         if self._in_step:  # some may have taken sizes that others have not: start a round for all, at the same step
             self._ask(farthest_step - 1)
         if "begun" in arrays:
@@ -141,7 +144,7 @@ class BatchSizeRounds:
         alpha, beta = self.fit.solve() if self.fit.pairs else (LEFT, LEFT)
         limit = self._config.batch_size_max or NO_LIMIT
         self._asked_step = step
-        self._gather([alpha, beta, limit, self.accuracy])
+        self._gather([alpha, beta, limit, self.tested])
 
     def _gather(self, record: list[float]) -> None:
         self._record = record
@@ -151,8 +154,8 @@ class BatchSizeRounds:
     def _take(self) -> None:
         assert self._ticket is not None
         table, self._ticket = self._ticket.table, None
-        accuracies = table[:, 3]
-        if self._config.target_accuracy is not None and accuracies.mean() >= self._config.target_accuracy:
+        target = self._config.target
+        if target is not None and target.reached(float(table[:, 3].mean())):
             self.target_reached = True
         if not self.adapts or np.isnan(table[:, :3]).any():  # a worker has left: sizes stay
             return

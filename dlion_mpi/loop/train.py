@@ -189,7 +189,8 @@ def rebalance_test_and_transfer(w: Worker, computed: Computed) -> Generator[Unti
     for evaluation in w.evaluator.poll():
         w.history.evaluations.append(evaluation)
         w.recorder.evaluation(evaluation)
-        w.batch_sizes.accuracy = evaluation.metrics["accuracy"]
+        if w.config.target is not None:
+            w.batch_sizes.tested = evaluation.metrics[w.config.target.metric]
     if _evaluation_due(w, step):
         w.history.evaluated_s = w.now_s()
         w.evaluator.submit(step, w.now_s(), w.replica.knowledge())
@@ -197,7 +198,7 @@ def rebalance_test_and_transfer(w: Worker, computed: Computed) -> Generator[Unti
     w.knowledge.observe(computed.loss)
     yield from _agree(w, w.batch_sizes.advance(step, w.current.skipped))
     if w.batch_sizes.target_reached:
-        w.end("target accuracy reached")
+        w.end(f"target {w.config.target} reached")
     for event in w.knowledge.advance(step, w.replica.knowledge, w.replica.set_knowledge):
         if isinstance(event, Transfer):
             now_s = w.now_s()
@@ -216,6 +217,8 @@ def _agree(w: Worker, waits: Iterable[Until]) -> Generator[Until, None, None]:
 def _evaluation_due(w: Worker, step: int) -> bool:
     assert w.current is not None
     every = w.config.evaluate_every
+    if not w.metrics:
+        return False
     if every.steps is not None:
         return step % every.steps <= w.current.skipped and w.evaluator.pending() <= 1  # at most one snapshot waits
     # By the clock, a slow evaluation delays the next one.

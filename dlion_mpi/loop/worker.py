@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Protocol
@@ -111,6 +111,8 @@ class Worker:
     """Computes the strategy's sums."""
     training_samples: InitVar[int]
     processors: InitVar[int] = 1
+    metrics: tuple[str, ...] = ()
+    """Names of the metrics of a test; empty where there is no test data, and nothing is tested."""
     encoder: BackgroundEncoder | None = None
     """Encodes messages in the background. While it does, it alone posts to the links."""
     checkpoints: Checkpoints | None = None
@@ -213,9 +215,9 @@ class Worker:
         """Whether the current step will never be completed."""
         return self.stop_reason is not None or self.step >= self.end_step
 
-    def last_accuracy(self) -> float | None:
-        """Test accuracy in 0..1 of the newest evaluation; None before the first."""
-        return self.history.evaluations[-1].metrics["accuracy"] if self.history.evaluations else None
+    def last_test(self) -> Mapping[str, float]:
+        """The metrics of the newest evaluation, by name; empty before the first."""
+        return self.history.evaluations[-1].metrics if self.history.evaluations else {}
 
     def stamp(self, computed_at: float = 0.0) -> Stamp:
         """The fields of this step for message headers."""

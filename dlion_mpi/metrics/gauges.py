@@ -8,16 +8,25 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dlion_mpi.metrics.names import form_of, main_metric
 from dlion_mpi.metrics.records import GAUGES, LINKS, STEPS, Gauge, Reduce, StepRecord
 from dlion_mpi.vector.named_arrays import Array, Arrays, array, column, part, under
 
+TEST = "test/"
+"""Begins the name of a test metric's gauge, which TensorBoard has too."""
 RECENT = 10
 """The summary takes means over this many steps."""
 
 
-def rank_gauges() -> list[Gauge]:
-    """The gauges of a rank in a snapshot, in order."""
-    return [gauge for gauge in GAUGES if gauge.live and gauge.measure not in LINKS]
+def metric_gauge(metric: str) -> Gauge:
+    """The gauge of a test metric. Its name cannot be that of another gauge."""
+    name = f"{TEST}{metric}"
+    return Gauge(metric, metric, form=form_of(metric), name=name, tag=name, summary=True)
+
+
+def rank_gauges(metrics: Sequence[str] = ()) -> list[Gauge]:
+    """The gauges of a rank in a snapshot, in order. ``metrics``: names of the test metrics."""
+    return _with_tests([gauge for gauge in GAUGES if gauge.live and gauge.measure not in LINKS], metrics)
 
 
 def link_gauges() -> list[Gauge]:
@@ -25,9 +34,22 @@ def link_gauges() -> list[Gauge]:
     return [gauge for gauge in GAUGES if gauge.live and gauge.measure in LINKS]
 
 
-def summary_gauges() -> list[Gauge]:
-    """The gauges of the summary, in order."""
-    return [gauge for gauge in GAUGES if gauge.summary]
+def summary_gauges(metrics: Sequence[str] = ()) -> list[Gauge]:
+    """The gauges of the summary, in order. ``metrics``: names of the test metrics."""
+    return _with_tests([gauge for gauge in GAUGES if gauge.summary], metrics)
+
+
+def _with_tests(gauges: list[Gauge], metrics: Sequence[str]) -> list[Gauge]:
+    """Add the main test metric after the steps, and the others at the end."""
+    main = main_metric(metrics)
+    after = 1 + [gauge.key for gauge in gauges].index("step")
+    first = [metric_gauge(name) for name in metrics if name == main]
+    return [*gauges[:after], *first, *gauges[after:], *(metric_gauge(name) for name in metrics if name != main)]
+
+
+def as_gauges(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a test by the names of their gauges."""
+    return {f"{TEST}{name}": value for name, value in metrics.items()}
 
 
 def reduced(columns: Mapping[str, Array | Sequence[float]]) -> dict[str, float]:
@@ -69,9 +91,14 @@ class Totals:
         values = self._recent[measure]
         return float(np.mean(values)) if values else math.nan
 
-    def row(self, seconds: float, **known: float) -> list[float]:
-        """The numbers of `summary_names` after ``seconds`` of training. ``known``: values that replace the totals."""
-        return [seconds, *(known.get(gauge.key, self._total(gauge, seconds)) for gauge in summary_gauges())]
+    def row(self, seconds: float, metrics: Mapping[str, float], **known: float) -> list[float]:
+        """The numbers of `summary_names` after ``seconds`` of training.
+
+        ``metrics``: of the last test, by name. ``known``: values that replace the totals.
+        """
+        values = known | as_gauges(metrics)
+        shown = summary_gauges(list(metrics))
+        return [seconds, *(values.get(gauge.key, self._total(gauge, seconds)) for gauge in shown)]
 
     def _total(self, gauge: Gauge, seconds: float) -> float:
         if gauge.reduce is Reduce.PER_SECOND:
@@ -95,6 +122,6 @@ class Totals:
             self._recent[name].extend(array(recent, name, np.float64, None).tolist())
 
 
-def summary_names() -> list[str]:
-    """The names of the numbers in `Totals.row`."""
-    return ["seconds", *(gauge.key for gauge in summary_gauges())]
+def summary_names(metrics: Sequence[str]) -> list[str]:
+    """The names of the numbers in `Totals.row`. ``metrics``: names of the test metrics."""
+    return ["seconds", *(gauge.key for gauge in summary_gauges(metrics))]

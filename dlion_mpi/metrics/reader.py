@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlion_mpi.config.target import Target
 from dlion_mpi.errors import UserError
 from dlion_mpi.metrics.check import FileCheck
 from dlion_mpi.metrics.files import find_files
+from dlion_mpi.metrics.names import main_metric
 from dlion_mpi.metrics.notes import Notes
 from dlion_mpi.metrics.rank import Rank, json_attribute, read_ranks
 
@@ -49,6 +51,23 @@ class Run:
     def strategy(self) -> str:
         """The configured strategy; "unknown" without a configuration."""
         return str(self.config.get("run.strategy", "unknown"))
+
+    @property
+    def target(self) -> Target | None:
+        """The target that was configured."""
+        earlier = self.config.get("run.target_accuracy")  # before targets had metrics
+        try:
+            text = f"accuracy>={earlier}" if earlier is not None else self.config.get("run.target")
+            return None if text is None else Target.parse(str(text))
+        except UserError:
+            return None
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the test metrics of all ranks, the main one first."""
+        found = list(dict.fromkeys(name for rank in self.ranks for name in rank.metrics))
+        main = main_metric(found)
+        return sorted(found, key=lambda name: name != main)
 
     @property
     def seconds(self) -> float:

@@ -184,7 +184,6 @@ class Gauge:
 GAUGES = [
     Gauge("time_s"),
     Gauge("step", "steps", Reduce.DONE, summary=True),
-    Gauge("accuracy", "accuracy", form=".2%", tag="test/accuracy", summary=True),
     Gauge("loss", "loss", Reduce.MEAN, ".3f", tag="training/loss", summary=True),
     Gauge("lbs", "batch", tag="batch/lbs"),
     Gauge("gbs", "batch", tag="batch/gbs"),
@@ -201,7 +200,10 @@ GAUGES = [
     Gauge("source", tag="transfer/source", live=False),
     Gauge("merged", tag="transfer/merged", live=False),
 ]
-"""The gauges, in the order of their columns. A narrow terminal omits the last ones."""
+"""The gauges, in the order of their columns. A narrow terminal omits the last ones.
+
+`metrics.gauges` adds one for each test metric of the run: the main one after the steps, the others at the end.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The series and means that reports and figures show: accuracy, parts of a step, links. Needs only NumPy and h5py."""
+"""The series and means that reports show: test metrics, parts of a step, links. Needs only NumPy and h5py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dlion_mpi.config.target import Target
 from dlion_mpi.metrics.files import Array, fitted
 from dlion_mpi.metrics.grid import Floats, Grid, nanmean
 from dlion_mpi.metrics.rank import Rank
@@ -18,8 +19,8 @@ from dlion_mpi.metrics.records import CHARTS, LINKS, STEPS, Chart
 
 
 @dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Test accuracy (0 to 1) of all workers after each evaluation, all (E,).
+class Curve:
+    """A test metric of all workers after each evaluation, all (E,).
 
     Each worker counts with its latest evaluation; the series begins when all have one. ``round_ends``: rows at which
     every worker has been evaluated once more. They are enough for a curve.
@@ -32,22 +33,25 @@ class Accuracy:
     high: Floats
     round_ends: npt.NDArray[np.bool_]
 
-    def reached_s(self, target: float) -> float | None:
-        """Seconds until the mean first reached ``target``; None if it never did."""
-        hits = np.flatnonzero(self.mean >= target)
+    def reached_s(self, target: Target) -> float | None:
+        """Seconds until the mean first reached ``target``, a bound of this metric; None if it never did."""
+        hits = np.flatnonzero([target.reached(value) for value in self.mean.tolist()])
         return float(self.time_s[hits[0]]) if len(hits) else None
 
-    def by_round(self) -> Accuracy:
+    def by_round(self) -> Curve:
         """Only the rows that end a round."""
-        return Accuracy(*(getattr(self, f.name)[self.round_ends] for f in dataclasses.fields(self)))
+        return Curve(*(getattr(self, f.name)[self.round_ends] for f in dataclasses.fields(self)))
 
 
-def accuracy(run: Run) -> Accuracy:
-    """Mean over the workers of the latest test accuracy, and the spread between them."""
+def curve(run: Run, metric: str) -> Curve:
+    """Mean over the workers of the latest value of a test metric, and the spread between them.
+
+    It is empty where a rank does not have the metric.
+    """
     events = sorted(
         (float(time_s), column, float(value))
         for column, rank in enumerate(run.ranks)
-        for time_s, value in zip(rank.evaluations["time_s"], tested(rank, "accuracy"), strict=True)
+        for time_s, value in zip(rank.evaluations["time_s"], tested(rank, metric), strict=True)
     )
     latest, fresh, ended_s = np.full(len(run.ranks), np.nan), set[int](), -math.inf
     # A worker that has left, or is late, must not end the curve of the others.
@@ -64,7 +68,7 @@ def accuracy(run: Run) -> Accuracy:
     if rows:
         round_ends[-1] = True
     time, mean, std, low, high = np.array(rows, dtype=float).reshape(len(rows), 5).T
-    return Accuracy(time, mean, std, low, high, np.array(round_ends, dtype=bool))
+    return Curve(time, mean, std, low, high, np.array(round_ends, dtype=bool))
 
 
 def tested(rank: Rank, metric: str) -> Array:

@@ -10,18 +10,20 @@ from importlib import resources
 from string import Template
 
 from dlion_mpi import __version__
+from dlion_mpi.config.target import Target
 from dlion_mpi.metrics.reader import Run, labels
 from dlion_mpi.report import colours, comparison, workers
 from dlion_mpi.report.settings import settings, summary
+from dlion_mpi.report.tests import metrics_of
 
 
-def render(runs: Sequence[Run], *, target: float | None) -> str:
-    """Render the page about some runs. ``target``: test accuracy (0 to 1) for the time to target."""
-    names = labels(runs)
+def render(runs: Sequence[Run], *, target: Target | None) -> str:
+    """Render the page about some runs. ``target``: for the time to target. Raises UserError."""
+    names, metrics = labels(runs), metrics_of(runs)
     rows, single = [], []
     for run, name in zip(runs, names, strict=True):
         found = workers.links_of(run)
-        rows.append(summary(run, found))
+        rows.append(summary(run, found, metrics))
         single.append({"label": name, "figures": workers.figures(run, found)})
     data = {
         "comparison": comparison.figures(runs, names, target),

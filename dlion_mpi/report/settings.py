@@ -8,18 +8,23 @@ from typing import Any
 
 import numpy as np
 
+from dlion_mpi.config.target import falls, is_share
 from dlion_mpi.metrics.grid import nanmean
 from dlion_mpi.metrics.reader import Run
-from dlion_mpi.metrics.series import Links, accuracy, part_names, step_parts
+from dlion_mpi.metrics.series import Links, curve, part_names, step_parts
+from dlion_mpi.report.tests import scaled
+from dlion_mpi.view.forms import text_of
 
 NONE = "–"
 EXPECTED_TO_DIFFER = ("run.out",)
 """Settings that are different in every run, so their difference is not marked."""
 
 
-def summary(run: Run, found: Sequence[Links]) -> dict[str, str]:
-    """The results of a run: text by column, whose name contains the unit. ``found``: `links` of its ranks."""
-    curve = accuracy(run)
+def summary(run: Run, found: Sequence[Links], metrics: Sequence[str]) -> dict[str, str]:
+    """The results of a run: text by column, whose name contains the unit.
+
+    ``found``: `links` of its ranks. ``metrics``: the test metrics that have columns, the main one first.
+    """
     steps = [len(rank.steps["step"]) for rank in run.ranks]
     samples = sum(float(np.nansum(rank.steps["lbs"])) for rank in run.ranks)
     bytes_sent = sum(float(np.nansum(own.bytes_sent)) for own in found)
@@ -33,13 +38,27 @@ def summary(run: Run, found: Sequence[Links]) -> dict[str, str]:
         "ended": "yes" if run.ended else "no",
         "time (s)": _number(run.seconds, 1),
         "steps": f"{min(steps)} to {max(steps)}" if min(steps) != max(steps) else str(steps[0]),
-        "accuracy ± std (%)": f"{100 * curve.mean[-1]:.2f} ± {100 * curve.std[-1]:.2f}" if len(curve.mean) else NONE,
-        "worst to best (%)": f"{100 * curve.low[-1]:.2f} to {100 * curve.high[-1]:.2f}" if len(curve.mean) else NONE,
+        **_tests(run, metrics),
         "loss": _number(float(np.mean(losses)) if losses else math.nan, 3),
         "samples/s": _number(samples / run.seconds if run.seconds else math.nan, 0),
         "waiting (%)": _number(100 * float(waiting), 1),
         "sent (MB)": _number(bytes_sent / 1e6, 1),
     }
+
+
+def _tests(run: Run, metrics: Sequence[str]) -> dict[str, str]:
+    """The last values of the test metrics; of the main one also those of the worst and the best worker."""
+    texts = {}
+    for n, metric in enumerate(metrics):
+        found, unit = curve(run, metric), " (%)" * is_share(metric)
+        form = ".2f" if is_share(metric) else ".4g"
+        last = [scaled(metric, part[-1:]) for part in (found.mean, found.std, found.low, found.high)]
+        mean, std, low, high = (text_of(float(part[0]), form) if len(part) else NONE for part in last)
+        texts[f"{metric} ± std{unit}"] = f"{mean} ± {std}" if len(found.mean) else NONE
+        if n == 0:
+            worst, best = (high, low) if falls(metric) else (low, high)
+            texts[f"worst to best{unit}"] = f"{worst} to {best}" if len(found.mean) else NONE
+    return texts
 
 
 def where(run: Run) -> str:

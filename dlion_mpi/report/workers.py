@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dlion_mpi.metrics.gauges import TEST
 from dlion_mpi.metrics.grid import Floats, Grid, grid, nanmean
 from dlion_mpi.metrics.reader import Run
 from dlion_mpi.metrics.records import CHARTS, LINKS, Chart
@@ -22,6 +23,7 @@ from dlion_mpi.metrics.series import (
 )
 from dlion_mpi.report.colours import part_colour
 from dlion_mpi.report.figure import EACH, ROWS, TIME, Figure, Series, bars, lines, numbers, series
+from dlion_mpi.report.tests import axis_of, key_of, scaled
 
 BAND = "the middle 80 %"
 LINK_POINTS = 80
@@ -34,7 +36,7 @@ def figures(run: Run, found: Sequence[Links] | None = None) -> list[Figure]:
     found = links_of(run) if found is None else found
     fine, on = grid(run), grid(run, LINK_POINTS)
     of_steps, to_peers, from_peers = _charts()
-    drawn = [_accuracy(run)]
+    drawn = [_test(run, metric) for metric in run.metrics]
     drawn += [_over_time(run, fine, chart, per_worker(run, fine, chart.measure)) for chart in of_steps]
     drawn.append(_parts(run))
     if run.workers > 1:
@@ -65,16 +67,15 @@ def _scaled(chart: Chart, values: Floats) -> Floats:
     return values / 1e6 if chart.rate else values
 
 
-def _accuracy(run: Run) -> Figure:
-    chart = Chart("accuracy", "accuracy-of-workers", "Test accuracy of each worker", "test accuracy (%)")
+def _test(run: Run, metric: str) -> Figure:
+    """The values of a test metric of each worker."""
+    chart = Chart(f"{TEST}{metric}", f"{key_of(metric)}-of-workers", f"Test {metric} of each worker", axis_of(metric))
+    tests = [(r, r.evaluations["time_s"], scaled(metric, tested(r, metric))) for r in run.ranks]
     if run.workers > EACH:
         width_s = max(evaluation_period_s(run), run.seconds / 200, 1e-3)
         on = Grid(width_s, 1 + int(run.seconds / width_s))
-        tests = [on.means(r.evaluations["time_s"], 100 * tested(r, "accuracy")) for r in run.ranks]
-        return _over_time(run, on, chart, np.array(tests))
-    drawn = [
-        series(_name(r.rank), r.rank, 100 * tested(r, "accuracy"), time_s=r.evaluations["time_s"]) for r in run.ranks
-    ]
+        return _over_time(run, on, chart, np.array([on.means(time_s, values) for _, time_s, values in tests]))
+    drawn = [series(_name(r.rank), r.rank, values, time_s=time_s) for r, time_s, values in tests]
     return lines(chart.key, chart.title, "Each worker tests its own weights.", chart.axis, [("", drawn)])
 
 

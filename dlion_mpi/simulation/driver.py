@@ -125,6 +125,7 @@ def drive(run: VirtualRun) -> list[Finish]:
             recorder=run.recorders[rank],
             clock=Clock(lambda: events.now_s),
             training_samples=run.shards[0].train_samples_global or 0,
+            metrics=run.metrics,
             reduce=partial(collectives.reduce, SUM),
         )
         worker.on_step = partial(_metered, run, worker)
@@ -142,7 +143,8 @@ def drive(run: VirtualRun) -> list[Finish]:
     for process in processes:
         worker = process.worker
         worker.replica.finish()
-        worker.evaluator.submit(worker.step, process.ended_s, worker.replica.knowledge())
+        if worker.metrics:
+            worker.evaluator.submit(worker.step, process.ended_s, worker.replica.knowledge())
     return [_finish(process) for process in processes]
 
 

@@ -83,14 +83,15 @@ def train_together(run: VirtualRun) -> list[Finish]:
             _step(group, gbs)
             _take(group, evaluator.poll())
             due = group.now_s - group.evaluated_s >= (every.seconds or math.inf)
-            if due or (every.steps is not None and group.step % every.steps == 0):
+            if run.metrics and (due or (every.steps is not None and group.step % every.steps == 0)):
                 group.evaluated_s = group.now_s
                 statistics.average(run.replicas, group.shares)
                 evaluator.submit(group.step, group.now_s, run.replicas[0].knowledge())
     statistics.average(run.replicas, group.shares)
     run.replicas[0].finish()
-    evaluator.submit(group.step, group.now_s, run.replicas[0].knowledge())
-    _take(group, evaluator.poll(wait=True))
+    if run.metrics:
+        evaluator.submit(group.step, group.now_s, run.replicas[0].knowledge())
+        _take(group, evaluator.poll(wait=True))
     return [_finish(group, rank) for rank in range(workers)]
 
 
@@ -163,17 +164,15 @@ def _take(group: Group, evaluations: Sequence[Evaluation]) -> None:
         group.evaluations.append(evaluation)
         for recorder in group.run.recorders:
             recorder.evaluation(evaluation)
-        if (
-            group.run.config.target_accuracy is not None
-            and evaluation.metrics["accuracy"] >= group.run.config.target_accuracy
-        ):
-            group.stop_reason = group.stop_reason or "target accuracy reached"
+        target = group.run.config.target
+        if target is not None and target.reached(evaluation.metrics[target.metric]):
+            group.stop_reason = group.stop_reason or f"target {target} reached"
 
 
 def _finish(group: Group, rank: int) -> Finish:
-    accuracy = group.evaluations[-1].metrics["accuracy"]
+    test = group.evaluations[-1].metrics if group.evaluations else {}
     return Finish(
-        row=group.totals[rank].row(group.now_s, step=group.step, accuracy=accuracy, bytes_sent=0),
+        row=group.totals[rank].row(group.now_s, test, step=group.step, bytes_sent=0),
         evaluations=group.evaluations,
         stop_reason=group.stop_reason,
         exit_code=group.exit_code,

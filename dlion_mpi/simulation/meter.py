@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -12,7 +12,9 @@ import numpy as np
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.log import say
+from dlion_mpi.metrics.names import main_metric
 from dlion_mpi.metrics.records import Evaluation, StepRecord
+from dlion_mpi.view.lines import named_metric
 from dlion_mpi.view.live import EVERY_S, Reporter, draw, goal_of
 from dlion_mpi.view.snapshot import RankSnapshot, Snapshot
 from dlion_mpi.view.terminal import Terminal
@@ -21,14 +23,32 @@ from dlion_mpi.view.terminal import Terminal
 class Meter:
     """Prints a line every ``every_s`` seconds of real time (0: never), or draws a view in ``terminal``."""
 
-    def __init__(self, workers: int, config: Config, *, every_s: float, terminal: Terminal | None, title: str) -> None:
+    def __init__(
+        self,
+        workers: int,
+        config: Config,
+        metrics: tuple[str, ...],
+        *,
+        every_s: float,
+        terminal: Terminal | None,
+        title: str,
+    ) -> None:
         self.steps = [0] * workers
-        self.accuracies = [math.nan] * workers
+        self._metrics = metrics
+        self._tests: list[Mapping[str, float]] = [{}] * workers
+        """The latest test of each worker."""
         self._every_s, self._said_s = every_s, time.monotonic()
         self._terminal, self._title, self._goal, self._begun_s = terminal, title, goal_of(config), self._said_s
         self._snapshots: dict[int, RankSnapshot] = {}
         self._reporters = [
-            Reporter(rank, workers, EVERY_S, partial(self._accuracy, rank), partial(self._snapshots.__setitem__, rank))
+            Reporter(
+                rank,
+                workers,
+                EVERY_S,
+                metrics,
+                partial(self._tests.__getitem__, rank),
+                partial(self._snapshots.__setitem__, rank),
+            )
             for rank in range(workers)
         ]
 
@@ -41,17 +61,18 @@ class Meter:
         """Count a step of a worker."""
         self.steps[rank] = record.step + 1
         if evaluations:
-            self.accuracies[rank] = evaluations[-1].metrics["accuracy"]
+            self._tests[rank] = evaluations[-1].metrics
         if self._terminal is not None:
             self._reporters[rank](record)
         elif self._every_s and time.monotonic() - self._said_s >= self._every_s:
             self._said_s = time.monotonic()
-            known = [a for a in self.accuracies if not math.isnan(a)]
-            tested = f"  accuracy {np.mean(known):.1%}" if known else ""
-            say(f"{record.time_s:8.1f} virtual s  steps {min(self.steps)} to {max(self.steps)}{tested}")
+            say(f"{record.time_s:8.1f} virtual s  steps {min(self.steps)} to {max(self.steps)}{self._tested()}")
 
-    def _accuracy(self, rank: int) -> float:
-        return self.accuracies[rank]
+    def _tested(self) -> str:
+        """The mean of the main test metric over the workers that were tested."""
+        main = main_metric(self._metrics)
+        known = [test[main] for test in self._tests if main in test] if main is not None else []
+        return f"  {named_metric(str(main), float(np.mean(known)))}" if known else ""
 
     def _snapshot(self) -> Snapshot:
         ranks = [snapshot for _, snapshot in sorted(dict(self._snapshots).items())]
@@ -62,6 +83,7 @@ class Meter:
             ranks=ranks,
             goal=self._goal,
             elapsed_s=elapsed_s,
+            metrics=self._metrics,
             virtual=True,
             real_s_per_s=(time.monotonic() - self._begun_s) / elapsed_s if elapsed_s else math.nan,
         )

@@ -18,6 +18,7 @@ from dlion_mpi.learner import backend, models
 from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.shards import Shard, check_alike, load_shards
 from dlion_mpi.log import say
+from dlion_mpi.metrics.names import check_names
 from dlion_mpi.microcloud.environments import Environment
 from dlion_mpi.simulation.evaluate import Tests, VirtualEvaluator
 from dlion_mpi.simulation.meter import Meter
@@ -30,7 +31,8 @@ from dlion_mpi.view.live import terminal_for, title_of
 class VirtualRun:
     """A run in virtual time. By rank: ``shards``, ``replicas``, ``batches``, ``recorders``.
 
-    ``pool``: threads that compute gradients while the events continue. ``test_pool``: threads that test accuracy.
+    ``pool``: threads that compute gradients while the events continue. ``test_pool``: threads that test.
+    ``metrics``: names of the test metrics.
     """
 
     config: Config
@@ -43,6 +45,7 @@ class VirtualRun:
     pool: ThreadPoolExecutor
     test_pool: ThreadPoolExecutor
     meter: Meter
+    metrics: tuple[str, ...]
     tests: Tests = field(init=False)
     complete: bool = False
     """Whether the run has ended as intended; the recorders write it down."""
@@ -74,8 +77,7 @@ class VirtualRun:
 
     def evaluator(self) -> VirtualEvaluator:
         """A new evaluator for one worker's snapshots."""
-        at_once = self.config.target_accuracy is not None
-        return VirtualEvaluator(self.tests, at_once=at_once)
+        return VirtualEvaluator(self.tests, at_once=self.config.target is not None)
 
 
 def prepare(
@@ -106,6 +108,8 @@ def prepare(
     backend.start(1, concurrent=threads)  # one thread for each operation: its sums then have one order only
     shared = SharedReplica(models.trainable(config, shards[0], model), tests=next(shards[0].tests(2), None))
     check_gradients(config.strategy, exchanges, shared.takes_gradients)
+    metrics = shared.metric_names
+    check_names(metrics, config.target, config.best)
     new_folder(config)
     if report:
         say(
@@ -121,16 +125,18 @@ def prepare(
         shared=shared,
         replicas=[VirtualReplica(shared, rank) for rank in range(workers)],
         batches=[Batches(shard, seed=config.seed, rank=rank) for rank, shard in enumerate(shards)],
-        recorders=_recorders(config, environment, shards, shared.metric_names),
+        recorders=_recorders(config, environment, shards, metrics),
         pool=ThreadPoolExecutor(threads, thread_name_prefix="compute"),
         test_pool=ThreadPoolExecutor(threads, thread_name_prefix="test"),
         meter=Meter(
             workers,
             config,
+            metrics,
             every_s=config.progress_every if report else 0.0,
             terminal=terminal_for(config) if report else None,
             title=title_of(config, "worker", workers, more=[environment.name]),
         ),
+        metrics=metrics,
     )
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+from dlion_mpi.config.target import is_share
+from dlion_mpi.metrics.names import form_of
+
 UNKNOWN = "-"
 
 
@@ -18,6 +21,11 @@ def text_of(value: float, form: str) -> str:
     if form == "bytes/s":
         return f"{size(value)}/s" if value > 0 else UNKNOWN
     return format(value, form)
+
+
+def metric_text(metric: str, value: float) -> str:
+    """Format the value of a test metric in short: ``41.0%`` of an accuracy, else four digits."""
+    return text_of(value, ".1%" if is_share(metric) else form_of(metric))
 
 
 def duration(seconds: float) -> str:

@@ -146,7 +146,7 @@ def _silence(seconds: float) -> str:
 def snapshot(run: Run, state: str = "") -> Snapshot:
     """The latest moment of a run that was read."""
     steps = run.config.get("run.steps")
-    seconds, target = run.config.get("run.seconds"), run.config.get("run.target_accuracy")
+    seconds, target = run.config.get("run.seconds"), run.target
     if steps is None and seconds is None and target is None and run.config:
         steps = 1000  # see Config.last_step
     words = [run.config.get(f"{table}.{key}") for table, key in (("run", "sync"), ("model", "model"), ("data", "data"))]
@@ -155,9 +155,10 @@ def snapshot(run: Run, state: str = "") -> Snapshot:
     return Snapshot(
         title=f"dlion: {title}",
         workers=run.workers,
-        ranks=[rank_snapshot(rank) for rank in run.ranks],
+        ranks=[rank_snapshot(rank, run.metrics) for rank in run.ranks],
         goal=Goal(math.inf if steps is None else float(steps), seconds, target),
         elapsed_s=run.seconds,
+        metrics=run.metrics,
         virtual=run.environment is not None,
         real_s_per_s=1.0 if run.environment is None else _real_s(run) / (run.seconds or math.nan),
         state=state,
@@ -174,17 +175,16 @@ def _real_s(run: Run) -> float:
         return math.nan
 
 
-def rank_snapshot(rank: Rank) -> RankSnapshot:
-    """The latest moment of a rank."""
-    times, accuracies = rank.steps["time_s"], tested(rank, "accuracy")
+def rank_snapshot(rank: Rank, metrics: Sequence[str]) -> RankSnapshot:
+    """The latest moment of a rank, in a run with these test metrics."""
+    times, tests = rank.steps["time_s"], {name: tested(rank, name) for name in metrics}
     recent = times >= times[-1] - WINDOW_S if len(times) else np.zeros(0, bool)
     columns = {name: values[recent] for name, values in rank.steps.items()}
-    accuracy = float(accuracies[-1]) if len(accuracies) else None
     links = rank.links()
     return snapshot_of(
         rank.rank,
         columns,
-        accuracy,
+        {name: float(values[-1]) if len(values) else math.nan for name, values in tests.items()},
         {gauge.key: _latest_by_peer(links[gauge.measure], rank.workers) for gauge in link_gauges()},
     )
 

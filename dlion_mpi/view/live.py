@@ -11,7 +11,7 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -30,7 +30,8 @@ EVERY_S = 1.0
 class Reporter:
     """Called after every step of a rank; hands on a snapshot every ``every_s`` seconds (0: never).
 
-    ``accuracy``: of the latest evaluation. ``show``: what gets the snapshots.
+    ``metrics``: names of the test metrics. ``test``: returns those of the latest evaluation. ``show``: takes the
+    snapshots.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Reporter:
         rank: int,
         workers: int,
         every_s: float,
-        accuracy: Callable[[], float | None],
+        metrics: Sequence[str],
+        test: Callable[[], Mapping[str, float]],
         show: Callable[[RankSnapshot], None],
     ) -> None:
-        self._tally, self._accuracy, self._show = Tally(rank, workers), accuracy, show
+        self._tally, self._test, self._show = Tally(rank, workers, metrics), test, show
         self._every_s, self._shown_s = every_s, time.monotonic()
 
     def __call__(self, record: StepRecord) -> None:
@@ -52,7 +54,7 @@ class Reporter:
         now_s = time.monotonic()
         if now_s - self._shown_s >= self._every_s:
             self._shown_s = now_s
-            self._show(self._tally.take(self._accuracy()))
+            self._show(self._tally.take(self._test()))
 
 
 def print_line(rank: RankSnapshot) -> None:
@@ -70,7 +72,7 @@ def terminal_for(config: Config) -> Terminal | None:
 
 def goal_of(config: Config) -> Goal:
     """The end of a run with this configuration."""
-    return Goal(config.last_step, config.seconds, config.target_accuracy)
+    return Goal(config.last_step, config.seconds, config.target)
 
 
 class Reports(Protocol):
@@ -94,9 +96,9 @@ def show_progress(
     A collective operation: every rank enters, before the progress thread owns MPI. ``gather``: a number of every rank,
     (n, 1).
     """
-    config, rank = worker.config, worker.rank
+    config, rank, metrics = worker.config, worker.rank, worker.metrics
     terminal = terminal_for(config) if rank == 0 else None
-    reporter = functools.partial(Reporter, rank, workers, accuracy=worker.last_accuracy)
+    reporter = functools.partial(Reporter, rank, workers, metrics=metrics, test=worker.last_test)
     view: AbstractContextManager[None] = contextlib.nullcontext()
     if not gather(float(terminal is not None))[0, 0]:
         worker.on_step = reporter(config.progress_every, show=print_line)
@@ -105,12 +107,19 @@ def show_progress(
     else:
         own: dict[int, RankSnapshot] = {}
         worker.on_step = reporter(EVERY_S, show=functools.partial(own.__setitem__, 0))
-        links.expect_reports(vector_length(workers))
+        links.expect_reports(vector_length(workers, metrics))
 
         def snapshot() -> Snapshot:
-            others = [RankSnapshot.from_vector(peer, vector) for peer, vector in sorted(dict(links.reports).items())]
-            ranks = [*own.values(), *others]
-            return Snapshot(title=title, workers=workers, ranks=ranks, goal=goal_of(config), elapsed_s=worker.now_s())
+            reports = sorted(dict(links.reports).items())
+            others = [RankSnapshot.from_vector(peer, vector, metrics) for peer, vector in reports]
+            return Snapshot(
+                title=title,
+                workers=workers,
+                ranks=[*own.values(), *others],
+                goal=goal_of(config),
+                elapsed_s=worker.now_s(),
+                metrics=metrics,
+            )
 
         view = draw(terminal, snapshot)
     with view:

@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dlion_mpi.metrics.gauges import link_gauges, rank_gauges
+from dlion_mpi.metrics.names import main_metric
 from dlion_mpi.metrics.records import Gauge
-from dlion_mpi.view.forms import clock, text_of
-from dlion_mpi.view.lines import progress_line
+from dlion_mpi.view.forms import clock, metric_text, text_of
+from dlion_mpi.view.lines import named_metric, progress_line
 from dlion_mpi.view.snapshot import LinkSnapshot, RankSnapshot, Snapshot
 
 Cells = list[str]
@@ -37,7 +38,7 @@ def view(snapshot: Snapshot, width: int, height: int) -> RenderableType:
         parts += notes[: height // 6]
     ranks, links = list(snapshot.ranks), _slowest_first(snapshot.links())
     for_ranks, for_links = _split(height - len(parts), len(ranks), len(links))
-    columns = [["rank", *(str(rank.rank) for rank in ranks)], *_columns(rank_gauges(), ranks)]
+    columns = [["rank", *(str(rank.rank) for rank in ranks)], *_columns(rank_gauges(snapshot.metrics), ranks)]
     parts += _table(columns, for_ranks, width, "ranks")
     shown = sorted(links[: max(0, for_links - 2)] if len(links) >= for_links else links, key=_ends)
     columns = [["link", *(f"{link.source}->{link.target}" for link in shown)], *_columns(link_gauges(), shown)]
@@ -80,12 +81,12 @@ def _status(snapshot: Snapshot) -> list[str]:
     words.append(elapsed if goal.seconds is None else f"{elapsed} of {clock(goal.seconds)}")
     if left_s is not None and not snapshot.state:
         words.append(f"{clock(left_s)} left")
-    if goal.target_accuracy is not None or math.isfinite(snapshot.accuracy):
-        target = "" if goal.target_accuracy is None else f"{goal.target_accuracy:.1%} wanted"
-        if math.isfinite(snapshot.accuracy):
-            words.append(f"accuracy {snapshot.accuracy:.1%}{target and ' of '}{target}")
-        else:
-            words.append(f"no accuracy yet, {target}")
+    metric = main_metric(snapshot.metrics) if goal.target is None else goal.target.metric
+    if metric is not None:
+        said = named_metric(metric, snapshot.mean(metric)) if metric in snapshot.metrics else ""
+        if goal.target is not None:
+            said = f"{said or f'no {metric} yet'}, target {metric_text(metric, goal.target.value)}"
+        words += [said] if said else []
     return [f"{word};" for word in words[:-1]] + words[-1:] + ([f"({snapshot.state})"] if snapshot.state else [])
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.metrics.gauges import link_gauges, rank_gauges, reduced
+from dlion_mpi.config.target import Target
+from dlion_mpi.metrics.gauges import as_gauges, link_gauges, metric_gauge, rank_gauges, reduced
 from dlion_mpi.metrics.records import LINKS, STEPS, StepRecord
 
 Numbers = npt.NDArray[np.float64]
@@ -25,7 +26,7 @@ Numbers = npt.NDArray[np.float64]
 class RankSnapshot:
     """The latest numbers of one rank, by gauge. NaN stands for what is not known.
 
-    ``numbers``: over the latest steps. ``links``: by peer, (n,), of the latest message.
+    ``numbers``: over the latest steps, and of the latest test. ``links``: by peer, (n,), of the latest message.
     """
 
     rank: int
@@ -40,25 +41,26 @@ class RankSnapshot:
         return np.concatenate([list(self.numbers.values()), *self.links.values()])
 
     @classmethod
-    def from_vector(cls, rank: int, vector: Numbers) -> RankSnapshot:
-        """Inverse of `to_vector`. Raises ValueError for a vector of another length."""
-        own, links = [gauge.key for gauge in rank_gauges()], [gauge.key for gauge in link_gauges()]
+    def from_vector(cls, rank: int, vector: Numbers, metrics: Sequence[str]) -> RankSnapshot:
+        """Inverse of `to_vector`, for a run with these test metrics. Raises ValueError for another length."""
+        own, links = [gauge.key for gauge in rank_gauges(metrics)], [gauge.key for gauge in link_gauges()]
         rows = vector[len(own) :].reshape(len(links), -1)
         numbers = dict(zip(own, vector[: len(own)].tolist(), strict=True))
         return cls(rank, numbers, dict(zip(links, rows, strict=True)))
 
 
-def vector_length(workers: int) -> int:
+def vector_length(workers: int, metrics: Sequence[str]) -> int:
     """Length of a rank's vector."""
-    return len(rank_gauges()) + len(link_gauges()) * workers
+    return len(rank_gauges(metrics)) + len(link_gauges()) * workers
 
 
 @dataclass(slots=True)
 class Tally:
-    """Collects the steps of one rank between two snapshots."""
+    """Collects the steps of one rank between two snapshots. ``metrics``: names of the test metrics."""
 
     rank: int
     workers: int
+    metrics: Sequence[str] = ()
     _steps: list[StepRecord] = field(default_factory=list)
     _links: dict[str, Numbers] = field(init=False)
 
@@ -75,23 +77,27 @@ class Tally:
             for peer, value in getattr(record, gauge.measure).items():
                 self._links[gauge.key][peer] = value
 
-    def take(self, accuracy: float | None) -> RankSnapshot:
-        """Reduce the steps since the last call to a snapshot. ``accuracy``: of the latest evaluation, 0 to 1."""
+    def take(self, test: Mapping[str, float]) -> RankSnapshot:
+        """Reduce the steps since the last call to a snapshot. ``test``: metrics of the latest evaluation."""
         columns = {name: [getattr(record, name) for record in self._steps] for name in STEPS}
         self._steps = []
         links = {name: values.copy() for name, values in self._links.items()}
-        return snapshot_of(self.rank, columns, accuracy, links)
+        return snapshot_of(self.rank, columns, {name: test.get(name, math.nan) for name in self.metrics}, links)
 
 
 def snapshot_of(
     rank: int,
     columns: Mapping[str, Sequence[float] | npt.NDArray[Any]],
-    accuracy: float | None,
+    test: Mapping[str, float],
     links: Mapping[str, Numbers],
 ) -> RankSnapshot:
-    """The snapshot of a rank. ``columns``: measures of its latest steps, (T,). ``links``: gauges by peer, (n,)."""
-    known = reduced(columns) | {"accuracy": math.nan if accuracy is None else accuracy}
-    return RankSnapshot(rank, {gauge.key: known[gauge.key] for gauge in rank_gauges()}, links)
+    """The snapshot of a rank.
+
+    ``columns``: measures of its latest steps, (T,). ``test``: all metrics, NaN before the first evaluation.
+    ``links``: gauges by peer, (n,).
+    """
+    known = reduced(columns) | as_gauges(test)
+    return RankSnapshot(rank, {gauge.key: known[gauge.key] for gauge in rank_gauges(list(test))}, links)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +118,16 @@ class Goal:
 
     steps: float = math.inf
     seconds: float | None = None
-    target_accuracy: float | None = None
+    target: Target | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """A whole run.
 
-    ``ranks``: those that are known, of ``workers``. ``elapsed_s``: since training began. ``virtual``: whether these are
-    seconds of a simulation, which take ``real_s_per_s`` real seconds each. ``state``: a remark on the run.
-    ``notes``: further lines.
+    ``ranks``: those that are known, of ``workers``. ``metrics``: names of the test metrics. ``elapsed_s``: since
+    training began. ``virtual``: whether these are seconds of a simulation, which take ``real_s_per_s`` real seconds
+    each. ``state``: a remark on the run. ``notes``: further lines.
     """
 
     title: str
@@ -129,15 +135,16 @@ class Snapshot:
     ranks: Sequence[RankSnapshot]
     goal: Goal
     elapsed_s: float
+    metrics: Sequence[str] = ()
     virtual: bool = False
     real_s_per_s: float = 1.0
     state: str = ""
     notes: Sequence[str] = ()
 
-    @property
-    def accuracy(self) -> float:
-        """Mean accuracy of the ranks that were evaluated; NaN before the first evaluation."""
-        known = [rank["accuracy"] for rank in self.ranks if math.isfinite(rank["accuracy"])]
+    def mean(self, metric: str) -> float:
+        """Mean of a test metric over the ranks that were evaluated; NaN before the first evaluation."""
+        name = metric_gauge(metric).key
+        known = [rank[name] for rank in self.ranks if math.isfinite(rank[name])]
         return float(np.mean(known)) if known else math.nan
 
     def share(self) -> float | None:
@@ -153,8 +160,7 @@ class Snapshot:
     def left_s(self) -> float | None:
         """Real seconds that are left at the current pace; None if unknown.
 
-        The slowest rank decides, since the others wait for it before they leave. A target accuracy may end the run
-        earlier.
+        The slowest rank decides, since the others wait for it before they leave. A target may end the run earlier.
         """
         left = []
         if math.isfinite(self.goal.steps) and self.ranks:
@@ -169,14 +175,16 @@ class Snapshot:
         ranks = [[rank.rank, *rank.to_vector().tolist()] for rank in self.ranks]
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | {
             "ranks": ranks,
-            "goal": dataclasses.asdict(self.goal),
+            "goal": dataclasses.asdict(self.goal) | {"target": self.goal.target and str(self.goal.target)},
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Snapshot:
         """Inverse of `to_json`."""
-        ranks = [RankSnapshot.from_vector(int(rank), np.array(numbers)) for rank, *numbers in values["ranks"]]
-        return cls(**{**values, "ranks": ranks, "goal": Goal(**values["goal"])})
+        metrics, goal = tuple(values["metrics"]), values["goal"]
+        ranks = [RankSnapshot.from_vector(int(rank), np.array(own), metrics) for rank, *own in values["ranks"]]
+        target = goal["target"] and Target.parse(goal["target"])
+        return cls(**{**values, "metrics": metrics, "ranks": ranks, "goal": Goal(**{**goal, "target": target})})
 
     def links(self) -> list[LinkSnapshot]:
         """The links that carried something, by source and target."""

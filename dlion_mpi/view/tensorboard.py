@@ -15,7 +15,7 @@ from typing import Any
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner import tensorflow
 from dlion_mpi.log import say
-from dlion_mpi.metrics.gauges import link_gauges, rank_gauges
+from dlion_mpi.metrics.gauges import as_gauges, link_gauges, rank_gauges
 from dlion_mpi.metrics.recorder import NoRecorder, Recorder
 from dlion_mpi.metrics.records import GAUGES, LINKS, STEPS, Evaluation, StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
@@ -58,7 +58,7 @@ def scalars(snapshot: RankSnapshot) -> dict[str, float]:
 def event_scalars(record: Evaluation | Transfer) -> dict[str, float]:
     """The gauges of an evaluation or a transfer by tag."""
     if isinstance(record, Evaluation):
-        return {f"test/{name}": value for name, value in record.metrics.items() if math.isfinite(value)}
+        return {tag: value for tag, value in as_gauges(record.metrics).items() if not math.isnan(value)}
     shown = [gauge for gauge in GAUGES if gauge.tag and gauge.measure not in STEPS and hasattr(record, gauge.measure)]
     return {gauge.tag: float(getattr(record, gauge.measure)) for gauge in shown}
 
@@ -142,7 +142,7 @@ class TensorBoard:
         self._recorder.close(complete=complete)
 
     def _point(self, time_s: float) -> None:
-        snapshot = self._tally.take(None)
+        snapshot = self._tally.take({})
         self._written_s = time_s
         self._write(int(snapshot["step"]), time_s, scalars(snapshot))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dlion_mpi.config.options import Config
+from dlion_mpi.config.target import Target
 from dlion_mpi.errors import UserError
 from dlion_mpi.strategies.hop import Hop
 from dlion_mpi.strategies.registry import resolve
@@ -335,7 +336,7 @@ def test_what_is_due_in_a_step_that_is_left_out_is_done_after_it() -> None:
         staleness=4,
         max_gap=12,
         skip=10,
-        target_accuracy=0.99,
+        target=Target("accuracy", ">=", 0.99),
     )
     weather = Weather(seed=1, slow=2, slowness=60)
     result = trained(

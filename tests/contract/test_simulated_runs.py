@@ -15,6 +15,7 @@ import pytest
 from dlion_mpi.algorithms.ring import ring_bytes
 from dlion_mpi.config.fields import Every
 from dlion_mpi.config.options import Config
+from dlion_mpi.config.target import Target
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner.batch import Batch, joined
 from dlion_mpi.learner.batches import Batches
@@ -50,7 +51,7 @@ BALANCED = [58, 29, 9]
 def config(**options: Any) -> Config:
     """Digits, the small model, and ends and periods that suit a test."""
     small = {"data": "digits", "model": "tests.nets:dense", "evaluate_every": Every(steps=10)}
-    if not {"steps", "seconds", "target_accuracy"} & set(options):
+    if not {"steps", "seconds", "target"} & set(options):
         small["steps"] = 12
     return options_config(**(small | options))
 
@@ -484,8 +485,8 @@ def test_hop_s_laggard_skips_and_the_others_do_not_wait(tmp_path: Path) -> None:
 
 
 def test_a_target_ends_the_run() -> None:
-    outcome = simulate(config(target_accuracy=0.5), cloud(), report=False)
-    assert outcome.summary["stopped"] == "target accuracy reached"
+    outcome = simulate(config(target=Target("accuracy", ">=", 0.5)), cloud(), report=False)
+    assert outcome.summary["stopped"] == "target accuracy>=0.5 reached"
     assert outcome.summary["target_reached_s"] is not None
     assert outcome.summary["target_reached_s"] <= outcome.summary["seconds"]
 

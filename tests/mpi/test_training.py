@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from dlion_mpi.config.target import Target
 from dlion_mpi.learner import backend
 from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.models import build
@@ -100,7 +101,7 @@ def test_after_a_sum_all_replicas_are_equal_bit_for_bit(world: MPI.Intracomm) ->
     "options",
     [
         {"steps": None, "seconds": 1.5},
-        {"steps": 2000, "target_accuracy": 0.6, "evaluate_every": "10"},
+        {"steps": 2000, "target": Target("accuracy", ">=", 0.6), "evaluate_every": "10"},
         {"steps": 50, "learning_rate": 1e30},
     ],
     ids=["seconds", "target", "not-finite"],
@@ -110,7 +111,7 @@ def test_where_gradients_are_summed_all_end_after_the_same_step(
 ) -> None:
     outcome = train(strategy="allreduce", out=str(shared_folder), **options)
     assert outcome.exit_code == (1 if "learning_rate" in options else 0)
-    assert (outcome.summary["target_reached_s"] is not None) == ("target_accuracy" in options)
+    assert (outcome.summary["target_reached_s"] is not None) == ("target" in options)
     assert outcome.summary["seconds"] < 60
     world.Barrier()
     steps = set()
@@ -298,8 +299,8 @@ def test_a_time_limit_ends_all_ranks_together(world: MPI.Intracomm, sync: str, s
 
 @pytest.mark.mpi
 def test_a_target_ends_the_run_and_says_when(world: MPI.Intracomm) -> None:
-    result = train(steps=2000, target_accuracy=0.6, evaluate_every="10").summary
-    assert result["stopped"] == "target accuracy reached"
+    result = train(steps=2000, target=Target("accuracy", ">=", 0.6), evaluate_every="10").summary
+    assert result["stopped"] == "target accuracy>=0.6 reached"
     assert result["steps"] < 2000
     assert 0 < result["target_reached_s"] <= result["seconds"]
 

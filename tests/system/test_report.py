@@ -116,10 +116,10 @@ def test_every_figure_has_its_chart(browser: Any, page: Path) -> None:
         assert "NaN" not in svg, key
     # What was measured is drawn: lines of every run, a bar for each, numbers in the cells, a box for each transfer.
     for colour in LIGHT[:3]:
-        assert colour in drawn["accuracy"]
+        assert colour in drawn["test-accuracy"]
         assert colour in drawn["target"]
     for name in NAMES:
-        assert name in drawn["accuracy"]
+        assert name in drawn["test-accuracy"]
         assert name in drawn["target"]
     shown = next(f for f in data["runs"][0]["figures"] if f["key"] == "matrix")
     value = shown["values"][0][1]
@@ -191,8 +191,8 @@ def test_every_chart_has_its_numbers_under_it(browser: Any, page: Path) -> None:
         assert rows, key
         assert all(len(row) == len(head) for row in rows), key
         assert "(" in " ".join(head), f"{key} has no unit"
-    accuracy = next(f for f in data["comparison"] if f["key"] == "accuracy")["panels"][0]["series"][0]
-    assert tables["accuracy"][1][0] == [
+    accuracy = next(f for f in data["comparison"] if f["key"] == "test-accuracy")["panels"][0]["series"][0]
+    assert tables["test-accuracy"][1][0] == [
         "dlion",
         *(f"{number:g}" for number in (accuracy["t"][0], accuracy["y"][0], accuracy["low"][0], accuracy["high"][0])),
     ]
@@ -208,14 +208,14 @@ def test_light_and_dark(browser: Any) -> None:
     shown = charts(browser)
     for key, svg in shown.items():
         assert not any(colour in svg for colour in LIGHT), key
-    assert DARK[0] in shown["accuracy"]
+    assert DARK[0] in shown["test-accuracy"]
     browser.find_element("css selector", "#theme option[value=light]").click()
     assert background(browser) == "rgb(255, 255, 255)"
-    assert DARK[0] not in charts(browser)["accuracy"]
+    assert DARK[0] not in charts(browser)["test-accuracy"]
     assert list(charts(browser)) == list(light)
     media(browser, features=[])
     browser.find_element("css selector", "#theme option[value=dark]").click()
-    assert DARK[0] in charts(browser)["accuracy"]
+    assert DARK[0] in charts(browser)["test-accuracy"]
 
 
 def test_on_paper_it_is_light_and_fits(browser: Any) -> None:
@@ -225,29 +225,29 @@ def test_on_paper_it_is_light_and_fits(browser: Any) -> None:
     assert pdf.startswith(b"%PDF")
     assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 9
     assert background(browser) == "rgb(22, 24, 29)"  # back on the screen
-    assert DARK[0] in charts(browser)["accuracy"]
+    assert DARK[0] in charts(browser)["test-accuracy"]
     browser.execute_script("dispatchEvent(new Event('beforeprint'))")  # what browsers without a media event send
-    assert LIGHT[0] in charts(browser)["accuracy"]
+    assert LIGHT[0] in charts(browser)["test-accuracy"]
     browser.execute_script("dispatchEvent(new Event('afterprint'))")
-    assert DARK[0] in charts(browser)["accuracy"]
+    assert DARK[0] in charts(browser)["test-accuracy"]
     media(browser, media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     assert background(browser) == "rgb(255, 255, 255)"
     paper = charts(browser)
     widths = {key: int(re.search(r'width="(\d+)"', svg)[1]) for key, svg in paper.items() if svg}  # type: ignore[index]
     assert max(widths.values()) <= 703  # A4 less margins of 12 mm
-    assert widths["rate"] > 2 * widths["accuracy"]
-    assert LIGHT[0] in paper["accuracy"]
+    assert widths["rate"] > 2 * widths["test-accuracy"]
+    assert LIGHT[0] in paper["test-accuracy"]
     assert not browser.find_element("css selector", "#theme").is_displayed()
 
 
 def test_on_a_small_screen_nothing_is_cut_off(browser: Any) -> None:
-    before = charts(browser)["accuracy"]
+    before = charts(browser)["test-accuracy"]
     browser.set_window_size(600, 900)
     try:
         # The charts are drawn anew with the frame after the one in which the window has its new width.
         fits = "return innerWidth <= 600 && document.documentElement.scrollWidth <= innerWidth"
         WebDriverWait(browser, 20).until(lambda _: browser.execute_script(fits))
-        assert charts(browser)["accuracy"] != before
+        assert charts(browser)["test-accuracy"] != before
     finally:
         browser.set_window_size(1280, 900)
 
@@ -259,7 +259,7 @@ def test_the_tooltip_shows_names_as_they_are(driver: Any, tmp_path: Path) -> Non
     folders = [str(runfiles.make_run(tmp_path / name, config=config, host=evil)) for name in ("<i>a", "<i>b")]
     assert run(None, "dlion", "report", *folders, "-o", str(out)).code == 0
     driver.get(out.as_uri())
-    chart = driver.find_element("css selector", "#figure-accuracy .chart")
+    chart = driver.find_element("css selector", "#figure-test-accuracy .chart")
 
     def shows_names(_: Any) -> bool:
         webdriver.ActionChains(driver).move_to_element(chart).perform()

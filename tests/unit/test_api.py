@@ -49,7 +49,7 @@ def test_a_type_of_fit_is_that_of_the_option(name: str) -> None:
     alternatives = set(typing.get_args(hint)) if typing.get_origin(hint) in (types.UnionType, typing.Union) else {hint}
     assert (type(None) in alternatives) == (f.default is None)
     alternatives.discard(type(None))
-    kinds: dict[str, Any] = {"int": {int}, "float": {float}, "str": {str}, "Every": {int, str}}
+    kinds: dict[str, Any] = {"int": {int}, "float": {float}, "str": {str}, "Every": {int, str}, "Target": {str}}
     if f.metadata["choices"]:
         assert alternatives == {Literal[f.metadata["choices"]]}
     else:
@@ -59,9 +59,7 @@ def test_a_type_of_fit_is_that_of_the_option(name: str) -> None:
 def test_it_reads_well_in_help() -> None:
     text = inspect.getdoc(dlion_mpi.fit) or ""
     assert text.startswith("Train a Keras model on all MPI ranks")
-    assert "steps: int | None = None, seconds: float | None = None, target_accuracy: float | None = None" in str(
-        SIGNATURE
-    )
+    assert "steps: int | None = None, seconds: float | None = None, target: str | None = None" in str(SIGNATURE)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--learning-rate", "-0.1"], "--learning-rate -0.1: must be above 0"),
     (["--learning-rate", "0,1"], "--learning-rate 0,1: must be a number"),
     (["--momentum", "1"], "--momentum 1: must be in [0, 1)"),
-    (["--target-accuracy", "82"], "--target-accuracy 82: must be in (0, 1], for example 0.8"),
+    (["--target-accuracy", "0.8"], "--target-accuracy is now --target 'accuracy>=VALUE'"),
+    (["--target", "accuracy>=82"], "--target: accuracy>=82: an accuracy is a share of the samples, from 0 to 1"),
+    (["--target", "0.8"], "--target: '0.8' is not a metric and a bound such as"),
+    (["--best", "auc"], "--best belongs to --save-model: give that too"),
     (["--batch-size", "0"], "--batch-size 0: must be at least 1 sample"),
     (["--seed", "-1"], "--seed -1: must be in 0..4294967295"),
     (["--transfer-merge", "1.5"], "--transfer-merge 1.5: must be in [0, 1]"),
@@ -195,7 +198,7 @@ def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
     examples |= {"save_model": "a.keras", "preset": "paper"}
     choices = OPTIONS[name].metadata["choices"]
     text = choices[-1] if choices else examples.get(name, "1")
-    texts = {"batch_size_max": "64", "sync": "bounded", "momentum": "0.5", "time_limit": "9s"}
+    texts = {"batch_size_max": "64", "sync": "bounded", "momentum": "0.5", "time_limit": "9s", "target": "mae<=3"}
     text = (texts | {"diloco.outer_momentum": "0.5"}).get(name, text)
     owner = next((s.name for s in STRATEGIES.values() if name in s.uses), "dlion")
     if name in OWN:
@@ -203,7 +206,7 @@ def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
     chosen = {} if name == "strategy" else {"strategy": owner}
     if name in ("checkpoint_every", "keep_checkpoints", "time_limit"):
         chosen |= {"out": "runs/a", "checkpoint_every": "9"}
-    if name == "save_model_of":
+    if name in ("save_model_of", "best"):
         chosen["save_model"] = "a.keras"
     if name == "dirichlet_alpha":
         chosen["partition"] = "dirichlet"
@@ -332,9 +335,10 @@ def report_every(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """The lines that a reporter prints for twelve steps of a second each."""
 
     def report(capsys: Captured, every_s: float, accuracy: float | None = None) -> list[str]:
+        test = {} if accuracy is None else {"accuracy": accuracy}
         now_s = [0.0]
         monkeypatch.setattr(live.time, "monotonic", lambda: now_s[0])
-        reporter = live.Reporter(2, 3, every_s, lambda: accuracy, live.print_line)
+        reporter = live.Reporter(2, 3, every_s, ["accuracy"], lambda: test, live.print_line)
         for step in range(12):
             now_s[0] += 1.0
             links = {"quality": {0: 12.34} if step < 3 else {}, "bytes_sent": {0: step * 10**6, 1: 0}}
@@ -363,6 +367,8 @@ def test_the_summary_has_a_row_per_rank_and_how_it_ended() -> None:
     result = {
         "accuracy_mean": 0.8,
         "accuracy_std": 0.01,
+        "val_loss_mean": 0.7,
+        "val_loss_std": 0.1,
         "strategy": "dlion",
         "ranks": 2,
         "seconds": 50.0,
@@ -387,14 +393,15 @@ def test_the_summary_has_a_row_per_rank_and_how_it_ended() -> None:
                 bytes_sent={1: 32_100 * (step + 1)},
             )
         )
-    rows = [totals.row(50.0, accuracy=0.81)] * 2
-    lines = summary(result, rows).splitlines()
+    rows = [totals.row(50.0, {"val_loss": 0.612345, "accuracy": 0.81})] * 2
+    metrics = ["val_loss", "accuracy"]
+    lines = summary(result, rows, metrics).splitlines()
     assert re.split("  +", lines[1]) == [
-        *("rank", "steps", "accuracy", "loss", "samples/s", "compute", "select", "waiting", "apply", "sent")
+        *("rank", "steps", "accuracy", "loss", "samples/s", "compute", "select", "waiting", "apply", "sent", "val_loss")
     ]
-    expected = ["0", "100", "81.00%", "0.500", "100", "50.0%", "10.0%", "20.0%", "5.0%", "3.2", "MB"]
+    expected = ["0", "100", "81.00%", "0.500", "100", "50.0%", "10.0%", "20.0%", "5.0%", "3.2", "MB", "0.6123"]
     assert lines[2].split() == expected
     assert lines[3].split()[0] == "1"
     assert lines[4:] == ["dlion, 2 ranks, 50.0 s: test accuracy 80.00%, standard deviation between ranks 1.00%"]
-    text = summary(result | {"stopped": "SIGTERM", "out": "runs/a"}, rows)
+    text = summary(result | {"stopped": "SIGTERM", "out": "runs/a"}, rows, metrics)
     assert text.endswith("\nstopped early: SIGTERM\nmetrics: runs/a")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dlion_mpi.config.fields import Every, convert, declared, flag, type_name
 from dlion_mpi.config.options import FIELDS, TABLES, Config
 from dlion_mpi.config.renamed import FIXED, RENAMED
+from dlion_mpi.config.target import Target
 from dlion_mpi.errors import UserError
 from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.given import values_of as given_values
@@ -34,6 +35,7 @@ BELONGS: dict[str, dict[str, Any]] = {
     "keep_checkpoints": CHECKPOINTS,
     "time_limit": CHECKPOINTS,
     "save_model_of": {"save_model": "a.keras"},
+    "best": {"save_model": "a.keras"},
 }
 """What some fields do not make sense without."""
 
@@ -84,7 +86,6 @@ WHOLE: dict[str, tuple[int, int]] = {
 }
 REAL: dict[str, tuple[float, float]] = {
     "seconds": (1e-3, 1e300),
-    "target_accuracy": (1e-6, 1),
     "progress_every": (0, 1e300),
     "learning_rate": (1e-9, 1e30),
     "momentum": (0, 0.999),
@@ -101,6 +102,8 @@ REAL: dict[str, tuple[float, float]] = {
 EVERY = st.one_of(st.builds(Every, steps=st.integers(1, 10**15)), st.builds(Every, seconds=st.floats(1e-300, 1e300)))
 
 
+METRIC = st.text("abc_ /=<%\u00e9").map(lambda name: f"x{name}x")
+TARGETS = st.builds(Target, METRIC, st.sampled_from([">=", "<="]), st.floats(allow_nan=False, allow_infinity=False))
 EVERYS = ("evaluate_every", "checkpoint_every", "time_limit")
 
 
@@ -115,6 +118,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         return st.builds(Every, seconds=st.floats(1e-300, 1e300))
     if name == "save_model":
         return TEXTS.map(lambda text: f"{text}.keras")
+    if name == "target":
+        return TARGETS
     return EVERY if name in EVERYS else TEXTS
 
 
@@ -151,7 +156,7 @@ def test_every_option_is_documented_bounded_and_in_a_table() -> None:
     for name, f in OPTIONS.items():
         assert f.metadata["help"], name
         assert name in OWN or f.metadata["table"] in TABLES, name
-        if not f.metadata["choices"] and name not in EVERYS:
+        if not f.metadata["choices"] and name not in (*EVERYS, "target"):
             assert (type_name(f) != "str") == (name in WHOLE or name in REAL), name
 
 
@@ -169,9 +174,9 @@ OUTSIDE: list[tuple[str, Any]] = [
     ("seed", 2**32),
     ("threads", 4097),
     *((name, low - 1) for name, (low, _) in REAL.items()),
-    *((name, 1.001) for name in ("target_accuracy", "momentum", "transfer_merge", "dlion.link_share")),
+    *((name, 1.001) for name in ("momentum", "transfer_merge", "dlion.link_share")),
     ("dlion.max_n", 100.001),
-    *((name, 0.0) for name in ("seconds", "target_accuracy", "learning_rate", "dirichlet_alpha", "dlion.max_n")),
+    *((name, 0.0) for name in ("seconds", "learning_rate", "dirichlet_alpha", "dlion.max_n")),
     ("momentum", 1.0),
     *((name, value) for name in REAL for value in (math.nan, math.inf, -math.inf)),
 ]
@@ -219,7 +224,7 @@ def test_when_a_run_ends() -> None:
     assert Config().last_step == 1000
     assert Config(steps=7, seconds=3).last_step == 7
     assert Config(seconds=3).last_step == math.inf
-    assert Config(target_accuracy=0.5).last_step == math.inf
+    assert Config(target=Target("accuracy", ">=", 0.5)).last_step == math.inf
 
 
 # ---- how often

@@ -156,7 +156,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 def simple_commands(line: str) -> Iterator[list[str]]:
     """The words of the commands that a line of shell runs one after the other, without redirections."""
-    lexer = shlex.shlex(re.sub(r"\d?>\S+", "", line), posix=True, punctuation_chars=True)
+    lexer = shlex.shlex(re.sub(r"(?<!\S)\d?>\S+", "", line), posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     for is_separator, words in itertools.groupby(lexer, lambda word: set(word) <= set(";&|()<>")):
         if not is_separator:

@@ -1,4 +1,4 @@
-"""Evaluation in the background, and when the target was reached."""
+"""Evaluation in the background."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dlion_mpi.learner.batches import Batch
-from dlion_mpi.learner.evaluate import CHUNK, BackgroundEvaluator, target_reached_s
+from dlion_mpi.learner.evaluate import CHUNK, BackgroundEvaluator
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.vector.layout import Vector
 
@@ -116,61 +114,3 @@ def test_closing_finishes_what_was_submitted(model: Model) -> None:
     evaluator.submit(1, 0.1, knowledge(3))
     evaluator.close()
     assert [e.step for e in evaluator.poll()] == [1]
-
-
-# ---- when the target was reached
-
-
-def worker(*evaluations: tuple[float, float]) -> list[Evaluation]:
-    return [Evaluation(k, time_s, {"accuracy": accuracy}) for k, (time_s, accuracy) in enumerate(evaluations)]
-
-
-@pytest.mark.parametrize(
-    ("workers", "expected"),
-    [
-        ([worker((1, 0.5), (2, 0.8), (3, 0.9))], 2),
-        ([worker((1, 0.9)), worker((2, 0.6), (5, 0.7))], 5),  # (0.9 + 0.6) / 2 is not enough
-        ([worker((1, 0.9)), worker()], None),  # one was never tested
-        ([worker((1, 0.9), (4, 0.7)), worker((2, 0.6), (5, 0.9))], 5),
-        ([worker((1, 0.9), (2, 0.1)), worker((3, 0.7))], None),
-        ([worker((1, 0.9), (2, 0.1)), worker((1.5, 0.7))], 1.5),  # reached, if not kept
-        ([worker((1, 0.7))], None),
-        ([worker()], None),
-    ],
-)
-def test_it_is_when_the_mean_of_everyone_s_latest_gets_there(
-    workers: list[list[Evaluation]], expected: float | None
-) -> None:
-    assert target_reached_s(workers, 0.8) == expected
-
-
-def test_without_a_target_there_is_no_time() -> None:
-    assert target_reached_s([worker((1, 1.0))], None) is None
-
-
-def test_exactly_the_target_is_reached() -> None:
-    assert target_reached_s([worker((1, 0.75)), worker((2, 0.25))], 0.5) == 2
-
-
-@given(
-    st.lists(
-        st.lists(st.tuples(st.integers(0, 50), st.integers(0, 4)), max_size=6, unique_by=lambda e: e[0]).map(sorted),
-        min_size=1,
-        max_size=4,
-    ),
-    st.sampled_from([0.25, 0.5, 0.75]),
-)
-def test_by_definition(tests: list[list[tuple[int, int]]], target: float) -> None:
-    """The first moment at which everyone has been tested and the mean of the latest accuracies is enough."""
-    expected = None
-    for now in range(51):
-        latest = [[accuracy / 4 for at, accuracy in own if at <= now][-1:] for own in tests]
-        if expected is None and all(latest) and sum(a for (a,) in latest) / len(tests) >= target:
-            expected = now
-    # Tests of one instant count one after the other, so that it may be reached in between.
-    found = target_reached_s([worker(*((float(at), a / 4) for at, a in own)) for own in tests], target)
-    instants = [at for own in tests for at, _ in own]
-    if len(set(instants)) == len(instants):
-        assert found == expected
-    else:
-        assert expected is None or (found is not None and found <= expected)

@@ -92,7 +92,7 @@ def tallied(rank: int = 1) -> RankSnapshot:
     tally = Tally(rank, WORKERS)
     for step in range(STEPS):
         tally.add(record(rank, step))
-    return tally.take(0.5)
+    return tally.take({})
 
 
 def test_it_is_in_the_file(folder: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_file_without_it_is_read_too(tmp_path: Path) -> None:
 
 def test_it_is_in_the_live_view_and_comes_from_another_rank() -> None:
     before = tallied()
-    after = RankSnapshot.from_vector(1, before.to_vector())
+    after = RankSnapshot.from_vector(1, before.to_vector(), [])
     assert after["joules"] == pytest.approx(6.0)
     assert after["watts"] == pytest.approx(6.0)  # steps of a second
     np.testing.assert_array_equal(after.links["lost"], [39, np.nan, 59])
@@ -128,8 +128,8 @@ def test_it_is_in_the_live_view_and_comes_from_another_rank() -> None:
 
 def test_it_is_in_the_view_of_files(run: Run) -> None:
     heads, *rows = render(snapshot(run), 140, 30, colour=False).splitlines()[2:]
-    assert heads.split()[-2:] == ["energy", "power"]
-    assert [row.split()[-2:] for row in rows[:3]] == [["5.0", "10"], ["6.0", "6"], ["7.0", "5"]]
+    assert heads.split()[-3:] == ["energy", "power", "val_loss"]
+    assert [row.split()[-3:-1] for row in rows[:3]] == [["5.0", "10"], ["6.0", "6"], ["7.0", "5"]]
     assert rows[3].split()[-1] == "lost"
     assert rows[4].split()[0] == "0->1"
     assert rows[4].split()[-1] == "49"
@@ -152,10 +152,10 @@ def test_it_is_in_the_summary_also_of_a_run_that_was_resumed() -> None:
         before.add(record(1, step))
     after.from_arrays(before.to_arrays())
     for totals in (before, after):
-        row = totals.row(40.0, step=STEPS, accuracy=0.5, bytes_sent=1.0)
-        assert dict(zip(summary_names(), row, strict=True))["joules"] == pytest.approx(6.0)
-        result = {"accuracy_mean": 0.5, "ranks": 1, "strategy": "x", "seconds": 1.0, "stopped": None, "out": None}
-        head, first, *_ = summary(result, [row]).splitlines()[1:]
+        row = totals.row(40.0, {}, step=STEPS, bytes_sent=1.0)
+        assert dict(zip(summary_names([]), row, strict=True))["joules"] == pytest.approx(6.0)
+        result = {"ranks": 1, "strategy": "x", "seconds": 1.0, "stopped": None, "out": None}
+        head, first, *_ = summary(result, [row], []).splitlines()[1:]
         assert (head.split()[-1], first.split()[-1]) == ("energy", "6.0")
 
 

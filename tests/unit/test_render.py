@@ -10,32 +10,36 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 
+from dlion_mpi.config.target import Target
 from dlion_mpi.view.forms import clock, duration, size, text_of
 from dlion_mpi.view.render import lines, render
 from dlion_mpi.view.snapshot import Goal, RankSnapshot, Snapshot, Tally, vector_length
 from tests import runfiles
 
+METRICS = ("val_loss", "accuracy")
+
 
 def snapshot(workers: int = 3, **changes: object) -> Snapshot:
     ranks = []
     for rank in range(workers):
-        tally = Tally(rank, workers)
+        tally = Tally(rank, workers, METRICS)
         for step in range(5):
             tally.add(runfiles.record(rank, workers, step))
-        ranks.append(tally.take(0.5 + rank / 100))
+        ranks.append(tally.take({"accuracy": 0.5 + rank / 100, "val_loss": 2.0 - rank / 10}))
     made = Snapshot(
         title="dlion: dlion, bounded, 3 ranks, cipher, fashion-mnist, runs/a",
         workers=workers,
         ranks=ranks,
-        goal=Goal(steps=20, target_accuracy=0.8),
+        goal=Goal(steps=20, target=Target("accuracy", ">=", 0.8)),
         elapsed_s=125.0,
+        metrics=METRICS,
     )
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
 def unknown(rank: int, workers: int) -> RankSnapshot:
     """A rank of which nothing is known."""
-    return RankSnapshot.from_vector(rank, np.full(vector_length(workers), math.nan))
+    return RankSnapshot.from_vector(rank, np.full(vector_length(workers, METRICS), math.nan), METRICS)
 
 
 def plain(made: Snapshot, width: int, height: int) -> list[str]:
@@ -49,9 +53,19 @@ def words(line: str) -> list[str]:
 def test_everything_is_there_where_there_is_room() -> None:
     shown = plain(snapshot(), 100, 30)
     assert shown[0] == "dlion: dlion, bounded, 3 ranks, cipher, fashion-mnist, runs/a"
-    assert shown[1].endswith("25%; 2:05; 0:22 left; accuracy 51.0% of 80.0% wanted")  # 15 steps of 1.5 s
-    assert words(shown[2]) == ["rank", "steps", "accuracy", "loss", "batch", "step time", "samples/s", "waiting"]
-    assert words(shown[3]) == ["0", "5", "50.00%", "0.913", "32/96", "0.50 s", "64", "25.0%"]
+    assert shown[1].endswith("25%; 2:05; 0:22 left; accuracy 51.0%, target 80.0%")  # 15 steps of 1.5 s
+    assert words(shown[2]) == [
+        "rank",
+        "steps",
+        "accuracy",
+        "loss",
+        "batch",
+        "step time",
+        "samples/s",
+        "waiting",
+        "val_loss",
+    ]
+    assert words(shown[3]) == ["0", "5", "50.00%", "0.913", "32/96", "0.50 s", "64", "25.0%", "2"]
     assert words(shown[6]) == ["link", "bandwidth", "N", "sent", "age"]
     assert words(shown[7]) == ["0->1", "8.0 kB/s", "11.0", "10.0 kB", "0.25 s"]
     assert [words(line)[0] for line in shown[7:]] == ["0->1", "0->2", "1->0", "1->2", "2->0", "2->1"]
@@ -104,8 +118,8 @@ def test_one_rank_alone_has_no_links() -> None:
 def test_what_is_not_known_is_a_dash() -> None:
     made = snapshot(ranks=[unknown(0, 3)])
     row = next(line for line in plain(made, 100, 30) if line.lstrip().startswith("0"))
-    assert words(row) == ["0", "-", "-", "-", "-/-", "-", "-", "-"]
-    assert "no accuracy yet, 80.0% wanted" in plain(made, 100, 30)[1]
+    assert words(row) == ["0", "-", "-", "-", "-/-", "-", "-", "-", "-"]
+    assert "no accuracy yet, target 80.0%" in plain(made, 100, 30)[1]
     assert "nan" not in "\n".join([*plain(made, 100, 30)])
 
 
@@ -134,7 +148,7 @@ def test_markup_in_a_name_is_only_text() -> None:
 
 def test_plain_lines_are_those_that_training_prints() -> None:
     found = lines(snapshot(notes=["rank 3: no metrics file"], state="ended"))
-    assert found[0].endswith("runs/a 25%; 2:05; accuracy 51.0% of 80.0% wanted (ended)")
+    assert found[0].endswith("runs/a 25%; 2:05; accuracy 51.0%, target 80.0% (ended)")
     assert found[2] == (
         "[1]    5.0 s  step 5  batch 16/96  loss 0.913  16 samples/s  accuracy 51.0%"
         "  ->0 N 10.0 0.0 MB  ->2 N 12.0 0.0 MB"

@@ -7,16 +7,26 @@ import math
 import pytest
 
 from dlion_mpi.config.options import Config
-from dlion_mpi.metrics.gauges import summary_names
+from dlion_mpi.metrics.gauges import as_gauges, summary_names
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.result import Finish, sum_up
 
+NAMES = summary_names(["val_loss", "accuracy"])
 
-def finish(*, accuracy: float = 0.5, loss: float = 1.25, stop_reason: str | None = None, exit_code: int = 0) -> Finish:
-    numbers = {**dict.fromkeys(summary_names(), 3.0), "accuracy": accuracy, "loss": loss, "seconds": 0.1}
+
+def finish(
+    *,
+    accuracy: float = 0.5,
+    val_loss: float = 0.25,
+    loss: float = 1.25,
+    stop_reason: str | None = None,
+    exit_code: int = 0,
+) -> Finish:
+    metrics = {"val_loss": val_loss, "accuracy": accuracy}
+    numbers = {**dict.fromkeys(NAMES, 3.0), **as_gauges(metrics), "loss": loss, "seconds": 0.1}
     return Finish(
-        row=[numbers[name] for name in summary_names()],
-        evaluations=[Evaluation(step=10, time_s=1 / 3, metrics={"accuracy": accuracy})],
+        row=[numbers[name] for name in NAMES],
+        evaluations=[Evaluation(5, 0.1, {"val_loss": 9.0, "accuracy": 0.0}), Evaluation(10, 1 / 3, metrics)],
         stop_reason=stop_reason,
         exit_code=exit_code,
     )
@@ -25,7 +35,7 @@ def finish(*, accuracy: float = 0.5, loss: float = 1.25, stop_reason: str | None
 def test_a_finish_is_the_same_after_it_was_text() -> None:
     whole = finish(accuracy=1 / 7, stop_reason="größe", exit_code=143)
     assert Finish.from_text(whole.to_text()) == whole
-    assert math.isnan(Finish.from_text(finish(loss=math.nan).to_text()).row[summary_names().index("loss")])
+    assert math.isnan(Finish.from_text(finish(loss=math.nan).to_text()).row[NAMES.index("loss")])
 
 
 def test_a_summary_has_the_mean_of_all_and_each_rank() -> None:

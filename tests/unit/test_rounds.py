@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dlion_mpi.config.options import Config
+from dlion_mpi.config.target import Target
 from dlion_mpi.loop import batch_sizes, knowledge
 from dlion_mpi.loop.batch_sizes import BatchSizeRounds
 from dlion_mpi.loop.knowledge import KnowledgeRounds
@@ -214,11 +215,23 @@ def test_one_worker_has_nobody_to_share_with() -> None:
 
 
 def test_the_target_is_reached_by_the_mean_of_all() -> None:
-    rounds, _ = status_rounds(resolved(target_accuracy=0.8))
+    rounds, _ = status_rounds(resolved(target=Target("accuracy", ">=", 0.8)))
     for accuracies, reached in (((0.9, 0.9, math.nan), False), ((0.9, 0.9, 0.5), False), ((0.9, 0.9, 0.75), True)):
         step = 5 * (rounds[0].started + 1)
         for r, accuracy in zip(rounds, accuracies, strict=True):
-            timed(r, 0.0, 0.001).accuracy = accuracy
+            timed(r, 0.0, 0.001).tested = accuracy
+            list(r.advance(step))
+        for r in rounds:
+            list(r.advance(step + 2))
+        assert [r.target_reached for r in rounds] == [reached] * 3
+
+
+def test_a_loss_is_to_fall_below_its_target() -> None:
+    rounds, _ = status_rounds(resolved(target=Target("val_loss", "<=", 0.5)))
+    for losses, reached in (((0.2, 0.2, math.nan), False), ((0.9, 0.4, 0.4), False), ((0.6, 0.4, 0.4), True)):
+        step = 5 * (rounds[0].started + 1)
+        for r, loss in zip(rounds, losses, strict=True):
+            timed(r, 0.0, 0.001).tested = loss
             list(r.advance(step))
         for r in rounds:
             list(r.advance(step + 2))
@@ -226,10 +239,10 @@ def test_the_target_is_reached_by_the_mean_of_all() -> None:
 
 
 def test_a_target_is_watched_even_where_batches_are_fixed() -> None:
-    config = resolve(Config(strategy="baseline", target_accuracy=0.5))[1]
+    config = resolve(Config(strategy="baseline", target=Target("accuracy", ">=", 0.5)))[1]
     rounds, _ = status_rounds(config)
     for r in rounds:
-        r.accuracy = 0.6
+        r.tested = 0.6
         list(r.advance(10))
     list(rounds[0].advance(11))
     assert rounds[0].target_reached

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion_mpi.learner.evaluate import target_reached_s
+from dlion_mpi.config.target import Target
 from dlion_mpi.metrics.grid import Grid, grid, nanmean
 from dlion_mpi.metrics.rank import Rank
 from dlion_mpi.metrics.reader import Run, load
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.metrics.series import (
-    accuracy,
     bytes_matrix,
+    curve,
     evaluation_period_s,
     links,
     part_names,
@@ -24,6 +24,7 @@ from dlion_mpi.metrics.series import (
     requested_s,
     step_parts,
 )
+from dlion_mpi.metrics.targets import reached_s
 from tests import runfiles
 
 
@@ -66,36 +67,38 @@ times = st.lists(st.integers(1, 1000).map(float), unique=True, max_size=8).map(s
 tests_of_a_worker = times.flatmap(lambda ts: st.tuples(*(st.tuples(st.just(t), st.floats(0, 1)) for t in ts)).map(list))
 
 
-@given(st.lists(tests_of_a_worker, min_size=1, max_size=4), st.floats(0.01, 1))
+@given(st.lists(tests_of_a_worker, min_size=1, max_size=4), st.floats(0.01, 1), st.sampled_from([">=", "<="]))
 def test_a_target_is_reached_when_the_run_itself_would_say_so(
-    evaluations: list[list[tuple[float, float]]], target: float
+    evaluations: list[list[tuple[float, float]]], value: float, sign: str
 ) -> None:
+    target = Target("accuracy", sign, value)
     own = [[Evaluation(0, t, {"accuracy": a}) for t, a in worker] for worker in evaluations]
-    assert accuracy(of_tests(evaluations)).reached_s(target) == target_reached_s(own, target)
+    assert curve(of_tests(evaluations), "accuracy").reached_s(target) == reached_s(own, target)
 
 
 def test_mean_and_spread_are_of_everyones_latest() -> None:
-    curve = accuracy(of_tests([[(1.0, 0.1), (4.0, 0.5)], [(2.0, 0.3), (5.0, 0.9)]]))
-    assert curve.time_s.tolist() == [2, 4, 5]  # nothing before everyone was tested
-    np.testing.assert_allclose(curve.mean, [0.2, 0.4, 0.7])
-    np.testing.assert_allclose(curve.std, [0.1, 0.1, 0.2])
-    np.testing.assert_allclose(curve.low, [0.1, 0.3, 0.5])
-    np.testing.assert_allclose(curve.high, [0.3, 0.5, 0.9])
-    assert curve.by_round().time_s.tolist() == [2, 5]
+    found = curve(of_tests([[(1.0, 0.1), (4.0, 0.5)], [(2.0, 0.3), (5.0, 0.9)]]), "accuracy")
+    assert found.time_s.tolist() == [2, 4, 5]  # nothing before everyone was tested
+    np.testing.assert_allclose(found.mean, [0.2, 0.4, 0.7])
+    np.testing.assert_allclose(found.std, [0.1, 0.1, 0.2])
+    np.testing.assert_allclose(found.low, [0.1, 0.3, 0.5])
+    np.testing.assert_allclose(found.high, [0.3, 0.5, 0.9])
+    assert found.by_round().time_s.tolist() == [2, 5]
 
 
 def test_a_worker_that_is_gone_does_not_end_the_curve() -> None:
-    rounds = accuracy(of_tests([[(float(t), 0.5) for t in range(10, 110, 10)], [(11.0, 0.1)]])).by_round()
+    tests = [[(float(t), 0.5) for t in range(10, 110, 10)], [(11.0, 0.1)]]
+    rounds = curve(of_tests(tests), "accuracy").by_round()
     assert rounds.time_s[0] == 11
     assert rounds.time_s[-1] == 100
     assert len(rounds.time_s) >= 5
 
 
 def test_without_evaluations_there_is_no_curve() -> None:
-    curve = accuracy(of_tests([[], [(1.0, 0.5)]]))
-    assert len(curve.mean) == 0
-    assert curve.reached_s(0.1) is None
-    assert len(curve.by_round().mean) == 0
+    found = curve(of_tests([[], [(1.0, 0.5)]]), "accuracy")
+    assert len(found.mean) == 0
+    assert found.reached_s(Target("accuracy", ">=", 0.1)) is None
+    assert len(found.by_round().mean) == 0
     assert evaluation_period_s(of_tests([[], []])) == 0
 
 

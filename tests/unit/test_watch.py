@@ -71,7 +71,7 @@ def test_a_rank_is_its_last_step_and_the_means_of_its_last_moments(tmp_path: Pat
     assert (rank["step"], rank["time_s"], rank["lbs"], rank["gbs"]) == (40, 40.0, 16, 96)
     assert rank["loss"] == pytest.approx(np.mean([r.loss for r in recent]), rel=1e-6)
     assert (rank["step_s"], rank["waiting"], rank["samples_per_s"]) == pytest.approx((1.0, 0.25, 16.0), rel=1e-6)
-    assert rank["accuracy"] == pytest.approx(0.01 * 40**0.5 + 0.2)
+    assert rank["test/accuracy"] == pytest.approx(0.01 * 40**0.5 + 0.2)
     links = {(link.source, link.target): link for link in seen.links()}
     assert links[1, 2]["bytes_sent"] == 1000 * 40 * 3
     assert tuple(links[1, 2][name] for name in ("quality", "bytes_per_s", "age_s")) == (12, 8000, 0.25)

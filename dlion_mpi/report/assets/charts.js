@@ -305,7 +305,7 @@ const charts = (() => {
       return [["", ...figure.parts.map((part) => `${part.name} ${unit}`)], figure.rows.map((row, k) => [row, ...figure.parts.map((part) => part.values[k])])];
     },
     targets(figure) {
-      return [["target (%)", ...figure.rows.map((row) => `${row} (s)`)], figure.targets.map((target, k) => [target, ...figure.reached.map((row) => row[k])])];
+      return [[`${figure.metric} ${figure.sign}${figure.unit && " (%)"}`, ...figure.rows.map((row) => `${row} (s)`)], figure.targets.map((target, k) => [target, ...figure.reached.map((row) => row[k])])];
     },
     matrix(figure) {
       return [[`${figure.y} \\ ${figure.x}`, ...figure.columns.map((name) => `${name} (${figure.unit})`)], figure.rows.map((row, k) => [row, ...figure.values[k]])];

@@ -50,9 +50,9 @@
 
   // A menu of targets.
   function choice(place, caption) {
-    const label = element("label", caption, "target ");
+    const label = element("label", caption, `${place.figure.metric} `);
     const select = element("select", label, "", { id: "target" });
-    place.figure.targets.forEach((target, n) => element("option", select, `${target} %`, { value: n, selected: n === place.figure.chosen }));
+    place.figure.targets.forEach((target, n) => element("option", select, `${place.figure.sign} ${target}${place.figure.unit}`, { value: n, selected: n === place.figure.chosen }));
     select.addEventListener("change", () => {
       place.figure.chosen = Number(select.value);
       draw(place, style());
