@@ -34,7 +34,7 @@ def size() -> int:
 def _fit(model: Any, train: Arrays, test: Arrays, **options: Any) -> dict[str, Any]:
     """Run `fit` with the options that were given."""
     from dlion_mpi.checkpoint.start import plan
-    from dlion_mpi.learner.shards import shard_of_arrays
+    from dlion_mpi.learner.given import shard_of_fit
     from dlion_mpi.mpi import startup
     from dlion_mpi.run import run
 
@@ -47,7 +47,7 @@ def _fit(model: Any, train: Arrays, test: Arrays, **options: Any) -> dict[str, A
         done = run(
             config,
             model=model,
-            own_data=lambda: shard_of_arrays(*train, *test),
+            own_data=lambda: shard_of_fit(train, test),
             report=config.progress_every > 0,
             start=start,
         )

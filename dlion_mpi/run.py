@@ -7,7 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,7 +72,7 @@ def run(
             _say_what(config, ranks.size, built)
         # With checkpoints, the preemption handles SIGTERM. The summary is shielded too, since launchers repeat signals.
         with stopped_by_signals([worker], STOPPING if preemption is None else (signal.SIGINT,)):
-            with _shown(ranks, built, report):
+            with closing(built.batches), _shown(ranks, built, report):
                 with session.checkpoints(worker, preemption, loaded, report=report):
                     seconds = _train(built, 0.0 if loaded is None else loaded.checkpoint.time_s)
                 _average_statistics(ranks, worker)
@@ -100,6 +100,7 @@ class _Built:
     """The parts of a run on this rank. ``pace``: the machine to emulate, if any."""
 
     shard: Shard
+    batches: Batches
     worker: Worker
     exchange: Exchange
     evaluator: BackgroundEvaluator
@@ -127,13 +128,14 @@ def _build(
     recorder = _recorder(ranks, config, start, loaded, shard, pace, metrics)
     exchange = _exchange(ranks, config, strategy, replica, recorder)
     evaluator = BackgroundEvaluator(replica.evaluate, partial(shard.tests, CHUNK, config.test_samples))
+    batches = Batches(shard, seed=config.seed, rank=ranks.rank)
     worker = Worker(
         config=config,
         rank=ranks.rank,
         members=members,
         strategy=strategy,
         replica=replica,
-        batches=Batches(shard, seed=config.seed, rank=ranks.rank),
+        batches=batches,
         links=exchange.links,
         collectives=exchange.collectives,
         evaluator=evaluator,
@@ -147,7 +149,15 @@ def _build(
     )
     if loaded is not None:
         ranks.together(partial(loaded.restore, worker))
-    return _Built(shard=shard, worker=worker, exchange=exchange, evaluator=evaluator, recorder=recorder, pace=pace)
+    return _Built(
+        shard=shard,
+        batches=batches,
+        worker=worker,
+        exchange=exchange,
+        evaluator=evaluator,
+        recorder=recorder,
+        pace=pace,
+    )
 
 
 def _shard(ranks: Ranks, config: Config, own_data: Callable[[], Shard] | None) -> Shard:
@@ -155,9 +165,8 @@ def _shard(ranks: Ranks, config: Config, own_data: Callable[[], Shard] | None) -
     shard = ranks.together(own_data or partial(_load, ranks, config))
     facts = ranks.gather_numbers(*(np.nan if fact is None else fact for fact in (shard.classes, shard.samples)))
     whole = [tuple(None if np.isnan(fact) else int(fact) for fact in row) for row in facts]
-    classes, samples = ranks.together(partial(merge_facts, whole))
     ranks.together(partial(check_alike, ranks.gather_text(shard.kind)))
-    return shard.with_facts(classes, samples)
+    return shard.with_facts(*merge_facts(whole))
 
 
 def _load(ranks: Ranks, config: Config) -> Shard:
@@ -168,6 +177,7 @@ def _load(ranks: Ranks, config: Config) -> Shard:
         partition=config.partition,
         alpha=config.dirichlet_alpha,
         seed=config.seed,
+        local_ranks=ranks.local_size,
     )
 
 

@@ -112,14 +112,15 @@ def _write(path: str, shard: Shard, attributes: dict[str, str | float]) -> None:
     import h5py
 
     from dlion_mpi.learner import hdf5
+    from dlion_mpi.learner.source import Table
 
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with h5py.File(temporary, "w") as file:
-            hdf5.write(file, shard.train, "_train")
-            if shard.test is not None:
+            hdf5.write(file, shard.table(), "_train")
+            if isinstance(shard.test, Table):
                 hdf5.write(file, shard.test, "_test")
             classes = {} if shard.classes is None else {"classes": shard.classes}
             file.attrs.update({**classes, "source": shard.source, **attributes})

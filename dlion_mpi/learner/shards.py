@@ -12,7 +12,7 @@ import numpy as np
 import optree
 
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.batch import Batch, RowNumbers
+from dlion_mpi.learner.batch import Batch, RowNumbers, joined
 from dlion_mpi.learner.hdf5 import open_file, open_shard
 from dlion_mpi.learner.named import NAMES, open_named
 from dlion_mpi.learner.partition import check_partition, partition_rows
@@ -24,8 +24,11 @@ from dlion_mpi.learner.source import (
     check_finite,
     checked,
     class_labels,
+    may_be_classes,
     with_class_labels,
 )
+from dlion_mpi.learner.stream import Stream, in_chunks
+from dlion_mpi.learner.windows import Windows, memory_bytes
 
 Facts = tuple[int | None, ...]
 """Classes and samples of a rank, None where it has none."""
@@ -35,15 +38,17 @@ Facts = tuple[int | None, ...]
 class Shard:
     """One rank's training rows, and the whole test set.
 
-    ``test``: None if there are no test rows. ``classes``: number of classes; None if the targets are not classes.
+    Rows are in a table, or come as a stream. ``test``: None if there are no test rows. ``has_labels``: whether the
+    targets were read as class labels. ``classes``: number of classes; None if the targets are not classes.
     ``train_samples_global``: training rows of all ranks; None if a rank cannot count its rows. Both are equal on every
     rank, except before `with_facts`. ``source``: where it was read from, for people.
     """
 
     name: str
     source: str
-    train: Table
-    test: Table | None
+    train: Table | Stream
+    test: Table | Stream | None
+    has_labels: bool = False
     classes: int | None = None
     train_samples_global: int | None = None
 
@@ -63,6 +68,9 @@ class Shard:
 
     @cached_property
     def _example(self) -> Batch:
+        if not isinstance(self.train, Table):
+            first = self.train.example()
+            return first.part(0, 2) if first.rows > 1 else joined([first, first])
         if not self.train.rows:
             raise UserError("the shard has no training rows: give each rank some")
         return self.train.read(np.minimum(np.arange(2), self.train.rows - 1))
@@ -75,15 +83,27 @@ class Shard:
     @property
     def kind(self) -> str:
         """Structure, shapes and types of the training rows."""
-        return self.example().kind()
+        return self.example().kind() + (", class labels" if self.has_labels else "")
 
     def class_labels(self) -> Labels | None:
         """The class of every training row, (m,); None if the targets are not classes."""
-        return class_labels(self.train.read(np.arange(self.train.rows)).y)
+        table = self.table()
+        return class_labels(table.read(np.arange(table.rows)).y)
+
+    def table(self) -> Table:
+        """The training rows, to read by number. Raises UserError for a stream that has no such numbers."""
+        if isinstance(self.train, Table):
+            return self.train
+        if isinstance(self.train, Windows):
+            return self.train.table
+        raise UserError(f"{self.name} is read in one order only: give arrays or files")
 
     def tests(self, chunk_rows: int, most: int | None = None) -> Iterator[Batch]:
-        """The test rows in batches of ``chunk_rows``; at most ``most`` of them, at even distances."""
+        """The test rows in batches of ``chunk_rows``; at most ``most``: at even distances, or the first of a stream."""
         if self.test is None:
+            return
+        if not isinstance(self.test, Table):
+            yield from in_chunks(self.test.pieces(np.random.default_rng(0), 0), chunk_rows, most)
             return
         numbers = np.arange(self.test.rows)
         if most is not None and most < len(numbers):
@@ -102,20 +122,13 @@ class Shard:
 
 
 def merge_facts(facts: Sequence[Facts]) -> tuple[int | None, int | None]:
-    """(classes, samples) of each rank -> (most classes, all samples together), None where ranks have none.
-
-    Raises UserError if some ranks have classes and others do not.
-    """
-    known = {rank: classes for rank, (classes, _) in enumerate(facts) if classes is not None}
-    for rank in range(len(facts)):
-        if known and rank not in known:
-            some = next(iter(known))
-            raise UserError(
-                f"--data: rank {rank} has targets that are no class labels from 0 on, rank {some} has {known[some]} "
-                "classes: they must be alike"
-            )
+    """(classes, samples) of each rank -> (most classes, all samples together), None where a rank has none."""
+    classes = [most for most, _ in facts if most is not None]
     samples = [rows for _, rows in facts if rows is not None]
-    return max(known.values(), default=None), sum(samples) if len(samples) == len(facts) else None
+    return (
+        max(classes) if len(classes) == len(facts) else None,
+        sum(samples) if len(samples) == len(facts) else None,
+    )
 
 
 def check_alike(kinds: Sequence[str]) -> None:
@@ -125,8 +138,19 @@ def check_alike(kinds: Sequence[str]) -> None:
             raise UserError(f"--data: rank {rank} has samples of {kind}, rank 0 of {kinds[0]}: they must be alike")
 
 
-def load(spec: str, *, rank: int, ranks: int, partition: str = "iid", alpha: float = 0.5, seed: int = 0) -> Shard:
+def load(
+    spec: str,
+    *,
+    rank: int,
+    ranks: int,
+    partition: str = "iid",
+    alpha: float = 0.5,
+    seed: int = 0,
+    local_ranks: int | None = None,
+) -> Shard:
     """One rank's shard of the data set that ``spec`` names.
+
+    ``local_ranks``: ranks of this machine, which share its memory; all if it is None.
 
     ``spec``: ``fashion-mnist``, ``digits``, ``cifar10``, ``cifar10:FOLDER``, an HDF5 file, or a path with
     ``{rank}`` in it for one HDF5 file per rank. Such a file is that rank's shard as it stands, and takes no
@@ -135,7 +159,8 @@ def load(spec: str, *, rank: int, ranks: int, partition: str = "iid", alpha: flo
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} is not one of {ranks} ranks")
-    return _load(spec, [rank], ranks, partition, alpha, seed)[0]
+    memory = memory_bytes(local_ranks or ranks)
+    return _load(spec, [rank], ranks, partition, alpha, seed, memory)[0]
 
 
 def load_shards(spec: str, *, ranks: int, partition: str = "iid", alpha: float = 0.5, seed: int = 0) -> list[Shard]:
@@ -143,7 +168,7 @@ def load_shards(spec: str, *, ranks: int, partition: str = "iid", alpha: float =
 
     For tools and the simulator: a data set is opened once, not once per rank, and its test images are shared.
     """
-    shards = _load(spec, range(ranks), ranks, partition, alpha, seed)
+    shards = _load(spec, range(ranks), ranks, partition, alpha, seed, memory_bytes(ranks))
     facts = merge_facts([(shard.classes, shard.samples) for shard in shards])
     return [shard.with_facts(*facts) for shard in shards]
 
@@ -161,22 +186,24 @@ def shard_of_arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Sha
     if classes is not None:
         train, test = with_class_labels(train), with_class_labels(test)
     source = Source("arrays", where, Table.of(train), Table.of(test), None, classes)
-    return _shard(source, np.arange(train.rows))
+    return _shard(source, np.arange(train.rows), 0)
 
 
-def _load(spec: str, wanted: Sequence[int], ranks: int, method: str, alpha: float, seed: int) -> list[Shard]:
+def _load(
+    spec: str, wanted: Sequence[int], ranks: int, method: str, alpha: float, seed: int, memory: int
+) -> list[Shard]:
     check_partition(method, alpha, seed)
     if "{rank}" in spec:
         if method != "iid":
             raise UserError(f"data {spec!r} is already divided by rank: leave out the partition {method!r}")
         sources = [open_shard(spec, rank, ranks) for rank in wanted]
-        return [_shard(source, np.arange(source.train.rows)) for source in sources]
+        return [_shard(source, np.arange(source.train.rows), memory) for source in sources]
     source = _open(spec)
     if source.labels is None and method == "dirichlet":
         raise UserError(f"data {spec!r} has no classes and no groups to deal by: use --partition iid")
     labels = np.zeros(source.train.rows, np.int64) if source.labels is None else source.labels
     dealt = partition_rows(labels, ranks=ranks, method=method, alpha=alpha, seed=seed)
-    return [_shard(source, dealt[rank]) for rank in wanted]
+    return [_shard(source, dealt[rank], memory) for rank in wanted]
 
 
 def _open(spec: str) -> Source:
@@ -189,14 +216,19 @@ def _open(spec: str) -> Source:
     return open_file(path, os.path.basename(path))
 
 
-def _shard(source: Source, rows: RowNumbers) -> Shard:
-    """The shard of these rows, which are read now; and all test rows."""
-    test = source.test
+def _shard(source: Source, rows: RowNumbers, memory: int) -> Shard:
+    """The shard of these rows, and all test rows. They are read now, if they take at most ``memory`` bytes."""
+    part, test = source.train.part(rows), source.test
+    fits = source.train.in_memory or part.rows * part.row_bytes <= memory
+    train = part.loaded() if fits else Windows(part, memory, source.source)
+    if test is not None and test.rows * test.row_bytes <= memory:
+        test = test.loaded()
     return Shard(
         name=source.name,
         source=source.source,
-        train=Table.of(source.train.read(rows)),
-        test=None if test is None else Table.of(test.read(np.arange(test.rows))),
+        train=train,
+        test=test,
+        has_labels=source.classes is not None and may_be_classes(source.train.read(np.arange(1)).y),
         classes=source.classes,
         train_samples_global=source.train.rows,
     )

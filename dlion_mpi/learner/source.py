@@ -23,12 +23,13 @@ class Table:
     """Rows that can be read by number.
 
     ``rows``: how many there are. ``read``: row numbers to those rows, in memory in any order, from a file ascending.
-    ``row_bytes``: size of one row.
+    ``row_bytes``: size of one row. ``in_memory``: whether reading costs no more than copying.
     """
 
     rows: int
     read: Callable[[RowNumbers], Batch]
     row_bytes: int
+    in_memory: bool = False
 
     @classmethod
     def of(cls, batch: Batch) -> Table:
@@ -39,11 +40,15 @@ class Table:
                 return converted(batch.part(int(rows[0]), int(rows[-1]) + 1))
             return converted(batch.map(lambda array: array[rows]))
 
-        return cls(batch.rows, read, row_bytes(batch))
+        return cls(batch.rows, read, row_bytes(batch), in_memory=True)
 
     def part(self, rows: RowNumbers) -> Table:
-        """Only these rows (ascending), read now."""
-        return self if len(rows) == self.rows else Table.of(self.read(rows))
+        """Only these rows (ascending); they are read when they are asked for."""
+        return Table(len(rows), lambda numbers: self.read(rows[numbers]), self.row_bytes)
+
+    def loaded(self) -> Table:
+        """All rows, read now."""
+        return self if self.in_memory else Table.of(self.read(np.arange(self.rows)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,6 +67,8 @@ class VirtualRun:
         gc.unfreeze()
         self.pool.shutdown(cancel_futures=True)
         self.test_pool.shutdown(cancel_futures=True)
+        for batches in self.batches:
+            batches.close()
         for recorder in self.recorders:
             recorder.close(complete=self.complete)
 

@@ -42,6 +42,7 @@ from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import HEADER_BYTES, Message
 from tests.contract.problem import every_message_mode
 from tests.options import config as options_config
+from tests.shards import whole_of
 
 PARAMETERS = 2410
 BALANCED = [58, 29, 9]
@@ -506,9 +507,7 @@ def test_an_unknown_strategy_is_refused_with_all_that_are_known() -> None:
 
 def changed(shard: Shard, change: Callable[[Any], Any]) -> Shard:
     """The shard with other inputs."""
-    assert shard.test is not None
-    tables = [table.read(np.arange(table.rows)) for table in (shard.train, shard.test)]
-    train, test = (Table.of(rows._replace(x=change(rows.x))) for rows in tables)
+    train, test = (Table.of(rows._replace(x=change(rows.x))) for rows in whole_of(shard))
     return dataclasses.replace(shard, train=train, test=test)
 
 

@@ -257,12 +257,16 @@ def test_digits_are_dealt_whole_and_have_one_test_set() -> None:
     shards = [load("digits", rank=rank, ranks=3, seed=rank) for rank in range(3)]
     first = shards[0]
     train, test = whole_of(first)
-    assert (first.input_shape, first.classes, first.kind) == ((8, 8, 1), 10, "x (8, 8, 1) uint8, y () int32")
+    assert (first.input_shape, first.classes, first.kind) == (
+        (8, 8, 1),
+        10,
+        "x (8, 8, 1) uint8, y () int32, class labels",
+    )
     assert (first.train_samples_global, test.rows) == (1438, 359)
     assert (train.x.min(), train.x.max()) == (0, 255)
     for other in shards[1:]:
         np.testing.assert_array_equal(whole_of(other)[1].x, test.x)
-    assert sum(s.train.rows for s in load_shards("digits", ranks=3)) == 1438
+    assert sum(s.samples or 0 for s in load_shards("digits", ranks=3)) == 1438
 
 
 def test_digits_and_their_batches_keep_image_and_label_together() -> None:
