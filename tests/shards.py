@@ -9,7 +9,8 @@ import h5py
 import numpy as np
 
 from dlion_mpi.learner.batch import Batch
-from dlion_mpi.learner.shards import Shard, shard_of_arrays
+from dlion_mpi.learner.given import shard_of_fit
+from dlion_mpi.learner.shards import Shard
 
 
 def write_shard(path: Path, rows: int = 60, **changes: Any) -> None:
@@ -30,7 +31,7 @@ def byte_shard(shape: tuple[int, ...] = (8, 8, 1), rows: int = 20) -> Shard:
     """Random bytes of this shape, in ten classes."""
     generator = np.random.default_rng(2)
     x, y = generator.integers(0, 256, (rows, *shape), dtype=np.uint8), np.arange(rows) % 10
-    return shard_of_arrays(x, y, x, y)
+    return shard_of_fit((x, y), (x, y))
 
 
 def whole_of(shard: Shard) -> tuple[Batch, Batch]:

@@ -20,12 +20,8 @@ from dlion_mpi.learner.source import (
     Labels,
     Source,
     Table,
-    check_alike_parts,
-    check_finite,
-    checked,
     class_labels,
     may_be_classes,
-    with_class_labels,
 )
 from dlion_mpi.learner.stream import Stream, in_chunks
 from dlion_mpi.learner.windows import Windows, memory_bytes
@@ -171,22 +167,6 @@ def load_shards(spec: str, *, ranks: int, partition: str = "iid", alpha: float =
     shards = _load(spec, range(ranks), ranks, partition, alpha, seed, memory_bytes(ranks))
     facts = merge_facts([(shard.classes, shard.samples) for shard in shards])
     return [shard.with_facts(*facts) for shard in shards]
-
-
-def shard_of_arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Shard:
-    """This rank's arrays as a shard. Raises UserError."""
-    where = "arrays in memory"
-    train, test = Batch(np.asarray(x_train), np.asarray(y_train)), Batch(np.asarray(x_test), np.asarray(y_test))
-    for part, suffix in ((train, "_train"), (test, "_test")):
-        for place, array in checked(part, where, suffix).named(suffix).items():
-            check_finite(array, where, place)
-    check_alike_parts(train, test, where)
-    labels = [class_labels(part.y) for part in (train, test)]
-    classes = None if any(y is None for y in labels) else 1 + max(int(y.max()) for y in labels if y is not None)
-    if classes is not None:
-        train, test = with_class_labels(train), with_class_labels(test)
-    source = Source("arrays", where, Table.of(train), Table.of(test), None, classes)
-    return _shard(source, np.arange(train.rows), 0)
 
 
 def _load(

@@ -14,8 +14,9 @@ from mpi4py import MPI
 from dlion_mpi.config.target import Target
 from dlion_mpi.learner import backend
 from dlion_mpi.learner.batches import Batches
+from dlion_mpi.learner.given import shard_of_fit
 from dlion_mpi.learner.models import build
-from dlion_mpi.learner.shards import load, shard_of_arrays
+from dlion_mpi.learner.shards import load
 from dlion_mpi.run import Result, run
 from tests.options import config, grow_soon
 from tests.shards import byte_shard
@@ -263,7 +264,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_only_ends_all(world: MPI.Intracom
     scale = 1e37 if world.Get_rank() == 1 else 1.0
     x = (np.random.default_rng(world.Get_rank()).standard_normal((80, 64)) * scale).astype(np.float32)
     y = np.arange(80) % 10
-    shard = shard_of_arrays(x, y, x[:10], y[:10])
+    shard = shard_of_fit((x, y), (x[:10], y[:10]))
     options = {"data": "arrays", "model": MODEL, "seconds": 60, "sync": sync, "batching": "fixed"}
     outcome = run(config(**options), own_data=lambda: shard, report=False)
     assert outcome.exit_code == 1

@@ -18,7 +18,7 @@ from dlion_mpi.errors import UserError
 from dlion_mpi.learner import hdf5, named
 from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.partition import partition_rows
-from dlion_mpi.learner.shards import load, load_shards, merge_facts, shard_of_arrays
+from dlion_mpi.learner.shards import load, load_shards, merge_facts
 from tests.shards import whole_of
 
 Arrays = dict[str, Any]
@@ -215,19 +215,6 @@ def test_unknown_data_lists_the_known(spec: str) -> None:
 def test_fewer_samples_than_ranks(tmp_path: Path) -> None:
     path = write(tmp_path / "a.h5", arrays(rows=3))
     assert_refused("3 training samples for 4 ranks: use at most 3 ranks or more data", path, ranks=4)
-
-
-def test_arrays_in_memory_become_a_shard() -> None:
-    content = arrays(dtype=np.float64)
-    made = shard_of_arrays(**content)
-    train, test = whole_of(made)
-    np.testing.assert_array_equal(train.x, content["x_train"])
-    np.testing.assert_array_equal(test.x, content["x_test"])
-    assert (train.y.tolist(), test.y.tolist()) == (content["y_train"].tolist(), content["y_test"].tolist())
-    assert (train.x.dtype, made.classes, made.train_samples_global) == ("f4", 3, 12)
-    assert whole_of(shard_of_arrays(**arrays()))[1].x.dtype == np.uint8
-    with pytest.raises(UserError, match=r"arrays in memory: x_train row 2 has NaN"):
-        shard_of_arrays(**{**content, **spoiled("x_train", 2, np.nan)})
 
 
 # One shard file per rank
