@@ -22,7 +22,7 @@ from dlion_mpi.errors import RunError
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
 from dlion_mpi.learner import backend, models
 from dlion_mpi.learner.batches import Batches
-from dlion_mpi.learner.evaluate import CHUNK, BackgroundEvaluator
+from dlion_mpi.learner.evaluate import CHUNK, BackgroundEvaluator, differing_tests, digest_of_tests
 from dlion_mpi.learner.keras_model import check_alike as check_models
 from dlion_mpi.learner.replica import Replica
 from dlion_mpi.learner.shards import Shard, check_alike, load, merge_facts
@@ -166,6 +166,9 @@ def _shard(ranks: Ranks, config: Config, own_data: Callable[[], Shard] | None) -
     facts = ranks.gather_numbers(*(np.nan if fact is None else fact for fact in (shard.classes, shard.samples)))
     whole = [tuple(None if np.isnan(fact) else int(fact) for fact in row) for row in facts]
     ranks.together(partial(check_alike, ranks.gather_text(shard.kind)))
+    differing = differing_tests(ranks.gather_text(ranks.together(partial(digest_of_tests, shard))))
+    if differing and ranks.rank == 0:
+        say(f"dlion: {differing}")
     return shard.with_facts(*merge_facts(whole))
 
 

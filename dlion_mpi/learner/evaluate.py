@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
 
 from dlion_mpi.learner.batch import Batch
+from dlion_mpi.learner.shards import Shard
+from dlion_mpi.learner.source import Table
+from dlion_mpi.metrics.notes import Notes
 from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.vector.layout import Vector
 
 CHUNK = 100
 """Test rows per call. A call shares the backend's threads with the training step, which waits for them."""
+SAMPLED = 256
+"""Test rows of a digest, at even distances."""
 SHARE = 0.2
 """Largest share of the time in which an evaluation computes; it sleeps for the rest, to leave the processor free."""
 
@@ -80,3 +88,28 @@ class BackgroundEvaluator:
                 self._done.put(Evaluation(step, time_s, metrics, time.monotonic() - submitted_s))
             except BaseException as failure:  # raised by `poll`, in the loop
                 self._done.put(failure)
+
+
+def digest_of_tests(shard: Shard) -> str:
+    """A digest of `SAMPLED` of the test rows and of their number, to tell one test set from another.
+
+    Empty for a stream, whose order may differ, and without test rows.
+    """
+    if not isinstance(shard.test, Table):
+        return ""
+    digest = hashlib.blake2b(f"{shard.test.rows}".encode(), digest_size=8)
+    for batch in shard.tests(SAMPLED, SAMPLED):
+        for place, array in batch.named().items():
+            values = np.asarray(array)
+            digest.update(f"{place} {values.dtype} {values.shape}".encode() + values.tobytes())
+    return digest.hexdigest()
+
+
+def differing_tests(digests: Sequence[str]) -> str:
+    """A warning about ranks whose test sets differ; empty if there are none. ``digests``: by rank."""
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if not others or "" in digests:
+        return ""
+    notes = Notes()
+    notes.add("another test set than rank 0's, so that the test metrics of workers cannot be compared", *others)
+    return notes.lines()[0]

@@ -169,5 +169,7 @@ def bytes_matrix(run: Run, found: Sequence[Links]) -> Floats:
 
 def requested_s(rank: Rank) -> Floats:
     """Times at which the knowledge transfers of the rank were requested, in seconds since training began, (K,)."""
+    if not len(rank.steps["time_s"]):
+        return np.full(len(rank.transfers["started_step"]), np.nan)
     # `started_step` counts steps done; the times are the ends of steps.
     return np.interp(rank.transfers["started_step"], rank.steps["step"] + 1.0, rank.steps["time_s"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,7 +128,7 @@ def background(events: Events, rank: Rank, spans: Array | None, window: Window) 
     lanes = Lanes(events, pid, "evaluations", 2)
     for row in np.flatnonzero(window.shows(start, end)).tolist():
         a, b = int(start[row]), int(end[row])
-        args = ",".join(f'"{name}":{number(tests[name][row])}' for name in tests if name != "time_s")
+        args = ",".join(f"{json.dumps(name)}:{number(tests[name][row])}" for name in tests if name != "time_s")
         events.slice(pid, lanes.take(a, b), a, b, "evaluate", args)
     start, end = _extents(moves["time_s"], spans, Phase.TRANSFER, by="end_s")
     lanes = Lanes(events, pid, "knowledge transfers", 3)
