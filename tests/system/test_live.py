@@ -21,9 +21,10 @@ from tests.system.launch import BIN, ROOT, command, end, run, start
 pytestmark = pytest.mark.timeout(200)
 SMALL = ("--data", "digits", "--model", "tests.nets:dense")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-HEAD = ["rank", "steps", "accuracy", "loss", "batch", "step", "time", "samples/s", "waiting"]
+HEAD = ["rank", "steps", "accuracy", "loss", "batch", "step", "time", "samples/s", "waiting", "val_loss"]
 
 SUMMARY = ["rank", "steps", "accuracy", "loss", "samples/s", "compute", "select", "waiting", "apply", "sent"]
+SUMMARY += ["val_loss"]
 
 
 @pytest.fixture
@@ -77,8 +78,9 @@ def test_a_run_under_mpirun_is_drawn_in_its_terminal_watched_and_written_for_ten
         (row,) = np.flatnonzero(rank.steps["step"] == step - 1)
         assert sent == pytest.approx(rank.links()["bytes_sent"][row, 1 - rank.rank], rel=1e-6)
         assert step == rank.steps["step"][-1] + 1
-        accuracies = [value for _, _, value in found["test/accuracy"]]
-        np.testing.assert_allclose(accuracies, rank.evaluations["accuracy"], rtol=1e-6)
+        for metric in ("accuracy", "val_loss"):
+            tests = [value for _, _, value in found[f"test/{metric}"]]
+            np.testing.assert_allclose(tests, rank.evaluations[metric], rtol=1e-6)
         losses = found["training/loss"]
         first, last = losses[-2][0], losses[-1][0]  # the last point is the mean since the one before
         assert losses[-1][2] == pytest.approx(float(rank.steps["loss"][first:last].mean()), rel=1e-5)

@@ -21,8 +21,8 @@ from tests.system.launch import Ended, complaints, end, processes_with, ranks_wi
 
 pytestmark = pytest.mark.timeout(200)
 SMALL = ("--data", "digits", "--model", "tests.nets:dense", "--progress-every", "0")
-KEYS = ["strategy", "ranks", "steps", "seconds", "accuracy_mean", "accuracy_std", "accuracy_per_rank", "loss"]
-KEYS += ["bytes_sent", "target_reached_s", "stopped", "out"]
+TESTS = [f"{metric}_{part}" for metric in ("val_loss", "accuracy") for part in ("mean", "std", "per_rank")]
+KEYS = ["strategy", "ranks", "steps", "seconds", *TESTS, "loss", "bytes_sent", "target_reached_s", "stopped", "out"]
 
 
 def result_of(ended: Ended) -> dict[str, object]:
