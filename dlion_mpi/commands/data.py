@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_action(actions: Any, name: str, text: str, main: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.add_argument("data", help="fashion-mnist, digits, cifar10[:FOLDER] or FILE.h5")
+    parser.add_argument("data", help="as --data of dlion train")
     parser.add_argument("--partition", default="iid", metavar="iid|dirichlet", help="(default: iid)")
     parser.add_argument("--dirichlet-alpha", default="0.5", help="smaller is more unequal (default: 0.5)")
     parser.add_argument("--seed", default="0", help="(default: 0)")

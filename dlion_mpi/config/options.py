@@ -143,8 +143,8 @@ class Config:
 
     data: str = _data(
         "fashion-mnist",
-        "fashion-mnist, digits, cifar10[:FOLDER], FILE.h5, or one file per rank: 'shard-{rank}.h5'",
-        value="NAME|FILE",
+        "a named data set, a file or folder, one per rank ('shard-{rank}.h5'), or PACKAGE.MODULE:FUNCTION",
+        value="NAME|PATH",
         common=True,
     )
     partition: str = _data(

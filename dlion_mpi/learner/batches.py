@@ -10,7 +10,7 @@ import numpy as np
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner.batch import Batch as Batch
 from dlion_mpi.learner.batch import RowNumbers
-from dlion_mpi.learner.shards import Shard
+from dlion_mpi.learner.shard import Shard
 from dlion_mpi.learner.source import Table
 from dlion_mpi.learner.stream import Prefetcher, Stream, epoch_seed
 

@@ -11,7 +11,7 @@ import optree
 
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner.batch import Batch
-from dlion_mpi.learner.shards import Shard
+from dlion_mpi.learner.shard import Shard
 from dlion_mpi.learner.source import Table, check_alike_parts, check_finite, checked, class_labels, converted
 from dlion_mpi.learner.stream import Stream, failure
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,18 +18,14 @@ from dlion_mpi.errors import UserError
 from dlion_mpi.learner.batch import Batch, RowNumbers
 from dlion_mpi.learner.source import (
     BLOCK_BYTES,
-    MOST_CLASSES,
-    Labels,
     Source,
     Table,
-    check_alike_parts,
     check_finite,
     checked,
     first_line,
     kept_type,
-    may_be_classes,
-    row_bytes,
-    with_class_labels,
+    opened,
+    structure,
 )
 
 LAYOUT = "x_train, y_train, x_test, y_test"
@@ -45,33 +40,22 @@ def open_file(path: str, name: str) -> Source:
             raise UserError(f"{path} has no dataset x_train: it needs {LAYOUT}")
         if "x_test" not in file and "y_test" in file:
             raise UserError(f"{path} has y_test, but no dataset x_test: it needs {LAYOUT}")
-        train = _part(file, "_train", path)
-        test = _part(file, "_test", path) if "x_test" in file else None
-        if test is not None:
-            check_alike_parts(train, test, path)
-        declared = file.attrs.get("classes", file["y_train"].attrs.get("classes") if "y_train" in file else None)
-        labels, classes = _classes(train, test, declared, path)
-        groups = _groups(file["group_train"], train.rows, path) if "group_train" in file else labels
-        return Source(
+        return opened(
             name,
             path,
-            Table(train.rows, _reader(path, "_train", classes), row_bytes(train)),
-            None if test is None else Table(test.rows, _reader(path, "_test", classes), row_bytes(test)),
-            groups,
-            classes,
+            (_part(file, "_train", path), _reader(path, "_train")),
+            (_part(file, "_test", path), _reader(path, "_test")) if "x_test" in file else None,
+            declared=file.attrs.get("classes", file["y_train"].attrs.get("classes") if "y_train" in file else None),
+            groups=_structure(file, "group_train", path),
         )
 
 
-def open_shard(spec: str, rank: int, ranks: int) -> Source:
-    """The shard file of one rank; ``spec`` is a path with ``{rank}`` in it. Raises UserError."""
-    path = os.path.expanduser(spec.replace("{rank}", str(rank)))
-    if not os.path.exists(path):
-        raise UserError(f"shard file {path} is missing: {ranks} ranks need one each, 0 to {ranks - 1}")
+def check_ranks(path: str, ranks: int) -> None:
+    """Raise UserError for a shard file of another number of ranks: fewer would train on a part of the data only."""
     with _opened(path) as file:
         written_for = file.attrs.get("ranks", ranks)
-    if written_for != ranks:  # fewer ranks would silently train on a part of the data
+    if written_for != ranks:
         raise UserError(f"{path} is one of {written_for} shards: start {written_for} ranks, or split again")
-    return open_file(path, os.path.basename(spec))
 
 
 @contextlib.contextmanager
@@ -102,10 +86,7 @@ def _structure(parent: h5py.Group, name: str, path: str) -> Any:
         raise UserError(f"{path}: {where} is a link to {link.filename}: copy the data into this file")
     item = parent.get(name)
     if isinstance(item, h5py.Group):
-        members = {key: _structure(item, key, path) for key in item}
-        if set(members) == {str(k) for k in range(len(members))}:
-            return tuple(members[str(k)] for k in range(len(members)))
-        return members
+        return structure({key: _structure(item, key, path) for key in item})
     if not isinstance(item, h5py.Dataset):
         raise UserError(f"{path} has no dataset {where}: it is a link to nothing, or not data")
     _check_stored(item, where, path)
@@ -133,46 +114,14 @@ def _check_stored(dataset: h5py.Dataset, where: str, path: str) -> None:
         )
 
 
-def _classes(train: Batch, test: Batch | None, declared: Any, path: str) -> tuple[Labels | None, int | None]:
-    """Labels of the training rows, (m,), and the number of classes; None for targets that are not classes.
-
-    ``declared``: the file's number of classes, with which labels must agree. Raises UserError.
-    """
-    if declared is not None and (np.ndim(declared) or np.asarray(declared).dtype.kind not in "iu"):
-        raise UserError(f"{path}: the attribute classes is {declared!r}: store one integer")
-    parts = [part for part in (train, test) if part is not None]
-    if not all(may_be_classes(part.y) for part in parts):
-        return None, None if declared is None else int(declared)
-    labels = [part.y[()].reshape(-1) for part in parts]
-    smallest, largest = min(int(y.min()) for y in labels), max(int(y.max()) for y in labels)
-    if declared is None:
-        is_class = smallest >= 0 and largest < MOST_CLASSES
-        return (labels[0], largest + 1) if is_class else (None, None)
-    if smallest < 0:
-        raise UserError(f"{path}: label {smallest} is negative: count labels from 0")
-    if largest >= declared:
-        raise UserError(f"{path}: label {largest} is too large: {declared} classes go from 0 to {declared - 1}")
-    return labels[0], int(declared)
-
-
-def _groups(dataset: Any, rows: int, path: str) -> Labels:
-    """The group of every training row, (m,). Raises UserError."""
-    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "iu" or dataset.shape != (rows,):
-        raise UserError(f"{path}: group_train must have one whole number for each of the {rows} training rows")
-    _check_stored(dataset, "group_train", path)
-    groups: Labels = dataset[()]
-    return groups
-
-
-def _reader(path: str, suffix: str, classes: int | None) -> Callable[[RowNumbers], Batch]:
+def _reader(path: str, suffix: str) -> Callable[[RowNumbers], Batch]:
     """A function that reads rows of the training or test part. It opens the file and closes it again."""
 
     def read(rows: RowNumbers) -> Batch:
         with _opened(path) as file:
-            opened = Batch(*(_structure(file, f"{name}{suffix}", path) for name in Batch._fields))
-            names = iter(opened.named(suffix))
-            batch = opened.map(lambda dataset: read_rows(dataset, rows, next(names), path))
-        return batch if classes is None or not may_be_classes(batch.y) else with_class_labels(batch)
+            found = Batch(*(_structure(file, f"{name}{suffix}", path) for name in Batch._fields))
+            names = iter(found.named(suffix))
+            return found.map(lambda dataset: read_rows(dataset, rows, next(names), path))
 
     return read
 

@@ -1,137 +1,31 @@
-"""Shards: the part of a data set that a rank owns."""
+"""Loading shards: by the name of a data set, by path, or from a function."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import optree
 
+from dlion_mpi import plugins
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.batch import Batch, RowNumbers, joined
-from dlion_mpi.learner.hdf5 import open_file, open_shard
+from dlion_mpi.learner.batch import RowNumbers
+from dlion_mpi.learner.given import shard_of_fit
 from dlion_mpi.learner.named import NAMES, open_named
 from dlion_mpi.learner.partition import check_partition, partition_rows
-from dlion_mpi.learner.source import (
-    Labels,
-    Source,
-    Table,
-    class_labels,
-    may_be_classes,
-)
-from dlion_mpi.learner.stream import Stream, in_chunks
+from dlion_mpi.learner.paths import open_path, open_shard
+from dlion_mpi.learner.shard import Shard as Shard
+from dlion_mpi.learner.shard import check_alike as check_alike
+from dlion_mpi.learner.shard import merge_facts as merge_facts
+from dlion_mpi.learner.source import Source, may_be_classes
+from dlion_mpi.learner.stream import failure
 from dlion_mpi.learner.windows import Windows, memory_bytes
 
-Facts = tuple[int | None, ...]
-"""Classes and samples of a rank, None where it has none."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Shard:
-    """One rank's training rows, and the whole test set.
-
-    Rows are in a table, or come as a stream. ``test``: None if there are no test rows. ``has_labels``: whether the
-    targets were read as class labels. ``classes``: number of classes; None if the targets are not classes.
-    ``train_samples_global``: training rows of all ranks; None if a rank cannot count its rows. Both are equal on every
-    rank, except before `with_facts`. ``source``: where it was read from, for people.
-    """
-
-    name: str
-    source: str
-    train: Table | Stream
-    test: Table | Stream | None
-    has_labels: bool = False
-    classes: int | None = None
-    train_samples_global: int | None = None
-
-    @property
-    def samples(self) -> int | None:
-        """Training rows of this rank (m); None if they cannot be counted."""
-        return self.train.rows
-
-    @property
-    def has_tests(self) -> bool:
-        """Whether there are test rows."""
-        return self.test is not None
-
-    def example(self) -> Batch:
-        """Two training rows; one row twice if there is only one."""
-        return self._example
-
-    @cached_property
-    def _example(self) -> Batch:
-        if not isinstance(self.train, Table):
-            first = self.train.example()
-            return first.part(0, 2) if first.rows > 1 else joined([first, first])
-        if not self.train.rows:
-            raise UserError("the shard has no training rows: give each rank some")
-        return self.train.read(np.minimum(np.arange(2), self.train.rows - 1))
-
-    @property
-    def input_shape(self) -> Any:
-        """Shape of one row's input: a tuple, or a structure of tuples for several inputs."""
-        return optree.tree_map(lambda array: array.shape[1:], self.example().x)
-
-    @property
-    def kind(self) -> str:
-        """Structure, shapes and types of the training rows."""
-        return self.example().kind() + (", class labels" if self.has_labels else "")
-
-    def class_labels(self) -> Labels | None:
-        """The class of every training row, (m,); None if the targets are not classes."""
-        table = self.table()
-        return class_labels(table.read(np.arange(table.rows)).y)
-
-    def table(self) -> Table:
-        """The training rows, to read by number. Raises UserError for a stream that has no such numbers."""
-        if isinstance(self.train, Table):
-            return self.train
-        if isinstance(self.train, Windows):
-            return self.train.table
-        raise UserError(f"{self.name} is read in one order only: give arrays or files")
-
-    def tests(self, chunk_rows: int, most: int | None = None) -> Iterator[Batch]:
-        """The test rows in batches of ``chunk_rows``; at most ``most``: at even distances, or the first of a stream."""
-        if self.test is None:
-            return
-        if not isinstance(self.test, Table):
-            yield from in_chunks(self.test.pieces(np.random.default_rng(0), 0), chunk_rows, most)
-            return
-        numbers = np.arange(self.test.rows)
-        if most is not None and most < len(numbers):
-            numbers = np.arange(most) * len(numbers) // most
-        for start in range(0, len(numbers), chunk_rows):
-            yield self.test.read(numbers[start : start + chunk_rows])
-
-    def describe(self) -> str:
-        """Name, source and number of training rows, for people."""
-        rows = self.train_samples_global
-        return f"{self.name} from {self.source}, {'uncounted' if rows is None else f'{rows:,}'} training samples"
-
-    def with_facts(self, classes: int | None, train_samples_global: int | None) -> Shard:
-        """The same shard, knowing what ``merge_facts`` found over all ranks."""
-        return replace(self, classes=classes, train_samples_global=train_samples_global)
-
-
-def merge_facts(facts: Sequence[Facts]) -> tuple[int | None, int | None]:
-    """(classes, samples) of each rank -> (most classes, all samples together), None where a rank has none."""
-    classes = [most for most, _ in facts if most is not None]
-    samples = [rows for _, rows in facts if rows is not None]
-    return (
-        max(classes) if len(classes) == len(facts) else None,
-        sum(samples) if len(samples) == len(facts) else None,
-    )
-
-
-def check_alike(kinds: Sequence[str]) -> None:
-    """Raise UserError unless the samples of all ranks are of the same kind (structure, shape and type)."""
-    for rank, kind in enumerate(kinds):
-        if kind != kinds[0]:
-            raise UserError(f"--data: rank {rank} has samples of {kind}, rank 0 of {kinds[0]}: they must be alike")
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+PARTS = ("train", "validation", "class_weight")
 
 
 def load(
@@ -148,10 +42,10 @@ def load(
 
     ``local_ranks``: ranks of this machine, which share its memory; all if it is None.
 
-    ``spec``: ``fashion-mnist``, ``digits``, ``cifar10``, ``cifar10:FOLDER``, an HDF5 file, or a path with
-    ``{rank}`` in it for one HDF5 file per rank. Such a file is that rank's shard as it stands, and takes no
-    ``partition``. Raises UserError for data that is missing, damaged or unfit, ValueError unless
-    0 <= rank < ranks.
+    ``spec``: the name of a data set (`named.NAMES`), a path (`paths.open_path`), a path with ``{rank}`` in it for one
+    per rank, or the PACKAGE.MODULE:FUNCTION of a function (rank, ranks) -> (train, validation), or a dict of the
+    arguments of `shard_of_fit`. What a path with ``{rank}`` or a function gives is the rank's shard as it is, and takes
+    no ``partition``. Raises UserError for data that is missing, damaged or unfit, ValueError unless 0 <= rank < ranks.
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} is not one of {ranks} ranks")
@@ -178,6 +72,11 @@ def _load(
             raise UserError(f"data {spec!r} is already divided by rank: leave out the partition {method!r}")
         sources = [open_shard(spec, rank, ranks) for rank in wanted]
         return [_shard(source, np.arange(source.train.rows), memory) for source in sources]
+    if FUNCTION.fullmatch(spec) and not os.path.exists(spec) and open_named(spec) is None:
+        if method != "iid":
+            raise UserError(f"data {spec!r} is divided by its function: leave out the partition {method!r}")
+        function = plugins.load("--data", spec, built_in=NAMES, kind="function")
+        return [_shard_of_function(function, rank, ranks, f"--data {spec}") for rank in wanted]
     source = _open(spec)
     if source.labels is None and method == "dirichlet":
         raise UserError(f"data {spec!r} has no classes and no groups to deal by: use --partition iid")
@@ -192,8 +91,24 @@ def _open(spec: str) -> Source:
         return named
     path = os.path.expanduser(spec)
     if not os.path.exists(path):
-        raise UserError(f"unknown data {spec!r}: it is neither one of {NAMES} nor an existing file")
-    return open_file(path, os.path.basename(path))
+        raise UserError(f"unknown data {spec!r}: it is neither one of {NAMES}, nor an existing path, nor a function")
+    return open_path(path, os.path.basename(path.rstrip(os.sep)))
+
+
+def _shard_of_function(function: Any, rank: int, ranks: int, option: str) -> Shard:
+    """The shard that a user's function returns. Raises UserError, also for what the function raises."""
+    try:
+        data = function(rank, ranks)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(failure(option, error)) from error
+    if isinstance(data, tuple) and len(data) == 2:
+        data = dict(zip(PARTS, data, strict=False))
+    if not isinstance(data, Mapping) or "train" not in data or not set(data) <= set(PARTS):
+        raise UserError(f"{option}: returned {type(data).__name__}: return (train, validation), or a dict of {PARTS}")
+    shard = shard_of_fit(**data)
+    return replace(shard, name=option.removeprefix("--data "))
 
 
 def _shard(source: Source, rows: RowNumbers, memory: int) -> Shard:

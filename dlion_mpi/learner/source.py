@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,62 @@ def labelled(x: Any, y: Any) -> Batch:
 def of_images(name: str, source: str, classes: int, train: Batch, test: Batch) -> Source:
     """A data set of images with labels in memory."""
     return Source(name, source, Table.of(train), Table.of(test), train.y, classes)
+
+
+Reader = Callable[[RowNumbers], Batch]
+
+
+def opened(
+    name: str,
+    path: str,
+    train: tuple[Batch, Reader],
+    test: tuple[Batch, Reader] | None,
+    *,
+    declared: Any = None,
+    groups: Any = None,
+) -> Source:
+    """An open data set in files.
+
+    ``train``, ``test``: its arrays or open data sets, which are not read yet, and the function that reads rows of them.
+    ``declared``: the number of classes that the file names. ``groups``: a group for every training row, (m,). Raises
+    UserError if these do not fit together.
+    """
+    parts = [train[0]] if test is None else [train[0], test[0]]
+    if test is not None:
+        check_alike_parts(train[0], test[0], path)
+    labels, classes = _classes(parts, declared, path)
+    if groups is not None:
+        if getattr(groups, "shape", None) != (train[0].rows,) or groups.dtype.kind not in "iu":
+            raise UserError(f"{path}: group_train must have one whole number for each of {train[0].rows} training rows")
+        labels = groups[()]
+
+    def table(part: Batch, read: Reader) -> Table:
+        if classes is None or not may_be_classes(part.y):
+            return Table(part.rows, read, row_bytes(part))
+        return Table(part.rows, lambda rows: with_class_labels(read(rows)), row_bytes(part))
+
+    return Source(name, path, table(*train), None if test is None else table(*test), labels, classes)
+
+
+def _classes(parts: Sequence[Batch], declared: Any, path: str) -> tuple[Labels | None, int | None]:
+    """Labels of the training rows, (m,), and the number of classes; None for targets that are not classes.
+
+    ``declared``: the file's number of classes, with which labels must agree. Raises UserError.
+    """
+    if declared is not None and (np.ndim(declared) or np.asarray(declared).dtype.kind not in "iu"):
+        raise UserError(f"{path}: the attribute classes is {declared!r}: store one integer")
+    if not all(may_be_classes(part.y) for part in parts):
+        return None, None if declared is None else int(declared)
+    labels = [part.y[()].reshape(-1) for part in parts]
+    smallest, largest = min(int(y.min()) for y in labels), max(int(y.max()) for y in labels)
+    if declared is None:
+        is_class = smallest >= 0 and largest < MOST_CLASSES
+        return (labels[0], largest + 1) if is_class else (None, None)
+    if smallest < 0:
+        raise UserError(f"{path}: label {smallest} is negative: count labels from 0")
+    if largest >= declared:
+        raise UserError(f"{path}: label {largest} is too large: {declared} classes go from 0 to {declared - 1}")
+    return labels[0], int(declared)
 
 
 def row_bytes(batch: Batch) -> int:
@@ -172,6 +228,13 @@ def class_labels(y: Any) -> Labels | None:
 def with_class_labels(batch: Batch) -> Batch:
     """The batch with its whole numbers y as int32 labels, (b,)."""
     return batch._replace(y=batch.y.reshape(-1).astype(np.int32))
+
+
+def structure(named: dict[str, Any]) -> Any:
+    """Named arrays as a dict; as a tuple if the names are 0, 1, 2 and so on."""
+    if set(named) == {str(k) for k in range(len(named))}:
+        return tuple(named[str(k)] for k in range(len(named)))
+    return named
 
 
 def first_line(error: BaseException) -> str:

@@ -209,7 +209,7 @@ def test_a_damaged_chunk_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["mnist", "nowhere/a.h5", "digits:3", "cifar10:", ""])
 def test_unknown_data_lists_the_known(spec: str) -> None:
-    assert_refused("neither one of fashion-mnist, digits, cifar10.* nor an existing file", spec)
+    assert_refused("neither one of fashion-mnist, digits, cifar10.*, nor an existing path, nor a function", spec)
 
 
 def test_fewer_samples_than_ranks(tmp_path: Path) -> None:
