@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from dlion_mpi.config.fields import declared
 from dlion_mpi.config.renamed import refusal
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.strategies.contract import Strategy
@@ -37,9 +36,10 @@ def _fit(model: Any, train: Arrays, test: Arrays, **options: Any) -> dict[str, A
     from dlion_mpi.learner.given import shard_of_fit
     from dlion_mpi.mpi import startup
     from dlion_mpi.run import run
+    from dlion_mpi.strategies.given import options_of_strategy
 
     options = {name: value for name, value in options.items() if value is not None}
-    options |= _options_of(options.get("strategy"))
+    options |= options_of_strategy(options.get("strategy"))
     if not options.get("resume"):  # a resumed run has these; its checkpoint knows whether the model fits
         options = {"model": model.name, "data": "arrays", **options}
     config, start = plan(options)
@@ -59,21 +59,6 @@ def _fit(model: Any, train: Arrays, test: Arrays, **options: Any) -> dict[str, A
     if done.exit_code:
         raise RunError(str(done.summary["stopped"]))
     return done.summary
-
-
-def _options_of(strategy: Any) -> dict[str, Any]:
-    """Convert ``strategy=Gaia`` or ``strategy=Gaia(threshold=0.2)`` to options by full name."""
-    cls = strategy if isinstance(strategy, type) else type(strategy)
-    if not issubclass(cls, Strategy):
-        return {}
-    from dlion_mpi.strategies.registry import STRATEGIES
-
-    built_in = STRATEGIES.get(cls.name) is cls
-    chosen = {"strategy": cls.name if built_in else f"{cls.__module__}:{cls.__qualname__}"}
-    if isinstance(strategy, type):
-        return chosen
-    values = {f: getattr(strategy.options, f.name) for f in declared(strategy.options)}
-    return chosen | {f"{cls.Options.table}.{f.name}": value for f, value in values.items() if value != f.default}
 
 
 def _done_by(does: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:

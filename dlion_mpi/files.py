@@ -7,11 +7,10 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.shards import Shard
 from dlion_mpi.metrics.recorder import NoRecorder, Recorder
 from dlion_mpi.provenance import commit, versions
 from dlion_mpi.view import tensorboard
@@ -19,6 +18,16 @@ from dlion_mpi.view.tensorboard import TensorBoard
 
 AnyRecorder = Recorder | NoRecorder | TensorBoard
 """Records a rank's metrics."""
+
+
+class Data(Protocol):
+    """A rank's training data: where it is from, and the number of its rows if that is known."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def samples(self) -> int | None: ...
 
 
 def new_folder(config: Config) -> None:
@@ -43,7 +52,7 @@ def new_recorder(
     config: Config,
     rank: int,
     workers: int,
-    shard: Shard,
+    data: Data,
     about: Mapping[str, Any],
     metrics: Sequence[str],
     part: int = 0,
@@ -62,8 +71,8 @@ def new_recorder(
             "host": platform.node(),
             "pid": os.getpid(),
             "python": platform.python_version(),
-            "data_source": shard.source,
-            **({} if shard.samples is None else {"samples": shard.samples}),
+            "data_source": data.source,
+            **({} if data.samples is None else {"samples": data.samples}),
             **about,
         }
         try:

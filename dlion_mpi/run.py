@@ -75,7 +75,8 @@ def run(
             with closing(built.batches), _shown(ranks, built, report):
                 with session.checkpoints(worker, preemption, loaded, report=report):
                     seconds = _train(built, 0.0 if loaded is None else loaded.checkpoint.time_s)
-                _average_statistics(ranks, worker)
+                if ranks.size > 1:
+                    statistics.settle(worker.replica, worker.batch_sizes.lbs, ranks.mean)
                 _evaluate_last(worker, built.evaluator, seconds)
                 export.save(ranks, worker, report=report)
             built.recorder.close(complete=worker.exit_code == 0)
@@ -272,15 +273,6 @@ def _train(built: _Built, begin_s: float) -> float:
             worker.stop_reason, worker.exit_code = str(error), 1
             driven(leave(worker))
         return exchange.clock.now_s()
-
-
-def _average_statistics(ranks: Ranks, worker: Worker) -> None:
-    """Set the statistics of all ranks' models to their mean."""
-    own = worker.replica.statistics()
-    if ranks.size > 1 and len(own):
-        everywhere = statistics.mean(ranks.mean(statistics.weighted(own, worker.batch_sizes.lbs)))
-        if everywhere is not None:
-            worker.replica.set_statistics(everywhere)
 
 
 def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, seconds: float) -> None:

@@ -38,9 +38,9 @@ class KerasModel:
         if not self.trainable:
             raise UserError("the model has no trainable variables: there is nothing to train")
         self.non_trainable = list(model.non_trainable_variables)
-        moving = _moving(model)
+        moves = moving(model)
         # By place, never by path: a block that is built twice gives two variables of one path.
-        kinds = [_kind(variable, id(variable) in moving) for variable in self.non_trainable]
+        kinds = [_kind(variable, id(variable) in moves) for variable in self.non_trainable]
         self.statistics_at, self.frozen_at, self.others_at = (
             [place for place, found in enumerate(kinds) if found == kind] for kind in ("statistic", "frozen", "other")
         )
@@ -182,7 +182,7 @@ def _create_variables(model: Any, example: Batch, *, own_step: bool) -> None:
             raise
 
 
-def _moving(model: Any) -> set[int]:
+def moving(model: Any) -> set[int]:
     """The identities of variables that their layers created as non-trainable, and that are not frozen with them."""
     return {id(v) for layer in _layers(model) if layer.trainable for v in layer._non_trainable_variables}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -35,7 +35,7 @@ class Computed:
     """``vector``: the gradient or the movement, (P,) float32; None after a whole training step.
 
     ``finite``: whether loss and vector are finite. ``seconds``: duration, of which ``paced_s`` were slept. ``logs``:
-    what Keras's training step returned.
+    what Keras's training step returned. ``samples``: how many were used, if not as many as requested.
     """
 
     loss: float
@@ -44,12 +44,17 @@ class Computed:
     seconds: float
     paced_s: float
     logs: Mapping[str, float] = field(default_factory=dict)
+    samples: int | None = None
 
     @classmethod
     def of(cls, found: Gradient, seconds: float, paced_s: float) -> Computed:
         """The answer, given what a replica has computed in this time."""
         vector = found.vector if len(found.vector) else None
         return cls(found.loss, vector, found.finite, seconds, paced_s, found.logs)
+
+    def of_samples(self, samples: int) -> Computed:
+        """The same answer, of this number of samples."""
+        return replace(self, samples=samples)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,16 @@ def average(replicas: Sequence[Replica], samples: Sequence[int]) -> None:
                 replica.set_statistics(everywhere)
 
 
+def settle(replica: Replica, samples: int, mean_of: Callable[[Vector], Vector]) -> None:
+    """Set the statistics of this worker to the mean of all workers, which call this together.
+
+    ``mean_of``: the mean of all workers' vectors, such as `mpi.ranks.Ranks.mean`.
+    """
+    own = replica.statistics()
+    if len(own) and (everywhere := mean(mean_of(weighted(own, samples)))) is not None:
+        replica.set_statistics(everywhere)
+
+
 class StatisticsRounds:
     """Sums the statistics of all workers every `PERIOD` steps, without waiting.
 

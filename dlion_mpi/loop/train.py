@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def train(w: Worker) -> Loop:
 
     Raises RunError for a loss or update that is not finite, before it could reach a peer.
     """
-    if w.batch_sizes.needs_profile():
+    if w.profiles and w.batch_sizes.needs_profile():
         yield from profile(w)
     w.budget.start()
     while not w.ended():
@@ -89,6 +90,7 @@ def compute(w: Worker) -> Generator[Compute, Computed | None, Computed]:
     computed = yield Compute(w.batches.take(w.current.lbs), w.current.lbs, kind)
     assert computed is not None
     w.current.compute_s, w.current.paced_s = computed.seconds, computed.paced_s
+    w.current.lbs = computed.samples or w.current.lbs
     now_s = w.now_s()
     w.recorder.span(Phase.COMPUTE, w.step, now_s - computed.seconds, now_s)
     if computed.finite:
@@ -99,7 +101,7 @@ def compute(w: Worker) -> Generator[Compute, Computed | None, Computed]:
             "lower --learning-rate, or leave such gradients out with --non-finite skip"
         )
     zero = None if computed.vector is None else np.zeros_like(computed.vector)
-    return Computed(computed.loss, zero, True, computed.seconds, computed.paced_s)
+    return replace(computed, vector=zero, finite=True)
 
 
 def wait_for_peers(w: Worker) -> Generator[Until, None, None]:

@@ -115,6 +115,8 @@ class Worker:
     """Names of the metrics of a test; empty where there is no test data, and nothing is tested."""
     encoder: BackgroundEncoder | None = None
     """Encodes messages in the background. While it does, it alone posts to the links."""
+    profiles: bool = True
+    """Whether batches may be timed before the first step."""
     checkpoints: Checkpoints | None = None
     on_step: Callable[[StepRecord], None] = lambda record: None
     # how far it is
@@ -221,7 +223,7 @@ class Worker:
 
     def stamp(self, computed_at: float = 0.0) -> Stamp:
         """The fields of this step for message headers."""
-        sizes = self.batch_sizes
+        sizes = self.current or self.batch_sizes
         return Stamp(self.members.epoch, self.step, sizes.lbs, sizes.gbs, computed_at)
 
     def link_views(self, step_s: float) -> dict[int, LinkView]:

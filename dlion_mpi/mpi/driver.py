@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from dlion_mpi.loop import compute
 from dlion_mpi.loop.ports import Compute, Computed, Loop, Replica
@@ -13,27 +12,35 @@ from dlion_mpi.mpi.exchange import Exchange
 
 def drive(loop: Loop, *, replica: Replica, exchange: Exchange, pace: PaceClock | None) -> None:
     """Run the loop to its end. ``pace``: the machine to emulate, if any."""
-    now_s, progress = exchange.clock.now_s, exchange.progress
-    answer: Computed | None = None
+    now_s = exchange.clock.now_s
+    request = advance(loop, None, exchange)
+    while request is not None:
+        started_s = now_s()
+        found = compute.answer(request, replica)
+        paced_s = slow_down(pace, request.samples, started_s, now_s() - started_s)
+        answer = Computed.of(found, now_s() - started_s, paced_s)
+        request = advance(loop, answer, exchange)
+
+
+def advance(loop: Loop, answer: Computed | None, exchange: Exchange) -> Compute | None:
+    """Run the loop to its next request to compute, waiting as it asks. Returns None at its end."""
+    if answer is not None:
+        exchange.progress.computed(answer.seconds)
     while True:
         try:
             request = loop.send(answer)
         except StopIteration:
-            return
-        progress.check()
+            return None
+        exchange.progress.check()
         if isinstance(request, Compute):
-            answer = _compute(request, replica, now_s, pace)
-            progress.computed(answer.seconds)
-        else:
-            progress.wait_until(request.ask, ask_s=request.deadline_s - now_s())
-            answer = None
+            return request
+        exchange.progress.wait_until(request.ask, ask_s=request.deadline_s - exchange.clock.now_s())
+        answer = None
 
 
-def _compute(request: Compute, replica: Replica, now_s: Callable[[], float], pace: PaceClock | None) -> Computed:
-    started_s = now_s()
-    found = compute.answer(request, replica)
-    paced_s = 0.0
-    if pace is not None:
-        paced_s = max(0.0, pace.seconds(request.samples, started_s) - (now_s() - started_s))
+def slow_down(pace: PaceClock | None, samples: int, started_s: float, seconds: float) -> float:
+    """Sleep until ``samples`` have taken as long as on the emulated machine. Returns the seconds slept."""
+    paced_s = 0.0 if pace is None else max(0.0, pace.seconds(samples, started_s) - seconds)
+    if paced_s:
         time.sleep(paced_s)
-    return Computed.of(found, now_s() - started_s, paced_s)
+    return paced_s

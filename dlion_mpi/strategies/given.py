@@ -10,6 +10,7 @@ from dlion_mpi.config.fields import Field, convert, declared
 from dlion_mpi.config.options import FIELDS, TABLES, Config
 from dlion_mpi.config.renamed import refusal
 from dlion_mpi.errors import UserError
+from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.registry import STRATEGIES, find
 
@@ -47,6 +48,19 @@ def values_of(options: Mapping[str, Any], *, strategy: str = Config.strategy) ->
 def config_of(options: Mapping[str, Any]) -> Config:
     """Return the Config of parsed options and their file. Raises UserError."""
     return Config.of(values_of(options))
+
+
+def options_of_strategy(strategy: Any) -> dict[str, Any]:
+    """Convert ``strategy=Gaia`` or ``strategy=Gaia(threshold=0.2)`` to options by full name."""
+    cls = strategy if isinstance(strategy, type) else type(strategy)
+    if not issubclass(cls, Strategy):
+        return {}
+    built_in = STRATEGIES.get(cls.name) is cls
+    chosen = {"strategy": cls.name if built_in else f"{cls.__module__}:{cls.__qualname__}"}
+    if isinstance(strategy, type):
+        return chosen
+    values = {f: getattr(strategy.options, f.name) for f in declared(strategy.options)}
+    return chosen | {f"{cls.Options.table}.{f.name}": value for f, value in values.items() if value != f.default}
 
 
 Named = tuple[str, Field]

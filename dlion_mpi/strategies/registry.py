@@ -82,8 +82,7 @@ def check_gradients(strategy: str, exchanges: str, takes_gradients: bool) -> Non
     if exchanges == "gradients" and not takes_gradients:
         able = ", ".join(name for name, cls in STRATEGIES.items() if cls.exchanges == "movements")
         raise UserError(
-            f"--strategy {strategy} needs gradients, which a model with a custom train_step does not give: "
-            f"choose {able}"
+            f"--strategy {strategy} needs gradients, which a custom train_step or loop does not give: choose {able}"
         )
 
 

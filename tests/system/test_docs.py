@@ -71,6 +71,13 @@ def test_the_script_with_dlion(folder: Path) -> None:
     assert stated_accuracy(run(2, "python", "with_dlion.py", cwd=folder)) > 0.85
 
 
+def test_a_loop_of_the_reader(folder: Path) -> None:
+    (ended,) = follow("own-loop.md", folder)
+    found = re.findall(r"test accuracy (\d\.\d+), [\d.]+ s$", ended.out, re.M)
+    assert len(found) == 1, ended.out
+    assert float(found[0]) > 0.85
+
+
 @pytest.mark.skipif(importlib.util.find_spec("horovod") is None, reason="Horovod is not built: env/horovod/build.sh")
 def test_the_script_with_horovod(folder: Path) -> None:
     assert stated_accuracy(run(2, "python", "with_horovod.py", cwd=folder)) > 0.85

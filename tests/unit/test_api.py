@@ -21,6 +21,7 @@ from dlion_mpi.errors import UserError
 from dlion_mpi.strategies.baseline import Baseline
 from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.gaia import Gaia
+from dlion_mpi.strategies.given import options_of_strategy
 
 ARGUMENTS = ("model", "train", "test")
 OF_THE_DATA = ("data", "partition", "dirichlet_alpha")
@@ -74,7 +75,7 @@ def test_it_reads_well_in_help() -> None:
     ],
 )
 def test_a_strategy_is_a_name_a_class_or_an_instance_with_options(strategy: Any, options: dict[str, Any]) -> None:
-    assert api._options_of(strategy) == options
+    assert options_of_strategy(strategy) == options
 
 
 class Brought(Baseline):
@@ -82,7 +83,7 @@ class Brought(Baseline):
 
 
 def test_a_strategy_of_yours_is_named_by_its_module() -> None:
-    assert api._options_of(Brought) == {"strategy": f"{__name__}:Brought"}
+    assert options_of_strategy(Brought) == {"strategy": f"{__name__}:Brought"}
 
 
 def test_an_unknown_option_is_refused_with_what_there_is() -> None:
