@@ -115,7 +115,7 @@ def fit(
     batching: Literal["auto", "proportional", "fixed"] | None = None,
     batch_size_max: int | None = None,
     global_batch: Literal["grow", "fixed"] | None = None,
-    value_type: Literal["float32", "float16", "bfloat16"] | None = None,
+    value_type: Literal["float32", "float16", "bfloat16", "int8", "int4", "int2", "sign"] | None = None,
     exchange_share: float | None = None,
     transfer: Literal["all", "worse-than-mean", "worst", "none"] | None = None,
     transfer_period: int | None = None,

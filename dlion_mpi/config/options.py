@@ -13,7 +13,7 @@ from dlion_mpi.config.fields import ABOVE_0, Bounds, Every, Field, at_least, che
 from dlion_mpi.config.modes import MODES, Mode
 from dlion_mpi.config.target import Target
 from dlion_mpi.errors import UserError
-from dlion_mpi.wire import ValueType
+from dlion_mpi.wire import VALUE_TYPES, ValueType
 
 TABLES = {
     "run": "run",
@@ -176,9 +176,7 @@ class Config:
         None, "size of the global batch: grows every 500 steps, or stays", choices=("grow", "fixed")
     )
 
-    value_type: ValueType | None = _exchange(
-        None, "type of the values in messages", choices=("float32", "float16", "bfloat16")
-    )
+    value_type: ValueType | None = _exchange(None, "type of the values in messages", choices=VALUE_TYPES)
     exchange_share: float | None = _exchange(
         None,
         "most processor time of the exchange, as a share of computing: beyond it messages get smaller, then rarer; "

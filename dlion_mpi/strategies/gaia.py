@@ -16,7 +16,7 @@ from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
 from dlion_mpi.strategies.types import Effect, Inbox, LinkViews, LocalUpdate, Outbox, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Entries, Vector
-from dlion_mpi.wire import Message, capacity_bytes, encoded_bytes
+from dlion_mpi.wire import Message, encoded_bytes
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ def _significant(state: GaiaState, weights: Vector, least: float) -> Entries:
     """Take the entries with ``|acc| > least |w|`` out of ``accumulated``; all entries, if that is no larger message."""
     size = len(weights)
     indices = np.flatnonzero(np.abs(state.accumulated) > np.abs(weights) * np.float32(least)).astype(np.uint32)
-    dense = len(indices) > 0 and encoded_bytes(indices, size) >= capacity_bytes(size)
+    dense = len(indices) > 0 and encoded_bytes(indices, size) >= encoded_bytes(None, size)
     places = slice(None) if dense else indices
     entries = Entries(size, state.accumulated[places].copy(), None if dense else indices)
     state.accumulated[places] = 0

@@ -18,7 +18,6 @@ from dlion_mpi.wire.format import (
     HEADER_BYTES,
     HEADER_ONLY,
     MAGIC,
-    VALUE_DTYPE,
     VALUE_TYPES,
     VERSION,
     Bytes,
@@ -31,7 +30,7 @@ from dlion_mpi.wire.format import (
     bitmap_bytes,
     checksum,
     escape_of,
-    value_width,
+    values_bytes,
 )
 from dlion_mpi.wire.values import from_wire
 
@@ -54,13 +53,13 @@ def decode(buffer: Bytes, *, size: int, copy: bool = True) -> Message:
     frame = _read_frame(buffer, size)
     if frame.entries == 0:
         return Message(frame.header, Entries(size, np.empty(0, np.float32), np.empty(0, np.uint32)))
-    dtype = VALUE_DTYPE[frame.value_type]
-    value_bytes = frame.entries * value_width(frame.header.kind, frame.value_type)
+    stored = None if frame.header.kind is Kind.INDICES else frame.value_type
+    value_bytes = values_bytes(frame.entries, stored)
     payload = buffer[HEADER_BYTES:]
     if len(payload) < value_bytes:
         raise WireError(f"bad payload of {len(payload)} bytes, expected {value_bytes} or more for the values")
     indices = _read_indices(frame, payload[value_bytes:], size, copy)
-    values = from_wire(payload[:value_bytes].view(dtype), frame.value_type, copy)
+    values = from_wire(payload[:value_bytes], frame.entries, stored, copy) if stored else np.empty(0, np.float32)
     for block in blocks(slice(0, len(values)), BLOCK):
         finite = np.isfinite(values[block])
         if not finite.all():

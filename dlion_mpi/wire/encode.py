@@ -18,6 +18,7 @@ from dlion_mpi.wire.format import (
     HEADER_BYTES,
     HEADER_ONLY,
     MAGIC,
+    VALUE_DTYPE,
     VALUE_TYPES,
     VERSION,
     Bytes,
@@ -28,10 +29,9 @@ from dlion_mpi.wire.format import (
     ValueType,
     bitmap_bytes,
     checksum,
-    dtype_of,
     escape_of,
     plan_encoding,
-    value_width,
+    values_bytes,
 )
 from dlion_mpi.wire.values import to_wire
 
@@ -44,19 +44,22 @@ def encode(header: Header, entries: Entries | None, out: Bytes, value_type: Valu
     Raises ValueError if ``out`` is too small, a header field is out of range, or the entries do not suit the kind.
     """
     parameters, values, indices = _content(header.kind, entries)
-    dtype, width = dtype_of(value_type), value_width(header.kind, value_type)
-    plan = plan_encoding(indices, parameters, width)
+    stored = None if header.kind is Kind.INDICES else value_type
+    plan = plan_encoding(indices, parameters, stored)
     total = HEADER_BYTES + plan.payload_bytes
     if len(out) < total:
         raise ValueError(f"a message of {total} bytes does not fit a buffer of {len(out)} bytes")
     count = parameters if plan.encoding is Encoding.DENSE else len(values)
-    split = HEADER_BYTES + count * width
-    slots = out[HEADER_BYTES:split].view(dtype)
+    split = HEADER_BYTES + values_bytes(count, stored)
     if plan.encoding is Encoding.DENSE and indices is not None:
+        dtype = VALUE_DTYPE[value_type]
+        some = np.empty(len(values), dtype)
+        to_wire(values, some.view(np.uint8), value_type)
+        slots = out[HEADER_BYTES:split].view(dtype)
         slots.fill(0)
-        slots[indices] = to_wire(values, np.empty(len(values), dtype), value_type)
-    elif width:
-        to_wire(values, slots, value_type)
+        slots[indices] = some
+    elif stored:
+        to_wire(values, out[HEADER_BYTES:split], value_type)
     _write_indices(plan, indices, parameters, out[split:total])
     _write_header(header, plan, VALUE_TYPES.index(value_type), count, parameters, out)
     CHECKSUM.pack_into(out.data, HEADER.size, checksum(out[:total]))

@@ -10,7 +10,7 @@
     64       8        number of entries (K), number of parameters (P)
     72       8        bytes after the header
     80       8        checksum: xxh3_64 of all other bytes
-    88       K x 4    values, or K x 2; none in a message of INDICES
+    88       K x 4    values, or K x 2, or those of few bits (`wire/quantize.py`); none in a message of INDICES
     ...               index stream: where the values belong, in the form that ``Encoding`` names
 
 Of the encodings a message has the smallest, so no message is larger than the dense one.
@@ -29,6 +29,7 @@ import numpy.typing as npt
 import xxhash
 
 from dlion_mpi.vector.layout import Entries, Indices
+from dlion_mpi.wire.quantize import BITS, stream_bytes
 
 MAGIC = b"DLN1"
 VERSION = 1
@@ -39,9 +40,9 @@ HEADER_BYTES = HEADER.size + CHECKSUM.size
 """88, a multiple of 8, so the values are aligned."""
 
 Bytes = npt.NDArray[np.uint8]
-ValueType = Literal["float32", "float16", "bfloat16"]
-VALUE_TYPES: tuple[ValueType, ...] = ("float32", "float16", "bfloat16")
-VALUE_DTYPE: dict[ValueType, np.dtype[Any]] = {
+ValueType = Literal["float32", "float16", "bfloat16", "int8", "int4", "int2", "sign"]
+VALUE_TYPES: tuple[ValueType, ...] = ("float32", "float16", "bfloat16", "int8", "int4", "int2", "sign")
+VALUE_DTYPE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),  # NumPy has no bfloat16: these are the upper halves of float32
@@ -121,44 +122,49 @@ class Plan(NamedTuple):
     gaps: Indices | None = None
 
 
-def plan_encoding(indices: Indices | None, size: int, width: int) -> Plan:
+def plan_encoding(indices: Indices | None, size: int, value_type: ValueType | None) -> Plan:
     """Choose the smallest encoding for these indices of a vector of ``size`` entries, all if None.
 
-    ``width``: bytes of a value.
+    ``value_type``: None for a message without values. Values of few bits cannot be zero, so they are never sent for
+    entries that are not there.
     """
     if size == 0 or (indices is not None and len(indices) == 0):
         return Plan(Encoding.EMPTY, 0)
-    dense = Plan(Encoding.DENSE, width * size)
+    dense = Plan(Encoding.DENSE, values_bytes(size, value_type))
     if indices is None:
         return dense
     count = len(indices)
-    best = Plan(Encoding.BITMAP, width * count + bitmap_bytes(size))
-    if (width + 4) * count < best.payload_bytes:
-        best = Plan(Encoding.PLAIN, (width + 4) * count)
-    if int(indices[-1]) - int(indices[0]) == count - 1 and width * count + 4 < best.payload_bytes:
-        best = Plan(Encoding.RANGE, width * count + 4)
+    values = values_bytes(count, value_type)
+    best = Plan(Encoding.BITMAP, values + bitmap_bytes(size))
+    if values + 4 * count < best.payload_bytes:
+        best = Plan(Encoding.PLAIN, values + 4 * count)
+    if int(indices[-1]) - int(indices[0]) == count - 1 and values + 4 < best.payload_bytes:
+        best = Plan(Encoding.RANGE, values + 4)
     gaps: Indices | None = None
     for encoding, dtype in GAP_DTYPE.items():
-        if (width + dtype.itemsize) * count >= best.payload_bytes:
+        if values + dtype.itemsize * count >= best.payload_bytes:
             continue  # no smaller even if no gap needs an escape
         gaps = _gaps(indices) if gaps is None else gaps
         wide = gaps[gaps >= escape_of(dtype)]
         units = count + int((wide // escape_of(dtype)).sum(dtype=np.int64))
-        if width * count + dtype.itemsize * units < best.payload_bytes:
-            best = Plan(encoding, width * count + dtype.itemsize * units, gaps)
-    return best if best.payload_bytes < dense.payload_bytes or not width else dense
+        if values + dtype.itemsize * units < best.payload_bytes:
+            best = Plan(encoding, values + dtype.itemsize * units, gaps)
+    return dense if value_type in VALUE_DTYPE and best.payload_bytes >= dense.payload_bytes else best
 
 
 def capacity_bytes(size: int) -> int:
-    """Bytes of the largest message for a vector of ``size`` entries: all of them as float32."""
-    return HEADER_BYTES + 4 * size
+    """Bytes that no message for a vector of ``size`` entries exceeds.
+
+    All entries as float32, or very few entries of few bits.
+    """
+    return HEADER_BYTES + 4 * size + 16
 
 
 def encoded_bytes(
     indices: Indices | None, size: int, value_type: ValueType = "float32", kind: Kind = Kind.GRADIENT
 ) -> int:
     """Exact bytes of the message with these entries of a vector of ``size``."""
-    return HEADER_BYTES + plan_encoding(indices, size, value_width(kind, value_type)).payload_bytes
+    return HEADER_BYTES + plan_encoding(indices, size, None if kind is Kind.INDICES else value_type).payload_bytes
 
 
 def bytes_for_count(count: int, size: int, value_type: ValueType = "float32") -> int:
@@ -177,8 +183,8 @@ def bytes_for_count(count: int, size: int, value_type: ValueType = "float32") ->
     for dtype in GAP_DTYPE.values():
         escape_probability = miss ** escape_of(dtype)
         index_bytes = min(index_bytes, dtype.itemsize * count / (1.0 - escape_probability))
-    width = dtype_of(value_type).itemsize
-    return HEADER_BYTES + min(width * size, width * count + math.ceil(index_bytes))
+    sparse = values_bytes(count, value_type) + math.ceil(index_bytes)
+    return HEADER_BYTES + (min(values_bytes(size, value_type), sparse) if value_type in VALUE_DTYPE else sparse)
 
 
 def checksum(message: Bytes) -> int:
@@ -188,16 +194,15 @@ def checksum(message: Bytes) -> int:
     return digest.intdigest()
 
 
-def dtype_of(value_type: ValueType) -> np.dtype[Any]:
-    """Return the dtype of values on the wire. Raises ValueError for an unknown type."""
+def values_bytes(count: int, value_type: ValueType | None) -> int:
+    """Bytes of ``count`` values; None: of none. Raises ValueError for an unknown type."""
+    if value_type is None:
+        return 0
+    if value_type in BITS:
+        return stream_bytes(count, BITS[value_type])
     if value_type not in VALUE_DTYPE:
         raise ValueError(f"unknown value type {value_type!r}, use one of {', '.join(VALUE_TYPES)}")
-    return VALUE_DTYPE[value_type]
-
-
-def value_width(kind: Kind, value_type: ValueType) -> int:
-    """Bytes of a value in a message of this kind."""
-    return 0 if kind is Kind.INDICES else dtype_of(value_type).itemsize
+    return VALUE_DTYPE[value_type].itemsize * count
 
 
 def bitmap_bytes(size: int) -> int:

@@ -1,14 +1,13 @@
-"""Values on the wire: float32, float16 or bfloat16."""
+"""Values on the wire: float32, float16, bfloat16, or of few bits."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from dlion_mpi.vector.layout import Vector, blocks
-from dlion_mpi.wire.format import BLOCK, ValueType, dtype_of
+from dlion_mpi.wire import quantize
+from dlion_mpi.wire.format import BLOCK, VALUE_DTYPE, Bytes, ValueType, values_bytes
+from dlion_mpi.wire.quantize import BITS
 
 LARGEST: dict[ValueType, float] = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 
@@ -17,22 +16,29 @@ def rounded(values: Vector, value_type: ValueType) -> Vector:
     """Return the float32 values that the receiver decodes, bit for bit: ``values`` itself for float32.
 
     The 16-bit types round to nearest, ties to even. Finite values beyond a type's range become its largest number.
-    Values that are not finite become NaN, which ``decode`` rejects.
+    Values of few bits are off by up to a step (`wire/quantize.py`). Values that are not finite become NaN or infinite,
+    which ``decode`` rejects.
     """
     if value_type == "float32":
         return values
-    return from_wire(to_wire(values, np.empty(len(values), dtype_of(value_type)), value_type), value_type, copy=True)
+    stream = np.empty(values_bytes(len(values), value_type), np.uint8)
+    to_wire(values, stream, value_type)
+    return from_wire(stream, len(values), value_type, copy=True)
 
 
-def to_wire(values: Vector, out: npt.NDArray[Any], value_type: ValueType) -> npt.NDArray[Any]:
-    """Write ``values`` (K,) into ``out`` (K,), which has the dtype of the value type, and return ``out``."""
+def to_wire(values: Vector, stream: Bytes, value_type: ValueType) -> None:
+    """Write ``values`` (K,) into ``stream``, of `values_bytes`."""
+    if value_type in BITS:
+        quantize.write(values, stream, BITS[value_type])
+        return
+    out = stream.view(VALUE_DTYPE[value_type])
     if value_type == "float32":
         out[:] = values
-        return out
+        return
     values = _saturated(values, LARGEST[value_type])
     if value_type == "float16":
         out[:] = values
-        return out
+        return
     bits = values.view(np.uint32)
     for block in blocks(slice(0, len(values)), BLOCK):
         half = bits[block] >> 16
@@ -41,11 +47,13 @@ def to_wire(values: Vector, out: npt.NDArray[Any], value_type: ValueType) -> npt
         half += bits[block]
         half >>= 16
         out[block] = half
-    return out
 
 
-def from_wire(slots: npt.NDArray[Any], value_type: ValueType, copy: bool) -> Vector:
-    """Return the float32 values of ``slots`` (K,). Without ``copy`` they may be ``slots`` itself."""
+def from_wire(stream: Bytes, count: int, value_type: ValueType, copy: bool) -> Vector:
+    """Return the ``count`` float32 values of a stream. Without ``copy`` they may lie in it."""
+    if value_type in BITS:
+        return quantize.read(stream, count, BITS[value_type])
+    slots = stream.view(VALUE_DTYPE[value_type])
     if value_type != "bfloat16":
         return slots.astype(np.float32, copy=copy)
     words = slots.astype(np.uint32)

@@ -31,6 +31,7 @@ HEADER = Header(
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 VALUE_TYPES = pytest.mark.parametrize("value_type", wire.VALUE_TYPES)
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
+BITS = {"int8": 8, "int4": 4, "int2": 2, "sign": 1}
 ENCODING_AT, VALUE_TYPE_AT, KIND_AT = 5, 6, 7
 ENTRIES_AT, PARAMETERS_AT, PAYLOAD_AT, CHECKSUM_AT = 64, 68, 72, 80
 
@@ -69,23 +70,31 @@ def bits(values: Vector) -> Indices:
     return values.view(np.uint32)
 
 
-def smallest_payload(entries: Entries, width: int) -> int:
+def values_bytes(count: int, value_type: ValueType) -> int:
+    """Bytes of values; those of few bits have a step of 4 bytes for each 1,024."""
+    if value_type in WIDTH:
+        return WIDTH[value_type] * count
+    return 4 * -(-count // 1024) + -(-BITS[value_type] * count // 8)
+
+
+def smallest_payload(entries: Entries, value_type: ValueType) -> int:
     """Payload bytes by the definition of each encoding, a gap at a time."""
-    dense = width * entries.size
+    dense = values_bytes(entries.size, value_type)
     if entries.indices is None or not len(entries):
         return dense if len(entries) else 0
     indices = [-1, *entries.indices.tolist()]
     gaps = [index - previous - 1 for previous, index in pairwise(indices)]
     deltas = (sum(g // 255 + 1 for g in gaps), 2 * sum(g // 65535 + 1 for g in gaps))
     plain = 4 * len(entries) if any(gaps[1:]) else 4
-    return min(dense, width * len(entries) + min(-(-entries.size // 8), plain, *deltas))
+    sparse = values_bytes(len(entries), value_type) + min(-(-entries.size // 8), plain, *deltas)
+    return min(dense, sparse) if value_type in WIDTH else sparse  # values of few bits cannot be zero
 
 
 def assert_round_trip(entries: Entries, value_type: ValueType) -> Encoding:
     """The message has the announced and smallest size, and comes back bit for bit; its encoding."""
     message = encoded(entries, value_type)
     assert len(message) == wire.encoded_bytes(entries.indices, entries.size, value_type)
-    assert len(message) == HEADER_BYTES + smallest_payload(entries, WIDTH[value_type])
+    assert len(message) == HEADER_BYTES + smallest_payload(entries, value_type)
     decoded = wire.decode(message, size=entries.size)
     assert decoded.header == HEADER
     expected = Entries(entries.size, wire.rounded(entries.values, value_type), entries.indices)
@@ -144,6 +153,8 @@ def test_whole_vectors_come_back(values: list[float], value_type: ValueType) -> 
     ],
 )
 def test_smallest_is_taken(indices: Indices, size: int, encoding: Encoding, value_type: ValueType) -> None:
+    if value_type in BITS and encoding is Encoding.DENSE:
+        encoding = Encoding.RANGE  # only all entries are sent as such: zero has no code
     if size < 10**8:
         assert assert_round_trip(entries_at(indices, size), value_type) is encoding
         return
@@ -170,8 +181,7 @@ def test_weights_come_back_within_capacity(value_type: ValueType) -> None:
     weights = Entries(1001, np.linspace(-1, 1, 1001, dtype=np.float32))
     header = replace(HEADER, kind=Kind.WEIGHTS)
     message = encoded(weights, value_type, header)
-    assert len(message) == HEADER_BYTES + 1001 * WIDTH[value_type]
-    assert wire.capacity_bytes(1001) == HEADER_BYTES + 4004
+    assert len(message) == HEADER_BYTES + values_bytes(1001, value_type) <= wire.capacity_bytes(1001)
     assert HEADER_BYTES % 8 == 0, "the payload is aligned"
     decoded = wire.decode(message, size=1001)
     assert decoded.header == header
@@ -225,6 +235,8 @@ def test_unaligned_and_readonly_buffers(indices: Indices | None, value_type: Val
 @given(values=st.lists(FINITE, max_size=50), value_type=st.sampled_from(wire.VALUE_TYPES))
 @example(values=[65504.0, 65519.0, 65520.0, 1e30, -1e30, 0.0, -0.0, 1e-45, 6e-8], value_type="float16")
 @example(values=[3.4028234663852886e38, -3.4028234663852886e38, 1e-45, -0.0], value_type="bfloat16")
+@example(values=[3.4028234663852886e38, -3.4028234663852886e38], value_type="int4")
+@example(values=[3.4028234663852886e38, -3.4028234663852886e38], value_type="sign")
 def test_rounded_is_what_the_receiver_sees(values: list[float], value_type: ValueType) -> None:
     vector = np.array(values, np.float32)
     sent = wire.rounded(vector, value_type)
@@ -232,6 +244,29 @@ def test_rounded_is_what_the_receiver_sees(values: list[float], value_type: Valu
     assert np.isfinite(sent).all()
     received = wire.decode(encoded(Entries(len(vector), vector), value_type), size=len(vector)).entries.values
     np.testing.assert_array_equal(bits(received), bits(sent))
+
+
+@pytest.mark.parametrize(
+    ("value_type", "least", "most"), [("int8", 0, 1e-3), ("int4", 0.01, 0.04), ("int2", 0.1, 0.22)]
+)
+@pytest.mark.parametrize("distribution", ["standard_normal", "laplace"])
+def test_values_of_few_bits_leave_little_behind(
+    value_type: ValueType, least: float, most: float, distribution: str
+) -> None:
+    """As a share of the squared values; Max's best quantizers of 4 and 2 bits leave 0.012 and 0.12 of normal values."""
+    values = getattr(np.random.default_rng(1), distribution)(size=50_000).astype(np.float32)
+    left = values - wire.rounded(values, value_type)
+    assert least <= float(left @ left) / float(values @ values) <= most
+
+
+def test_a_sign_has_the_mean_magnitude_of_its_block() -> None:
+    values = np.concatenate([np.full(1024, -3.0), np.arange(1024) - 100.0, [0.5, -1.5]]).astype(np.float32)
+    sent = wire.rounded(values, "sign")
+    np.testing.assert_array_equal(sent[:1024], -3.0)
+    np.testing.assert_allclose(np.abs(sent[1024:2048]), np.abs(values[1024:2048]).mean(), rtol=1e-6)
+    np.testing.assert_array_equal(sent[1024:2048] >= 0, values[1024:2048] >= 0)
+    assert sent[2048:].tolist() == [1.0, -1.0]
+    assert not wire.rounded(np.zeros(5, np.float32), "sign").any()
 
 
 def test_float16_rounds_as_numpy_and_saturates() -> None:
@@ -265,7 +300,9 @@ def test_not_finite_is_refused(word: int, value_type: ValueType, indices: Indice
     values = np.ones(200_000 if indices is None else len(indices), np.float32)
     values[-1:] = np.array([word], np.uint32).view(np.float32)
     message = encoded(Entries(200_000, values, indices), value_type)
-    with pytest.raises(WireError, match=rf"bad value (nan|inf|-inf) at {len(values) - 1}, expected finite"):
+    # Of values with a common step all are lost.
+    at_most = len(values) - 1 if value_type in WIDTH else (len(values) - 1) // 1024 * 1024
+    with pytest.raises(WireError, match=rf"bad value (nan|inf|-inf) at {at_most}, expected finite"):
         wire.decode(message, size=200_000)
 
 
@@ -286,7 +323,8 @@ def test_expected_size_never_falls_as_more_is_kept(value_type: ValueType) -> Non
     for count in (-1, 50_001):
         with pytest.raises(ValueError, match=f"cannot keep {count} of 50000 entries"):
             wire.bytes_for_count(count, 50_000, value_type)
-    assert wire.bytes_for_count(50_000, 50_000, value_type) == HEADER_BYTES + 50_000 * WIDTH[value_type]
+    if value_type in WIDTH:
+        assert wire.bytes_for_count(50_000, 50_000, value_type) == HEADER_BYTES + 50_000 * WIDTH[value_type]
 
 
 @pytest.mark.parametrize(("value_type", "most"), [("float32", 5.3), ("float16", 3.3), ("bfloat16", 3.3)])
@@ -435,7 +473,7 @@ def test_signed_noise_is_valid_or_refused(encoding: Encoding, stream: bytes, cou
         (0, "4s", b"XXXX", "bad magic b'XXXX', expected b'DLN1'"),
         (4, "B", 2, "bad version 2, expected 1"),
         (ENCODING_AT, "B", 7, "bad encoding 7, expected 0 to 6"),
-        (VALUE_TYPE_AT, "B", 3, "bad value type 3, expected 0 to 2"),
+        (VALUE_TYPE_AT, "B", 7, "bad value type 7, expected 0 to 6"),
         (KIND_AT, "B", 0, "bad kind 0, expected 1 to 7"),
         (KIND_AT, "B", Kind.ACK, f"bad number of parameters {SIZE}, expected 0"),
         (KIND_AT, "B", Kind.WEIGHTS, f"bad number of entries 5, expected {SIZE}"),

@@ -20,6 +20,7 @@ from tests.unit.test_wire import (
     every,
     packed,
     random_indices,
+    values_bytes,
 )
 
 
@@ -36,8 +37,7 @@ from tests.unit.test_wire import (
 def test_successive_entries_cost_four_bytes_of_index(indices: Indices, size: int, value_type: wire.ValueType) -> None:
     entries = entries_at(indices, size)
     assert assert_round_trip(entries, value_type) is Encoding.RANGE
-    width = 4 if value_type == "float32" else 2
-    assert wire.encoded_bytes(indices, size, value_type) == HEADER_BYTES + width * len(indices) + 4
+    assert wire.encoded_bytes(indices, size, value_type) == HEADER_BYTES + values_bytes(len(indices), value_type) + 4
 
 
 @pytest.mark.parametrize(
