@@ -123,12 +123,18 @@ def facts(keras_model: KerasModel) -> str:
     Names of layers are left out, since Keras numbers them by what a process has built before.
     """
     model = keras_model.model
-    lines = [f"a model of class {type(model).__name__}"]
-    for title in ("trainable", "statistics", "frozen", "others"):
+    groups = ("trainable", "statistics", "frozen", "others")
+    counts = ", ".join(f"{len(getattr(keras_model, group))} {group}" for group in groups)
+    lines = [f"class {type(model).__name__}", f"variables: {counts}"]
+    for title in groups:
         for number, variable in enumerate(getattr(keras_model, title)):
             lines.append(f"{title} variable {number} ({variable.name}): {tuple(variable.shape)} {variable.dtype}")
-    lines += [f"optimizer {_settings(optimizer)}" for optimizer in keras_model.optimizers]
-    lines.append(f"loss {_words(model.loss) if getattr(model, 'loss', None) is not None else 'of the model itself'}")
+    for optimizer in keras_model.optimizers:
+        lines.append(f"optimizer: {type(optimizer).__name__}")
+        config = optimizer.get_config()
+        lines += [f"optimizer's {name}: {_words(value)}" for name, value in config.items() if name != "name"]
+    loss = getattr(model, "loss", None)
+    lines.append(f"loss: {_words(loss) if loss is not None else 'of the model itself'}")
     return "\n".join(lines)
 
 
@@ -204,11 +210,6 @@ def _optimizers(model: Any) -> list[Any]:
     found = [model.optimizer, *vars(model).values()]
     found = [item for item in found if isinstance(item, keras.optimizers.Optimizer)]
     return list({id(item): item for item in found}.values())
-
-
-def _settings(optimizer: Any) -> str:
-    config = {name: value for name, value in optimizer.get_config().items() if name != "name"}
-    return f"{type(optimizer).__name__} {_words(config)}"
 
 
 def _words(thing: Any) -> str:

@@ -202,9 +202,9 @@ def test_ranks_with_other_models_are_refused_by_rank_and_difference() -> None:
         return model
 
     assert "rank 2" in told(frozen)
-    assert "(16, 8)" in told(frozen)
-    assert "Adam" in told(other_optimizer)
-    assert "SGD" in told(other_optimizer)
+    assert "2 trainable, 0 statistics, 2 frozen" in told(frozen)
+    assert "4 trainable, 0 statistics, 0 frozen" in told(frozen)
+    assert "optimizer: Adam. Rank 0: optimizer: SGD" in told(other_optimizer)
     assert "ignore_class: 3" in told(other_loss)
 
 
