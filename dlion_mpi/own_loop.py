@@ -36,7 +36,7 @@ class Options(TypedDict, total=False):
     batch_size: int
     batching: Literal["auto", "proportional", "fixed"] | None
     batch_size_max: int | None
-    value_type: Literal["float32", "float16", "bfloat16"] | None
+    value_type: Literal["float32", "float16", "bfloat16", "int8", "int4", "int2", "sign"] | None
     exchange_share: float | None
     transfer: Literal["all", "worse-than-mean", "worst", "none"] | None
     transfer_period: int | None
