@@ -98,9 +98,9 @@ class Residuals:
             self.by_peer[peer] = next(equal, residual)
         self._clustering = number(arrays, "clustering")
 
-    def add(self, gradient: Vector) -> None:
-        """Add a gradient, (P,) float32."""
-        self._largest = self._selector.measure(self.common, add=gradient)
+    def add(self, gradient: Vector, weight: float = 1.0) -> None:
+        """Add ``weight`` times a gradient, (P,) float32."""
+        self._largest = self._selector.measure(self.common, add=gradient, weight=weight)
 
     def take(self, budgets: Mapping[int, Budget | None]) -> dict[int, Choice]:
         """Take out and return the entries for each link: the largest that its budget pays for, or all within a fixed N.
@@ -237,9 +237,9 @@ class NoResiduals:
     def from_arrays(self, arrays: Mapping[str, Array], name: str, ranks: Iterable[int]) -> None:
         """Restore nothing."""
 
-    def add(self, gradient: Vector) -> None:
-        """Replace the gradient, (P,) float32."""
-        self._gradient = gradient
+    def add(self, gradient: Vector, weight: float = 1.0) -> None:
+        """Replace the gradient, (P,) float32, by ``weight`` times this one."""
+        self._gradient = gradient if weight == 1.0 else gradient * np.float32(weight)
 
     def take(self, budgets: Mapping[int, Budget | None]) -> dict[int, Choice]:
         """Return the entries for each link; see `Residuals.take`."""

@@ -50,17 +50,17 @@ class Selector:
         self._scratch = np.empty(min(BLOCK, layout.size), np.float32)
         self._mask = np.empty(len(self._scratch), np.bool_)
 
-    def measure(self, vector: Vector, add: Vector | None = None) -> Vector:
+    def measure(self, vector: Vector, add: Vector | None = None, weight: float = 1.0) -> Vector:
         """Return the largest magnitude of every variable that has entries, (V,) float32.
 
-        ``vector``: (P,) float32. ``add``: first ``vector += add``, in the same pass.
+        ``vector``: (P,) float32. ``add``: first ``vector += weight add``, in the same pass.
         """
         largest = np.zeros(len(self._segments), np.float32)
         for variable, segment in enumerate(self._segments):
             for block in blocks(segment, BLOCK):
                 part = vector[block]
                 if add is not None:
-                    part += add[block]
+                    part += add[block] if weight == 1.0 else add[block] * np.float32(weight)
                 largest[variable] = max(largest[variable], part.max(), -part.min())
         return largest
 

@@ -159,7 +159,7 @@ class Dlion(Strategy):
         budgets = {peer: self._budget(link, config, state.plan.layout.size) for peer, link in links.items()}
         reached = (p for p, budget in budgets.items() if budget is not None or config.mode.reports_progress)
         messages = {peer: Outgoing() for peer in reached}
-        state.residuals.add(local.vector)
+        state.residuals.add(local.vector, self._weight_when_sent(local))
         value_type = config.value_type or "float32"
         for peer, choice in state.residuals.take(budgets).items():
             messages[peer] = Outgoing(entries=choice.entries, quality=choice.quality, value_type=value_type)
@@ -173,20 +173,31 @@ class Dlion(Strategy):
         """
         config, workers = state.plan.config, len(state.plan.ranks)
 
-        def share(lbs: int, gbs: int) -> float:
-            return coefficient(self.options.weighting, lbs, gbs, own_lbs=local.lbs, workers=workers)
+        def weight(lbs: int, gbs: int) -> float:
+            if self.options.weighting == "global":
+                return 1.0  # its sender has weighed it
+            return coefficient("paper", lbs, gbs, own_lbs=local.lbs, workers=workers)
 
-        own = share(local.lbs, local.gbs)
-        addends = [(m.header.sender, m.entries, share(m.header.lbs, m.header.gbs)) for m in messages]
+        addends = [(m.header.sender, m.entries, weight(m.header.lbs, m.header.gbs)) for m in messages]
         if self.applies_as_sent(config):
             state.effective.fill(0)
             if state.residuals.sent is not None:
-                addends.append((state.plan.rank, state.residuals.sent, own))
+                addends.append((state.plan.rank, state.residuals.sent, weight(local.lbs, local.gbs)))
         else:
+            own = coefficient(self.options.weighting, local.lbs, local.gbs, own_lbs=local.lbs, workers=workers)
             np.multiply(local.vector, np.float32(own), out=state.effective)
-        for _, entries, weight in sorted(addends, key=lambda addend: addend[0]):
-            entries.add_to(state.effective, weight)
+        for _, entries, scale in sorted(addends, key=lambda addend: addend[0]):
+            entries.add_to(state.effective, scale)
         return Effect(movement=state.effective)
+
+    def _weight_when_sent(self, local: LocalUpdate) -> float:
+        """A movement is weighed by the batch that computed it, however much later it is sent.
+
+        With ``weighting="paper"`` the weight depends on the receiver, and on the batch of the step that sends.
+        """
+        if self.options.weighting == "paper":
+            return 1.0
+        return coefficient("global", local.lbs, local.gbs, own_lbs=local.lbs, workers=1)
 
     def _budget(self, link: LinkView, config: Config, size: int) -> Budget | None:
         """Return the size of the next message of a gradient of ``size`` entries, or None for no message.

@@ -71,6 +71,11 @@ def test_what_a_link_gets_when_it_takes_no_message(name: str, mode: str) -> None
         assert messages[1].kind is Kind.GRADIENT
 
 
+def unweighted(gradient: Vector, *, step: int = 0) -> LocalUpdate:
+    """The only worker's, so that its weight is 1."""
+    return local(gradient, step=step, lbs=8, gbs=8)
+
+
 def start_dlion(value_type: ValueType = "float32", mode: str = "async", **options: Any) -> tuple[Any, Any]:
     """Messages may take all that the links offer, which is little in these tests."""
     if "max_n" not in options:
@@ -92,7 +97,7 @@ def test_accumulate_loses_nothing_bit_for_bit(seed: int, offers: list[Any]) -> N
     own = gradients(seed, len(offers), whole=True)
     for step, (gradient, offer) in enumerate(zip(own, offers, strict=True)):
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
-        messages = strategy.outgoing(state, local(gradient, step=step), views)
+        messages = strategy.outgoing(state, unweighted(gradient, step=step), views)
         for peer, message in messages.items():
             sent[peer] += dense(message)
     for peer in (1, 2):
@@ -111,8 +116,8 @@ def test_the_own_gradient_is_applied_as_the_widest_link_gets_it(
     for step, (gradient, offer) in enumerate(zip(own, offers, strict=True)):
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
         free = not state.residuals.by_peer
-        messages = strategy.outgoing(state, local(gradient, step=step), views)
-        effect = strategy.incoming(state, local(gradient, step=step, lbs=8, gbs=8), OPTIMUM.copy, [])
+        messages = strategy.outgoing(state, unweighted(gradient, step=step), views)
+        effect = strategy.incoming(state, unweighted(gradient, step=step), OPTIMUM.copy, [])
         applied += effect.movement
         sent = [peer for peer, message in messages.items() if message.entries is not None]
         if free and sent:
@@ -128,7 +133,7 @@ def test_who_is_left_alone_goes_on_as_with_the_last_of_its_links() -> None:
     strategy, state = start_dlion("float32", "bounded", unsent="accumulate")
     entries, total = [], np.zeros(SIZE)
     for step, gradient in enumerate(gradients(5, 60, whole=True)):
-        own = local(gradient if step < 20 else np.zeros(SIZE, np.float32), lbs=8, gbs=8)
+        own = unweighted(gradient if step < 20 else np.zeros(SIZE, np.float32))
         messages = strategy.outgoing(state, own, {1: LinkView(True, 130.0)} if step < 10 else {})
         effect = strategy.incoming(state, own, OPTIMUM.copy, [])
         assert bool(messages) == (step < 10)
@@ -147,7 +152,7 @@ def test_an_entry_is_sent_whole_or_kept_whole(seed: int, offers: list[Any]) -> N
         accumulated = state.residuals.common + gradient
         owed = {peer: state.residuals.by_peer.get(peer, nothing).copy() for peer in (1, 2)}
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
-        messages = strategy.outgoing(state, local(gradient, step=step), views)
+        messages = strategy.outgoing(state, unweighted(gradient, step=step), views)
         left = accumulated - state.residuals.common
         np.testing.assert_array_equal(left[left != 0], accumulated[left != 0])
         for peer in (1, 2):
@@ -166,7 +171,7 @@ def test_with_16_bit_values_the_rounding_error_is_kept(value_type: ValueType, se
     rounding = 0.0
     for step, (gradient, offer) in enumerate(zip(gradients(seed, len(offers), whole=False), offers, strict=True)):
         views = {peer: LinkView(*view) for peer, view in zip((1, 2), offer, strict=True)}
-        messages = strategy.outgoing(state, local(gradient, step=step), views)
+        messages = strategy.outgoing(state, unweighted(gradient, step=step), views)
         total += gradient
         rounding += 1e-6 * float(np.abs(total).max())
         for peer, message in messages.items():
@@ -183,8 +188,8 @@ def test_a_link_that_was_blocked_gets_all_it_is_owed_of_what_is_sent_next() -> N
     own = gradients(3, 3, whole=True)
     blocked, open_ = LinkView(False, 1e9), LinkView(True, 1e9)
     for gradient in own[:2]:
-        strategy.outgoing(state, local(gradient), {1: blocked, 2: open_})
-    messages = strategy.outgoing(state, local(own[2]), {1: open_, 2: open_})
+        strategy.outgoing(state, unweighted(gradient), {1: blocked, 2: open_})
+    messages = strategy.outgoing(state, unweighted(own[2]), {1: open_, 2: open_})
     np.testing.assert_array_equal(dense(messages[1]), own[0] + own[1] + own[2])
 
 
@@ -194,7 +199,7 @@ def test_a_slow_link_beside_a_fast_one_gets_the_largest_of_what_it_is_owed() -> 
     links = {1: LinkView(True, 140.0), 2: LinkView(True, 400.0)}
     own = np.random.default_rng(5).normal(size=(200, SIZE)).astype(np.float32)
     for gradient in own:
-        messages = strategy.outgoing(state, local(gradient), links)
+        messages = strategy.outgoing(state, unweighted(gradient), links)
         sent, owed = dense(messages[1]), state.residuals.by_peer[1]
         shared = dense(messages[2]) != 0
         for start, stop in zip(LAYOUT.starts, LAYOUT.starts[1:], strict=False):
@@ -210,9 +215,9 @@ def test_what_a_blocked_link_misses_comes_later() -> None:
     own = gradients(3, 3, whole=True)
     blocked, open_ = LinkView(False, 1e9), LinkView(True, 1e9)
     for gradient in own[:2]:
-        messages = strategy.outgoing(state, local(gradient), {1: blocked, 2: open_})
+        messages = strategy.outgoing(state, unweighted(gradient), {1: blocked, 2: open_})
         np.testing.assert_array_equal(dense(messages[2]), gradient)
-    messages = strategy.outgoing(state, local(own[2]), {1: open_, 2: open_})
+    messages = strategy.outgoing(state, unweighted(own[2]), {1: open_, 2: open_})
     np.testing.assert_array_equal(dense(messages[1]), own[0] + own[1] + own[2])
     np.testing.assert_array_equal(dense(messages[2]), own[2])
 
@@ -222,9 +227,9 @@ def test_a_message_does_not_change_after_it_was_made() -> None:
     for unsent in ("accumulate", "drop"):
         strategy, state = start_dlion(unsent=unsent)
         for budget_bytes in (1e9, 150.0):
-            messages = strategy.outgoing(state, local(OPTIMUM), {1: LinkView(True, budget_bytes)})
+            messages = strategy.outgoing(state, unweighted(OPTIMUM), {1: LinkView(True, budget_bytes)})
             values = messages[1].entries.values.copy()
-            strategy.outgoing(state, local(np.zeros(SIZE, np.float32)), {1: LinkView(True, 100)})
+            strategy.outgoing(state, unweighted(np.zeros(SIZE, np.float32)), {1: LinkView(True, 100)})
             np.testing.assert_array_equal(messages[1].entries.values, values)
 
 
@@ -232,9 +237,9 @@ def test_drop_forgets() -> None:
     strategy, state = start_dlion(unsent="drop")
     large, small = OPTIMUM * np.float32(1000), OPTIMUM[::-1].copy()
     link = {1: LinkView(True, 150.0)}
-    strategy.outgoing(state, local(large), link)
-    strategy.outgoing(state, local(large), {1: LinkView(False, 150.0)})
-    messages = strategy.outgoing(state, local(small), link)
+    strategy.outgoing(state, unweighted(large), link)
+    strategy.outgoing(state, unweighted(large), {1: LinkView(False, 150.0)})
+    messages = strategy.outgoing(state, unweighted(small), link)
     sent = dense(messages[1])
     assert 0 < np.count_nonzero(sent) < SIZE
     np.testing.assert_array_equal(sent[sent != 0], small[sent != 0])
@@ -246,7 +251,7 @@ def test_a_fixed_n_selects_by_definition_in_every_variable(unsent: str, quality:
     strategy, state = start_dlion(unsent=unsent, max_n=quality)
     gradient = gradients(7, 1, whole=True)[0]
     links = {1: LinkView(True, 0.0), 2: LinkView(True, 1e9)}  # whatever they can carry
-    messages = strategy.outgoing(state, local(gradient), links)
+    messages = strategy.outgoing(state, unweighted(gradient), links)
     for message in messages.values():
         assert message.quality == quality
         expected = np.zeros(SIZE, np.float32)
@@ -263,11 +268,11 @@ def test_every_link_gets_its_own_n_and_a_slower_one_a_subset(budgets: tuple[floa
     strategy, state = start_dlion(unsent="drop")
     gradient = gradients(seed, 1, whole=False)[0]
     views = {peer: LinkView(True, budget) for peer, budget in zip((1, 2), sorted(budgets), strict=True)}
-    messages = strategy.outgoing(state, local(gradient), views)
+    messages = strategy.outgoing(state, unweighted(gradient), views)
     slow, fast = (dense(messages[peer]) for peer in (1, 2))
     assert messages[1].quality <= messages[2].quality
     np.testing.assert_array_equal(slow[slow != 0], fast[slow != 0])
-    alone = [strategy.outgoing(state, local(gradient), {peer: views[peer]})[peer] for peer in (1, 2)]
+    alone = [strategy.outgoing(state, unweighted(gradient), {peer: views[peer]})[peer] for peer in (1, 2)]
     np.testing.assert_array_equal(dense(alone[0]), slow)
     np.testing.assert_array_equal(dense(alone[1]), fast)
 
@@ -299,10 +304,10 @@ def test_links_of_about_the_same_width_get_the_same_entries() -> None:
     """Where messages leave links most of their time, unequal budgets are no reason for unequal replicas."""
     strategy, state = start_dlion(unsent="accumulate", link_share=0.2)
     wide, narrower, narrow = LinkView(True, 1000.0), LinkView(True, 300.0), LinkView(True, 150.0)
-    messages = strategy.outgoing(state, local(OPTIMUM), {1: wide, 2: narrower})
+    messages = strategy.outgoing(state, unweighted(OPTIMUM), {1: wide, 2: narrower})
     np.testing.assert_array_equal(dense(messages[1]), dense(messages[2]))
     assert not state.residuals.by_peer
-    messages = strategy.outgoing(state, local(OPTIMUM), {1: wide, 2: narrow})
+    messages = strategy.outgoing(state, unweighted(OPTIMUM), {1: wide, 2: narrow})
     assert np.count_nonzero(dense(messages[2])) < np.count_nonzero(dense(messages[1]))
     assert list(state.residuals.by_peer) == [2]
 
@@ -317,7 +322,7 @@ def test_messages_are_made_neither_very_small_nor_very_large_where_links_have_ro
         gradient = np.random.default_rng(3).normal(size=size).astype(np.float32)
         strategy, resolved = resolve(config("dlion", "bounded", value_type="float32", **options))
         state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1), layout=layout))
-        messages = strategy.outgoing(state, local(gradient), {1: LinkView(True, budget_bytes)})
+        messages = strategy.outgoing(state, unweighted(gradient), {1: LinkView(True, budget_bytes)})
         entries = messages[1].entries
         assert entries is not None
         return wire.encoded_bytes(entries.indices, size, "float32")
@@ -346,7 +351,7 @@ def test_messages_are_large_enough_to_tell_how_fast_a_link_is(
     gradient = np.random.default_rng(3).normal(size=5_000).astype(np.float32)
     strategy, resolved = resolve(config("dlion", "bounded", value_type="float32"))
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1), layout=layout))
-    messages = strategy.outgoing(state, local(gradient), {1: LinkView(True, budget_bytes)})
+    messages = strategy.outgoing(state, unweighted(gradient), {1: LinkView(True, budget_bytes)})
     entries = messages[1].entries
     assert entries is not None
     assert least_bytes <= wire.encoded_bytes(entries.indices, 5_000, "float32") <= budget_bytes
@@ -479,23 +484,37 @@ def applied(settings: Config, own: LocalUpdate, messages: list[Message]) -> Vect
     return vector
 
 
-def test_dlion_weighs_gradients_by_their_batches() -> None:
+def test_a_movement_has_its_weight_when_it_is_sent() -> None:
+    """The share of the batch that computed it in the global batch of then; the receiver adds it as it is."""
+    a, b, c = gradients(2, 3, whole=True)
+    settings = config("dlion", "bounded", weighting="global", unsent="accumulate-whole", max_n=100)
+    strategy, resolved = resolve(settings)
+    state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1, 2), layout=LAYOUT))
+    messages = strategy.outgoing(state, local(a, lbs=6, gbs=24), {1: LinkView(True, 1e9)})
+    np.testing.assert_allclose(dense(messages[1]), a / 4, rtol=1e-2, atol=1e-3)
+    effective = applied(settings, local(a, lbs=6, gbs=24), [arrival(1, b, lbs=4), arrival(2, c, lbs=12)])
+    np.testing.assert_allclose(effective, a / 4 + b + c, rtol=1e-5, atol=1e-3)
+
+
+def test_the_papers_weight_depends_on_the_receiver() -> None:
     a, b, c = gradients(2, 3, whole=True)
     arrived = [arrival(1, b, lbs=4), arrival(2, c, lbs=12)]
-    settings = config("dlion", "bounded", weighting="global", unsent="accumulate-whole")
-    effective = applied(settings, local(a, lbs=8), arrived)
-    np.testing.assert_allclose(effective, (8 * a + 4 * b + 12 * c) / 24, rtol=1e-5, atol=1e-3)
     settings = config("dlion", "bounded", weighting="paper", unsent="accumulate-whole")
     effective = applied(settings, local(a, lbs=8), arrived)
     np.testing.assert_allclose(effective, (8 * a + 4 * b + 12 * c) / (3 * 8), rtol=1e-5, atol=1e-3)
 
 
-def test_dlion_weighs_a_gradient_by_the_batches_of_when_it_was_computed() -> None:
-    a, b, _ = gradients(2, 3, whole=True)
-    effective = applied(
-        config("dlion", "bounded", unsent="accumulate-whole"), local(a, lbs=8, gbs=24), [arrival(1, b, lbs=10, gbs=100)]
-    )
-    np.testing.assert_allclose(effective, a * (8 / 24) + b * 0.1, rtol=1e-5, atol=1e-3)
+@given(seed=st.integers(0, 1000), sizes=st.lists(st.sampled_from([1, 2, 4, 8, 16]), min_size=2, max_size=12))
+def test_what_is_applied_is_what_was_computed_however_batches_change(seed: int, sizes: list[int]) -> None:
+    """Sent late, a movement keeps the weight of its own batch: applied and unsent add up to sum LBS / GBS u."""
+    strategy, state = start_dlion("float32", "bounded", unsent="accumulate")
+    applied_here, owed = np.zeros(SIZE), np.zeros(SIZE)
+    for step, (movement, lbs) in enumerate(zip(gradients(seed, len(sizes), whole=True), sizes, strict=True)):
+        own = local(movement, step=step, lbs=lbs, gbs=16)
+        strategy.outgoing(state, own, {1: LinkView(True, 140.0)})
+        applied_here += strategy.incoming(state, own, OPTIMUM.copy, []).movement
+        owed += lbs / 16 * movement.astype(np.float64)
+    np.testing.assert_allclose(applied_here + state.residuals.common, owed, rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.parametrize("unsent", ["accumulate", "drop"])
@@ -504,7 +523,7 @@ def test_in_sync_a_late_acknowledgement_puts_no_gradient_off(unsent: str) -> Non
     views = {1: LinkView(False, 0, room_bytes=0), 2: LinkView(True, 1e9, room_bytes=0)}
     exact = {"max_n": 100, "value_type": "float32", "transfer": "none"}
     for outgoing in first_messages(config("dlion", "sync", unsent=unsent, **exact), views).values():
-        np.testing.assert_array_equal(dense(outgoing), OPTIMUM)
+        np.testing.assert_array_equal(dense(outgoing), OPTIMUM * np.float32(8 / 24))
 
 
 def test_baseline_takes_the_mean_of_everyone() -> None:

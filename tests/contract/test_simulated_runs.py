@@ -149,7 +149,7 @@ def test_what_was_computed_was_sent_or_is_remembered(
 
     def spy_outgoing(self: Any, state: Any, local: Any, links: Any) -> Any:
         computed.setdefault(state.plan.rank, np.zeros(PARAMETERS, np.float32))
-        computed[state.plan.rank] += local.vector
+        computed[state.plan.rank] += local.vector * np.float32(local.lbs / local.gbs)
         return outgoing(self, state, local, links)
 
     monkeypatch.setattr(simulation_driver.VirtualLinks, "poll", spy_poll)
@@ -181,6 +181,7 @@ def test_what_was_computed_was_sent_or_is_remembered(
                 "batching": "fixed",
                 "global_batch": "fixed",
                 "transfer": "none",
+                "value_type": "float32",
                 "momentum": 0.9,
             },
         ),
