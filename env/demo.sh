@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# Train the Cipher CNN with DLion on this machine: four ranks, about two minutes on two cores.
+# Train a model with DLion on this machine: four ranks, about two minutes on two cores.
 #
-#   bash env/demo.sh [OPTIONS OF dlion train]      for example: bash env/demo.sh --steps 50
+#   bash env/demo.sh [--workload WORKLOAD] [OPTIONS OF dlion train]      for example: bash env/demo.sh --steps 50
+#
+# WORKLOAD     model                      data
+# images       the Cipher CNN (default)   Fashion-MNIST
+# images-deep  ResNet-20                  Fashion-MNIST
+# text         byte-level transformer     the King James Bible
+# tables       dense layers, regression   flights out of New York: hours of delay
 #
 # DLION_RANKS=4    number of ranks; for DLION_MPI, DLION_TF and DLION_PYTHON see env/setup.sh
 
@@ -35,9 +41,38 @@ keras_has_fashion_mnist() {
         python -c 'import keras; keras.datasets.fashion_mnist.load_data()' >/dev/null 2>&1 </dev/null
 }
 
-data=() stop=(--seconds 100)
-case " $* " in *" --data"[\ =]*) ;; *) data=(--data "$(choose_data)") ;; esac
+# Print the name of the data set of a workload other than images, once it is installed.
+install_data() {
+    bash env/workloads.sh "$1" >&2
+    echo "$1"
+}
+
+workload=images options=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --workload) workload=${2:-} && shift ;;
+        --workload=*) workload=${1#*=} ;;
+        *) options+=("$1") ;;
+    esac
+    shift
+done
+set -- ${options[@]+"${options[@]}"}
+
+case "$workload" in
+    images) choose=(choose_data) model=(--model cipher) ;;
+    images-deep) choose=(choose_data) model=(--model resnet20 --momentum 0.9) ;;
+    text) choose=(install_data text) model=(--model transformer --optimizer adamw --learning-rate 0.001) ;;
+    tables) choose=(install_data tables) model=(--model mlp --optimizer adam --learning-rate 0.001) ;;
+    *)
+        dlion_say "--workload $workload is unknown: choose images, images-deep, text or tables"
+        exit 2
+        ;;
+esac
+
+data=() stop=(--seconds 100) tests=(--test-samples 500)
+[ "$workload" != images ] || tests=()
+case " $* " in *" --data"[\ =]*) ;; *) data=(--data "$("${choose[@]}")") ;; esac
 case " $* " in *" --steps"[\ =]* | *" --seconds"[\ =]*) stop=() ;; esac
 
-dlion launch -n "${DLION_RANKS:-4}" train --strategy dlion --model cipher "${data[@]}" "${stop[@]}" \
+dlion launch -n "${DLION_RANKS:-4}" train --strategy dlion "${model[@]}" "${data[@]}" "${stop[@]}" "${tests[@]}" \
     --evaluate-every 10s --out "runs/demo-$(date -u +%Y%m%dT%H%M%SZ)" "$@"

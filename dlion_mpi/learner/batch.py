@@ -32,6 +32,10 @@ class Batch(NamedTuple):
         """The rows from ``start`` up to ``stop``."""
         return self.map(lambda array: array[start:stop])
 
+    def chosen(self, rows: RowNumbers) -> Batch:
+        """The rows of these numbers, a copy."""
+        return self.map(lambda array: array[rows])
+
     def map(self, function: Callable[[Any], Any]) -> Batch:
         """The same structure with the result of ``function`` in place of every array."""
         structure: Any = self

@@ -1,4 +1,4 @@
-"""The data sets that have a name: Fashion-MNIST, scikit-learn's digits, CIFAR-10.
+"""The data sets that have a name, of which those of images are here: Fashion-MNIST, digits, CIFAR-10.
 
 Nothing is unpickled: the formats are IDX and CIFAR's binary records.
 """
@@ -21,11 +21,17 @@ import numpy as np
 import numpy.typing as npt
 
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner import workloads
 from dlion_mpi.learner.batch import Batch, RowNumbers
 from dlion_mpi.learner.source import Source, Table, first_line, labelled, of_images
 
-NAMES = "fashion-mnist, digits, cifar10, cifar10:FOLDER"
+NAMES = "fashion-mnist, digits, cifar10, cifar10:FOLDER, text, text-languages, tables"
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+WORKLOADS = {
+    "text": workloads.open_text,
+    "text-languages": workloads.open_languages,
+    "tables": workloads.open_flights,
+}
 CIFAR10_RECORD_BYTES = 1 + 3 * 32 * 32
 DOWNLOAD_TIMEOUT_S = 15.0
 
@@ -37,6 +43,8 @@ def open_named(spec: str) -> Source | None:
         return _fashion_mnist()
     if spec == "digits":
         return _digits()
+    if spec in WORKLOADS:
+        return WORKLOADS[spec]()
     if name == "cifar10" and bool(folder) == bool(colon):
         return _cifar10(folder or os.environ.get("DLION_CIFAR10") or "cifar-10-batches-bin")
     return None
