@@ -31,7 +31,7 @@ FOREIGN = {
     "--httpd",
     *("--allow-run-as-root", "--oversubscribe", "--bind-to", "--host", "--map-by", "--mca", "--prefix", "--mpi"),
     *("--nodes", "--ntasks-per-node", "--cpus-per-task", "--time", "--wait", "--signal", "--test-only", "--het-group"),
-    *("--kill-on-bad-exit", "--pty"),
+    *("--kill-on-bad-exit", "--pty", "--workload"),
 }
 
 
