@@ -81,8 +81,8 @@ def time_to_target(runs: Sequence[Run], labels: Sequence[str], target: Target | 
         "kind": "targets",
         "key": "target",
         "title": "Time to target",
-        "says": f"Seconds of training until the mean test {target.metric} was first {BOUNDS[target.sign]} the target, and "
-        "as a multiple of the fastest run. A hatched bar shows the length of a run that did not reach it.",
+        "says": f"Seconds of training until the mean test {target.metric} was first {BOUNDS[target.sign]} the target, "
+        "and as a multiple of the fastest run. A hatched bar shows the length of a run that did not reach it.",
         "x": "time to target (s of training)",
         "rows": list(labels),
         "seconds": numbers([run.seconds for run in runs]),

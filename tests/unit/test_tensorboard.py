@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def written(folder: Path, steps: int, recorder: Any = None) -> dict[str, list[tu
     board = TensorBoard(recorder or NoRecorder(), folder, RANK, WORKERS, now_s=lambda: next(times))
     for step in range(steps):
         board.step(runfiles.record(RANK, WORKERS, step))
-    board.evaluation(Evaluation(steps, float(steps), {"accuracy": 0.75}))
+    board.evaluation(Evaluation(steps, float(steps), {"accuracy": 0.75, "val_loss": 1.5, "auc": math.nan}))
     board.transfer(Transfer(steps, 2, True, steps - 1, 1000), float(steps))
     board.close(complete=True)
     return eventfiles.scalars(folder / f"rank-{RANK}")
@@ -37,7 +38,14 @@ def test_every_second_is_a_point_of_every_measure(tmp_path: Path) -> None:
     assert set(found) == {
         *("training/loss", "training/samples_per_s", "batch/lbs", "batch/gbs", "time/step_s", "time/waiting_share"),
         *(f"link_{what}/to_{peer}" for what in ("N", "bytes_per_s", "bytes_sent") for peer in (0, 2)),
-        *("link_age_s/from_0", "link_age_s/from_2", "test/accuracy", "transfer/source", "transfer/merged"),
+        *(
+            "link_age_s/from_0",
+            "link_age_s/from_2",
+            "test/accuracy",
+            "test/val_loss",
+            "transfer/source",
+            "transfer/merged",
+        ),
     }
     records = [runfiles.record(RANK, WORKERS, step) for step in range(4)]
     steps = [1, 2, 3, 4]
@@ -58,6 +66,7 @@ def test_every_second_is_a_point_of_every_measure(tmp_path: Path) -> None:
         assert [time_s for _, time_s, _ in found[tag]] == [BEGUN_S + r.time_s for r in records], tag
         np.testing.assert_allclose([value for _, _, value in found[tag]], values, rtol=1e-6, err_msg=tag)
     assert found["test/accuracy"] == [(4, BEGUN_S + 4.0, 0.75)]
+    assert found["test/val_loss"] == [(4, BEGUN_S + 4.0, 1.5)]
     assert found["transfer/source"] == [(4, BEGUN_S + 4.0, 2.0)]
 
 
