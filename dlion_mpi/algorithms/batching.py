@@ -119,22 +119,22 @@ def _least_squares(samples: np.ndarray, seconds: np.ndarray) -> tuple[float, flo
 
 
 def solve_lbs(
-    gbs: int, fits: Sequence[tuple[float, float]], limits: Sequence[int], *, policy: str = "auto"
+    gbs: int, fits: Sequence[tuple[float, float]], limits: Sequence[int], *, policy: str = "auto", least: int = 1
 ) -> list[int]:
     """Return each worker's local batch size (LBS). They sum to ``gbs`` exactly.
 
     ``auto``: T = (GBS + sum alpha_k/beta_k) / sum(1/beta_k), LBS_k = (T - alpha_k)/beta_k, so that all finish
     together. ``proportional``: in proportion to 1/beta_k (the paper's relative compute power). Both are
-    clamped to [1, limits[k]], the clamped amount is shared among the rest, and largest remainders round.
-    ``fits``: (alpha, beta) per worker. Raises ValueError for a gbs below n or above the sum of the limits.
+    clamped to [``least``, limits[k]], the clamped amount is shared among the rest, and largest remainders round.
+    ``fits``: (alpha, beta) per worker. Raises ValueError for a gbs that these bounds exclude.
     Source: DLion (HPDC 2021), weighted dynamic batching; `auto` is ours.
     """
-    n = len(fits)
-    if not n <= gbs <= sum(limits):
-        raise ValueError(f"a global batch of {gbs} cannot be shared by {n} workers with limits {list(limits)}")
+    floors = [min(least, limit) for limit in limits]
+    if not sum(floors) <= gbs <= sum(limits):
+        raise ValueError(f"a global batch of {gbs} cannot be shared by {len(fits)} workers with limits {list(limits)}")
     alpha = np.array([a if policy == "auto" else 0.0 for a, _ in fits])
     beta = np.array([b for _, b in fits])
-    low, high = np.ones(n), np.array(limits, dtype=np.float64)
+    low, high = np.array(floors, dtype=np.float64), np.array(limits, dtype=np.float64)
     # sum_k clamp((T - alpha_k)/beta_k) grows with T. Bisection finds the T that meets GBS, and so shares the clamped
     # amount as well.
     t_low, t_high = 0.0, float(np.max(alpha + beta * high))
@@ -144,7 +144,16 @@ def solve_lbs(
             t_low = t
         else:
             t_high = t
-    return _round_to_sum(np.clip((t_high - alpha) / beta, low, high), gbs, limits)
+    return _round_to_sum(np.clip((t_high - alpha) / beta, low, high), gbs, floors, limits)
+
+
+def gain(before: Sequence[int], after: Sequence[int], fits: Sequence[tuple[float, float]]) -> float:
+    """Return the share of the slowest worker's time that other batch sizes save. ``fits``: (alpha, beta) per worker."""
+
+    def slowest(sizes: Sequence[int]) -> float:
+        return max(alpha + beta * size for size, (alpha, beta) in zip(sizes, fits, strict=True))
+
+    return 1 - slowest(after) / slowest(before)
 
 
 def equal_lbs(gbs: int, n: int) -> list[int]:
@@ -152,9 +161,9 @@ def equal_lbs(gbs: int, n: int) -> list[int]:
     return [gbs // n + (k < gbs % n) for k in range(n)]
 
 
-def _round_to_sum(exact: np.ndarray, total: int, limits: Sequence[int]) -> list[int]:
-    """Round by largest remainders, within [1, limit]."""
-    lbs = np.maximum(np.floor(exact + 1e-9).astype(np.int64), 1)
+def _round_to_sum(exact: np.ndarray, total: int, floors: Sequence[int], limits: Sequence[int]) -> list[int]:
+    """Round by largest remainders, within [floor, limit]."""
+    lbs = np.maximum(np.floor(exact + 1e-9).astype(np.int64), floors)
     order = np.argsort(-(exact - lbs), kind="stable")
     missing = total - int(lbs.sum())
     while missing > 0:
@@ -162,7 +171,7 @@ def _round_to_sum(exact: np.ndarray, total: int, limits: Sequence[int]) -> list[
             if missing > 0 and lbs[k] < limits[k]:
                 lbs[k] += 1
                 missing -= 1
-    while missing < 0:  # only by the floor of 1
+    while missing < 0:  # only by the floors
         k = int(np.argmax(lbs))
         lbs[k] -= 1
         missing += 1

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from dlion_mpi.algorithms.batching import GlobalBatchSchedule, ThroughputFit, equal_lbs, solve_lbs
+from dlion_mpi.algorithms.batching import GlobalBatchSchedule, ThroughputFit, equal_lbs, gain, solve_lbs
 from dlion_mpi.config.options import Config
 from dlion_mpi.loop.ports import Collectives, Ticket, Until
 from dlion_mpi.vector.named_arrays import Array, Arrays, array, column, integer, integers, number, numbers
@@ -23,6 +23,11 @@ EFFECT_STEPS = 2
 has not waits in `bounded` (`BatchSizeRounds.awaits`), and takes the new sizes later in `async`."""
 PERIOD = 10
 """Steps between two gatherings of measured throughput."""
+LEAST_GAIN = 0.05
+"""Share of a step's time that new batch sizes have to save. Timings are noisy, and each change makes new noise."""
+FLOOR = 8
+"""A batch is not smaller than an equal share divided by this. A batch of a sample or two learns little, and the timings
+of very unequal batches tell little."""
 LEFT = math.nan
 """The contribution of a worker that has left to a round that others have started."""
 
@@ -57,7 +62,9 @@ class BatchSizeRounds:
         """The latest value of the metric of ``--target``."""
         self.target_reached = False
         self.gbs = self._gbs(0)
-        self.lbs = equal_lbs(self.gbs, workers)[rank]
+        self._sizes = equal_lbs(self.gbs, workers)
+        """The batch sizes of all workers."""
+        self.lbs = self._sizes[rank]
 
     @property
     def adapts(self) -> bool:
@@ -106,6 +113,7 @@ class BatchSizeRounds:
         return {
             "samples": column(samples),
             "seconds": column(seconds),
+            "sizes": column(self._sizes),
             **integers(off=self.fit.off, lbs=self.lbs, gbs=self.gbs, asked_step=self._asked_step),
             **numbers(tested=self.tested),
             **begun,
@@ -121,6 +129,7 @@ class BatchSizeRounds:
         self.fit.pairs.extend((int(b), float(t)) for b, t in zip(samples, seconds, strict=True))
         self.fit.off, self._asked_step = integer(arrays, "off"), integer(arrays, "asked_step")
         self.lbs, self.gbs = integer(arrays, "lbs"), integer(arrays, "gbs")
+        self._sizes = [int(size) for size in array(arrays, "sizes", np.float64, self.workers)]
         self.tested = number(arrays, "tested")
         if self._in_step:  # some may have taken sizes that others have not: start a round for all, at the same step
             self._ask(farthest_step - 1)
@@ -162,8 +171,13 @@ class BatchSizeRounds:
         limits = [int(limit) for limit in table[:, 2]]
         gbs = min(self._gbs(self._asked_step), sum(limits))
         fits = [(float(alpha), float(beta)) for alpha, beta in table[:, :2]]
-        self.lbs = solve_lbs(gbs, fits, limits, policy=str(self._config.batching))[self._rank]
-        self.gbs = gbs
+        if self._config.batching == "proportional":
+            sizes = solve_lbs(gbs, fits, limits, policy="proportional")
+        else:
+            sizes = solve_lbs(gbs, fits, limits, least=max(1, gbs // (FLOOR * self.workers)))
+            if sum(self._sizes) == gbs and gain(self._sizes, sizes, fits) < LEAST_GAIN:
+                return
+        self._sizes, self.lbs, self.gbs = sizes, sizes[self._rank], gbs
 
     def _gbs(self, step: int) -> int:
         gbs = self._schedule.at(step) if self._schedule else self._config.batch_size * self.workers

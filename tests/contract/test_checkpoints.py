@@ -279,7 +279,7 @@ def kept_mass(checkpoint: Checkpoint, options: dict[str, Any]) -> list[np.ndarra
     totals = []
     for k in PEERS:
         weights = -files[k]["model/w"].astype(np.float64)
-        scale = 1 if strategy == "gaia" else WORKERS
+        scale = WORKERS if strategy == "ako" else 1  # others weigh what they send
         sign = 1 if strategy == "ako" else -1  # of gradients, or of movements
         total = scale * weights
         for letter in snapshot.messages_of(files[k], SIZE, WORKERS):

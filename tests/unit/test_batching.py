@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dlion_mpi.algorithms.batching import GlobalBatchSchedule, ThroughputFit, equal_lbs, solve_lbs
+from dlion_mpi.algorithms.batching import GlobalBatchSchedule, ThroughputFit, equal_lbs, gain, solve_lbs
 
 # ---- schedule
 
@@ -222,6 +222,17 @@ def test_what_is_clamped_is_shared_among_the_rest() -> None:
 
 def test_who_is_too_slow_for_any_share_still_gets_one_sample() -> None:
     assert solve_lbs(65, [(0.0, 0.001), (9.0, 0.001), (0.0, 0.001)], [1000] * 3) == [32, 1, 32]
+
+
+def test_a_floor_holds_for_the_slowest() -> None:
+    assert solve_lbs(66, [(0.0, 0.001), (9.0, 0.001), (0.0, 0.001)], [1000] * 3, least=4) == [31, 4, 31]
+    assert solve_lbs(66, [(0.0, 0.001), (9.0, 0.001), (0.0, 0.001)], [1000, 2, 1000], least=4) == [32, 2, 32]
+
+
+def test_the_gain_is_of_the_slowest_worker() -> None:
+    fits = [(0.0, 0.001), (0.01, 0.001)]
+    assert gain([32, 32], [37, 27], fits) == pytest.approx(1 - 37 / 42)
+    assert gain([32, 32], [27, 37], fits) < 0
 
 
 def test_one_worker_gets_everything() -> None:

@@ -93,6 +93,23 @@ def test_auto_counts_what_every_step_costs_and_proportional_does_not() -> None:
     assert shares == {"auto": [30, 50], "proportional": [40, 40]}
 
 
+def test_like_workers_of_noisy_timings_keep_equal_batches() -> None:
+    """A step costs 2 ms whatever its batch: by these fits alone one worker would get nearly all samples."""
+    rounds, _ = status_rounds(resolved())
+    for r, alpha in zip(rounds, (0.0020, 0.0021, 0.0021), strict=True):
+        timed(r, alpha, 1e-6)
+    first(rounds)
+    assert [r.lbs for r in rounds] == [40, 40, 40]
+
+
+def test_no_batch_falls_below_an_eighth_of_an_equal_share() -> None:
+    rounds, _ = status_rounds(resolved())
+    for r, alpha in zip(rounds, (0.0, 0.2, 0.2), strict=True):
+        timed(r, alpha, 0.001)
+    first(rounds)
+    assert [r.lbs for r in rounds] == [110, 5, 5]
+
+
 def test_nobody_gets_more_than_batch_size_max() -> None:
     rounds, _ = status_rounds(resolved(batch_size_max=50))
     for r, beta in zip(rounds, (0.001, 0.01, 0.01), strict=True):
