@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 from dlion_mpi.config.renamed import refusal
 from dlion_mpi.errors import RunError, UserError
@@ -13,7 +14,6 @@ from dlion_mpi.strategies.contract import Strategy
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Arrays = tuple[Any, Any]
 
 
 def rank() -> int:
@@ -30,35 +30,72 @@ def size() -> int:
     return startup.world()[1]
 
 
-def _fit(model: Any, train: Arrays, test: Arrays, **options: Any) -> dict[str, Any]:
+_COMPILED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""By model that `fit` has compiled, the optimizer that it got: a later `fit` may compile it again."""
+
+
+def _fit(
+    model: Any,
+    train: Any,
+    validation: Any = None,
+    *,
+    callbacks: Any = None,
+    steps_per_epoch: int | None = None,
+    class_weight: Mapping[int, float] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Run `fit` with the options that were given."""
     from dlion_mpi.checkpoint.start import plan
     from dlion_mpi.learner.given import shard_of_fit
     from dlion_mpi.mpi import startup
+    from dlion_mpi.mpi.watching import Watched
     from dlion_mpi.run import run
     from dlion_mpi.strategies.given import options_of_strategy
 
     options = {name: value for name, value in options.items() if value is not None}
     options |= options_of_strategy(options.get("strategy"))
+    is_compiled = _check_compiled(model, options)
     if not options.get("resume"):  # a resumed run has these; its checkpoint knows whether the model fits
-        options = {"model": model.name, "data": "arrays", **options}
+        options = {"model": getattr(model, "name", type(model).__name__), "data": "arrays", **options}
     config, start = plan(options)
+    watched = None
+    if callbacks is not None or steps_per_epoch is not None:
+        watched = Watched(callbacks=callbacks, steps_per_epoch=steps_per_epoch)
     try:
         done = run(
             config,
             model=model,
-            own_data=lambda: shard_of_fit(train, test),
+            own_data=lambda: shard_of_fit(train, validation, class_weight=class_weight),
             report=config.progress_every > 0,
             start=start,
+            watched=watched,
         )
     except UserError:  # on all ranks
         raise
     except Exception:
         startup.end_if_shared(1)
         raise
+    if not is_compiled:
+        _COMPILED[model] = model.optimizer
     if done.exit_code:
         raise RunError(str(done.summary["stopped"]))
-    return done.summary
+    return done.summary if watched is None else {**done.summary, "history": watched.history}
+
+
+def _check_compiled(model: Any, options: Mapping[str, Any]) -> bool:
+    """Whether the user has compiled the model. Raises UserError for options that would then have no effect."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and _COMPILED.get(model) is optimizer:
+        model.compiled = False  # by an earlier `fit`: this one does it again
+    if not getattr(model, "compiled", False):
+        return False
+    for name in ("optimizer", "learning_rate", "momentum"):
+        if name in options:
+            raise UserError(
+                f"{name} has no effect with a compiled model, which has its own optimizer: drop {name}, or compile "
+                "the model with it"
+            )
+    return True
 
 
 def _done_by(does: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -87,9 +124,12 @@ def _done_by(does: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R
 @_done_by(_fit)
 def fit(
     model: Any,
-    train: Arrays,
-    test: Arrays,
+    train: Any,
+    validation: Any = None,
     *,
+    callbacks: Any = None,
+    steps_per_epoch: int | None = None,
+    class_weight: Mapping[int, float] | None = None,
     strategy: str | Strategy | type[Strategy] = "dlion",
     preset: str | None = None,
     sync: Literal["sync", "bounded", "async"] | None = None,
@@ -132,16 +172,23 @@ def fit(
 ) -> dict[str, Any]:
     """Train a Keras model on all MPI ranks, each with its own data. Afterwards ``model`` has the trained weights.
 
-    - ``model``: a Keras model. If it is compiled, its optimizer and loss are used.
-    - ``train``: the rank's (x, y): x (m, F), (m, H, W) or (m, H, W, C), uint8 or float; y (m,), whole numbers.
-    - ``test``: the test data, in the same form.
+    - ``model``: a Keras model. A compiled model keeps its optimizer, losses and metrics; then ``optimizer``,
+      ``learning_rate`` and ``momentum`` are refused. Another is compiled by these options, with a loss that fits.
+    - ``train``: the rank's training data, as for `keras.Model.fit`: arrays or nested structures of arrays as ``(x, y)``
+      or ``(x, y, sample_weight)``, a `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch ``DataLoader``, a generator.
+    - ``validation``: the test data, in the same form. Without it nothing is tested.
+    - ``callbacks``: Keras's callbacks. At the end of an epoch all ranks give them the same logs, so that they stop and
+      set the learning rate on all ranks alike. Callbacks that write files act on rank 0.
+    - ``steps_per_epoch``: steps of an epoch; by default the steps that take the training data of all ranks once.
+    - ``class_weight``: the weight of each class in the loss, by its number.
     - ``strategy``: a name, a class at the top level of a module, or an instance with its own options, such as
       ``Gaia(threshold=0.2)``.
     - ``resume``: the folder of a run. It continues from its newest checkpoint with its options, except for those that
       are given here and may change.
 
     All others are the options of ``dlion train``. One that is left out, or None, has the default of the strategy.
-    Returns the JSON object of the run, the same on every rank. Raises UserError for a mistake in the options or the
+    Returns the JSON object of the run, the same on every rank; with callbacks or ``steps_per_epoch`` also ``history``:
+    by name the logs of all epochs. Raises UserError for a mistake in the options or the
     data, and RunError if the run failed.
     """
     raise NotImplementedError("the decorator calls _fit")

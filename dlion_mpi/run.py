@@ -28,6 +28,7 @@ from dlion_mpi.learner.replica import Replica
 from dlion_mpi.learner.shards import Shard, check_alike, load, merge_facts
 from dlion_mpi.log import say
 from dlion_mpi.loop import statistics
+from dlion_mpi.loop.epochs import EPOCHS
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.train import CHANNELS, leave, train
 from dlion_mpi.loop.worker import Clock, Worker
@@ -39,6 +40,7 @@ from dlion_mpi.mpi.driver import drive
 from dlion_mpi.mpi.exchange import Exchange
 from dlion_mpi.mpi.ranks import Ranks
 from dlion_mpi.mpi.startup import library
+from dlion_mpi.mpi.watching import Watch, Watched
 from dlion_mpi.provenance import versions
 from dlion_mpi.result import Finish, Result, sum_up
 from dlion_mpi.signals import STOPPING, stopped_by_signals
@@ -55,29 +57,32 @@ def run(
     own_data: Callable[[], Shard] | None = None,
     report: bool = True,
     start: Start = NEW,
+    watched: Watched | None = None,
 ) -> Result:
     """Train on all ranks of MPI's world. Every rank calls this with an equal Config.
 
     ``model``: a Keras model to use instead of the Config's. ``own_data``: returns this rank's data, instead of the
-    Config's. ``report``: print progress on stderr. ``start``: a new run, or one that is resumed. Raises UserError, on
-    every rank if on any.
+    Config's. ``report``: print progress on stderr. ``start``: a new run, or one that is resumed. ``watched``:
+    callbacks and epochs, if the run has any. Raises UserError, on every rank if on any.
     """
     with session.preemptible(config) as preemption:
         ranks = Ranks()
-        strategy, config = _agree(ranks, config, start)
+        strategy, config = _agree(ranks, config, start, watched)
         loaded = resume.load(ranks, start, report=report)
-        built = _build(ranks, config, strategy, start, loaded, model, own_data)
+        built = _build(ranks, config, strategy, start, loaded, model, own_data, watched)
         worker = built.worker
         if report and ranks.rank == 0:
             _say_what(config, ranks.size, built)
         # With checkpoints, the preemption handles SIGTERM. The summary is shielded too, since launchers repeat signals.
         with stopped_by_signals([worker], STOPPING if preemption is None else (signal.SIGINT,)):
             with closing(built.batches), _shown(ranks, built, report):
+                if built.watch is not None:
+                    built.watch.begin()
                 with session.checkpoints(worker, preemption, loaded, report=report):
                     seconds = _train(built, 0.0 if loaded is None else loaded.checkpoint.time_s)
                 if ranks.size > 1:
                     statistics.settle(worker.replica, worker.batch_sizes.lbs, ranks.mean)
-                _evaluate_last(worker, built.evaluator, seconds)
+                _evaluate_last(worker, built.evaluator, seconds, built.watch)
                 export.save(ranks, worker, report=report)
             built.recorder.close(complete=worker.exit_code == 0)
             finishes = [Finish.from_text(text) for text in ranks.gather_text(Finish.of(worker, seconds).to_text())]
@@ -85,10 +90,17 @@ def run(
             return sum_up(config, finishes, rank=ranks.rank, report=report)
 
 
-def _agree(ranks: Ranks, config: Config, start: Start) -> tuple[Strategy, Config]:
+def _agree(ranks: Ranks, config: Config, start: Start, watched: Watched | None) -> tuple[Strategy, Config]:
     """Resolve the options. Raises UserError if ranks were given different runs, or the run cannot be done here."""
     ranks.agree(
-        "\n".join([*(f"{name} = {version}" for name, version in versions().items()), f"{start}", config.to_toml()])
+        "\n".join(
+            [
+                *(f"{name} = {version}" for name, version in versions().items()),
+                f"{start}",
+                f"epochs = {watched.describe() if watched is not None else 'none'}",
+                config.to_toml(),
+            ]
+        )
     )
     strategy, config = resolve(config)
     export.check(ranks, config)
@@ -107,6 +119,7 @@ class _Built:
     evaluator: BackgroundEvaluator
     recorder: AnyRecorder
     pace: PaceClock | None
+    watch: Watch | None
 
 
 def _build(
@@ -117,6 +130,7 @@ def _build(
     loaded: resume.Loaded | None,
     model: Any,
     own_data: Callable[[], Shard] | None,
+    watched: Watched | None,
 ) -> _Built:
     members = Membership(tuple(range(ranks.size)))
     pace = ranks.together(lambda: PaceClock.from_environ(ranks.rank, run_seconds=config.seconds))
@@ -127,7 +141,7 @@ def _build(
         session.check(strategy, Plan(config=config, rank=ranks.rank, ranks=members.ranks, layout=replica.layout))
     metrics = _metrics(ranks, config, replica)
     recorder = _recorder(ranks, config, start, loaded, shard, pace, metrics)
-    exchange = _exchange(ranks, config, strategy, replica, recorder)
+    exchange = _exchange(ranks, config, strategy, replica, recorder, () if watched is None else (EPOCHS,))
     evaluator = BackgroundEvaluator(replica.evaluate, partial(shard.tests, CHUNK, config.test_samples))
     batches = Batches(shard, seed=config.seed, rank=ranks.rank)
     worker = Worker(
@@ -148,6 +162,9 @@ def _build(
         encoder=exchange.encoder,
         reduce=exchange.sums.reduce,
     )
+    watch = None
+    if watched is not None:
+        watch = Watch(ranks, watched, worker, replica.model, shard.train_samples_global)
     if loaded is not None:
         ranks.together(partial(loaded.restore, worker))
     return _Built(
@@ -158,6 +175,7 @@ def _build(
         evaluator=evaluator,
         recorder=recorder,
         pace=pace,
+        watch=watch,
     )
 
 
@@ -240,13 +258,20 @@ def _say_what(config: Config, ranks: int, built: _Built) -> None:
     )
 
 
-def _exchange(ranks: Ranks, config: Config, strategy: Strategy, replica: Replica, recorder: AnyRecorder) -> Exchange:
+def _exchange(
+    ranks: Ranks,
+    config: Config,
+    strategy: Strategy,
+    replica: Replica,
+    recorder: AnyRecorder,
+    channels: tuple[str, ...],
+) -> Exchange:
     return Exchange(
         ranks,
         size=replica.layout.size,
         window=strategy.window,
         summed_by=strategy.summed_by,
-        channels=(*CHANNELS, *(() if config.checkpoint_every is None else rounds.CHANNELS)),
+        channels=(*CHANNELS, *channels, *(() if config.checkpoint_every is None else rounds.CHANNELS)),
         log=recorder,
     )
 
@@ -275,12 +300,14 @@ def _train(built: _Built, begin_s: float) -> float:
         return exchange.clock.now_s()
 
 
-def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, seconds: float) -> None:
+def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, seconds: float, watch: Watch | None) -> None:
     """Evaluate the last weights. If the time limit ends the run, it has no time for that, except for a first."""
     if worker.exit_code == EXIT_CODE and worker.history.evaluations:
         evaluator.close(abandon=True)
         return
     worker.replica.finish()
+    if watch is not None:
+        watch.end()
     if worker.metrics:
         evaluator.submit(worker.step, seconds, worker.replica.knowledge())
     for evaluation in evaluator.poll(wait=True):

@@ -46,6 +46,7 @@ def take(w: Worker, spare: Arrays) -> Arrays:
         **under("status", w.batch_sizes.to_arrays()),
         **under("transfer", w.knowledge.to_arrays()),
         **under("statistics", w.statistics.to_arrays()),
+        **under("epochs", {} if w.epochs is None else w.epochs.to_arrays()),
     }
 
 
@@ -159,6 +160,8 @@ def restore(w: Worker, arrays: Mapping[str, Array], steps: Mapping[int, int]) ->
     w.batch_sizes.from_arrays(part(arrays, "status"), max(steps.values()))
     w.knowledge.from_arrays(part(arrays, "transfer"), w.replica.knowledge)
     w.statistics.from_arrays(part(arrays, "statistics"))
+    if w.epochs is not None:
+        w.epochs.from_arrays(part(arrays, "epochs"))
 
 
 def _restore_progress(w: Worker, saved: Mapping[str, Array]) -> None:

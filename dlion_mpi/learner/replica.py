@@ -41,6 +41,11 @@ class Replica:
                 self.metric_names = tuple(self.evaluate(self.knowledge(), [tests]))
 
     @property
+    def model(self) -> Any:
+        """The Keras model that is trained."""
+        return self._keras.model
+
+    @property
     def takes_gradients(self) -> bool:
         """Whether the gradient can be had: not if the model has its own ``train_step``."""
         return not self._keras.own_step

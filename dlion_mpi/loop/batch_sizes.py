@@ -61,7 +61,7 @@ class BatchSizeRounds:
         self.tested = math.nan
         """The latest value of the metric of ``--target``."""
         self.target_reached = False
-        self.gbs = self._gbs(0)
+        self.gbs = self.gbs_at(0)
         self._sizes = equal_lbs(self.gbs, workers)
         """The batch sizes of all workers."""
         self.lbs = self._sizes[rank]
@@ -95,7 +95,7 @@ class BatchSizeRounds:
     def advance(self, step: int, skipped: int = 0) -> Iterator[Until]:
         """Take a finished round and start one that is due, after step ``step`` and ``skipped`` steps left out."""
         if not self.adapts:
-            self.gbs = self._gbs(step)
+            self.gbs = self.gbs_at(step)
             self.lbs = equal_lbs(self.gbs, self.workers)[self._rank]
         if self._ticket is not None:
             if self._awaited:
@@ -169,7 +169,7 @@ class BatchSizeRounds:
         if not self.adapts or np.isnan(table[:, :3]).any():  # a worker has left: sizes stay
             return
         limits = [int(limit) for limit in table[:, 2]]
-        gbs = min(self._gbs(self._asked_step), sum(limits))
+        gbs = min(self.gbs_at(self._asked_step), sum(limits))
         fits = [(float(alpha), float(beta)) for alpha, beta in table[:, :2]]
         if self._config.batching == "proportional":
             sizes = solve_lbs(gbs, fits, limits, policy="proportional")
@@ -179,7 +179,8 @@ class BatchSizeRounds:
                 return
         self._sizes, self.lbs, self.gbs = sizes, sizes[self._rank], gbs
 
-    def _gbs(self, step: int) -> int:
+    def gbs_at(self, step: int) -> int:
+        """The global batch size of a step, the same on all workers."""
         gbs = self._schedule.at(step) if self._schedule else self._config.batch_size * self.workers
         return min(gbs, (self._config.batch_size_max or NO_LIMIT) * self.workers)
 

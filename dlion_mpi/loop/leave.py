@@ -29,21 +29,37 @@ def leave(w: Worker) -> Loop:
         if w.checkpoints is not None:
             checkpoints = w.checkpoints
             yield Until(lambda: checkpoints.over, serve)
-        ended = w.collectives.gather(CLOSING, [w.batch_sizes.started, w.knowledge.started, w.statistics.started])
+        ended = w.collectives.gather(CLOSING, _rounds(w))
         yield Until(lambda: ended.done and (last_sum is None or last_sum.done), serve)
-        rounds_of_batch_sizes, rounds_of_knowledge, rounds_of_statistics = (int(n) for n in ended.table.max(axis=0))
+        rounds_of_batch_sizes, rounds_of_knowledge, rounds_of_statistics, rounds_of_epochs = (
+            int(most) for most in ended.table.max(axis=0)
+        )
         w.batch_sizes.leave(rounds_of_batch_sizes)
         w.statistics.leave(rounds_of_statistics)
+        if w.epochs is not None:
+            w.epochs.leave(rounds_of_epochs)
         if w.knowledge.started < rounds_of_knowledge:
             yield Until(lambda: not w.knowledge.gathering, serve)
             w.knowledge.leave(rounds_of_knowledge)
-        yield Until(lambda: w.batch_sizes.settled() and w.knowledge.settled() and w.statistics.settled(), serve)
+        yield Until(lambda: _is_settled(w), serve)
         sent = w.collectives.gather(CLOSING, w.links.fall_silent())
         yield Until(lambda: sent.done, serve)
         expected = [int(count) for count in sent.table[:, w.rank]]
         yield Until(lambda: w.links.received_counts() == expected, serve)
         drained = w.collectives.gather(CLOSING, [0.0])
         yield Until(lambda: drained.done)
+
+
+def _rounds(w: Worker) -> list[float]:
+    """The number of rounds of each kind that this worker has taken part in."""
+    rounds = [w.batch_sizes.started, w.knowledge.started, w.statistics.started]
+    return [*rounds, 0 if w.epochs is None else w.epochs.started]
+
+
+def _is_settled(w: Worker) -> bool:
+    """Whether no round is in progress."""
+    usual = w.batch_sizes.settled() and w.knowledge.settled() and w.statistics.settled()
+    return usual and (w.epochs is None or w.epochs.settled())
 
 
 def _serve(w: Worker) -> None:

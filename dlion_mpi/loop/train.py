@@ -46,6 +46,8 @@ def train(w: Worker) -> Loop:
     w.budget.start()
     while not w.ended():
         w.current = Step(w.now_s(), w.batch_sizes.lbs, w.batch_sizes.gbs)
+        if w.epochs is not None:
+            w.epochs.batch_begin(w)
         post_weights(w)
         computed = yield from compute(w)
         if computed.vector is not None:
@@ -60,7 +62,10 @@ def train(w: Worker) -> Loop:
                 break
         yield from average_statistics(w)
         yield from rebalance_test_and_transfer(w, computed)
+        samples = w.current.lbs
         finish_step(w, computed)
+        if w.epochs is not None:
+            yield from w.epochs.advance(w, computed, samples)
         if w.checkpoints is not None:
             yield from w.checkpoints.advance(w)
     yield from leave(w)
@@ -188,11 +193,7 @@ def rebalance_test_and_transfer(w: Worker, computed: Computed) -> Generator[Unti
     """Do what is not part of every step: share out the batch, test the replica, transfer knowledge."""
     assert w.current is not None
     step = w.step + 1  # schedules and periods count completed steps
-    for evaluation in w.evaluator.poll():
-        w.history.evaluations.append(evaluation)
-        w.recorder.evaluation(evaluation)
-        if w.config.target is not None:
-            w.batch_sizes.tested = evaluation.metrics[w.config.target.metric]
+    w.take_tests()
     if _evaluation_due(w, step):
         w.history.evaluated_s = w.now_s()
         w.evaluator.submit(step, w.now_s(), w.replica.knowledge())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from dlion_mpi.loop.clock import Clock, Scope
 from dlion_mpi.loop.knowledge import KnowledgeRounds
 from dlion_mpi.loop.links import Links
 from dlion_mpi.loop.membership import Membership
-from dlion_mpi.loop.ports import BackgroundEncoder, Batches, Collectives, Reduce, Replica, Stamp, Until
+from dlion_mpi.loop.ports import BackgroundEncoder, Batches, Collectives, Computed, Reduce, Replica, Stamp, Until
 from dlion_mpi.loop.statistics import StatisticsRounds
 from dlion_mpi.loop.step import Step
 from dlion_mpi.metrics.gauges import Totals
@@ -23,6 +24,7 @@ from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.types import Inbox, LinkView, Plan
 from dlion_mpi.vector.layout import Vector
+from dlion_mpi.vector.named_arrays import Array, Arrays
 from dlion_mpi.wire import Header, Kind, Message
 
 
@@ -79,6 +81,31 @@ class Checkpoints(Protocol):
         """End all workers together, after a last checkpoint."""
 
 
+class Epochs(Protocol):
+    """Averages logs at the ends of epochs; see `loop.epochs.Epochs`."""
+
+    started: int
+    """The number of gathers that this worker has taken part in."""
+
+    def batch_begin(self, w: Worker) -> None:
+        """Note that a step begins."""
+
+    def advance(self, w: Worker, computed: Computed, samples: int) -> Generator[Until, None, None]:
+        """Note a step of ``samples`` that has been completed."""
+
+    def leave(self, rounds_everywhere: int) -> None:
+        """Take part in the gathers that others have started and this worker has not."""
+
+    def settled(self) -> bool:
+        """Whether no gather is in flight."""
+
+    def to_arrays(self) -> Arrays:
+        """The epoch of the worker, and its end."""
+
+    def from_arrays(self, arrays: Mapping[str, Array]) -> None:
+        """Restore what `to_arrays` gave, if it is there. Raises StateError."""
+
+
 @dataclass(slots=True)
 class History:
     """Results of the run so far."""
@@ -117,6 +144,7 @@ class Worker:
     """Encodes messages in the background. While it does, it alone posts to the links."""
     profiles: bool = True
     """Whether batches may be timed before the first step."""
+    epochs: Epochs | None = None
     checkpoints: Checkpoints | None = None
     on_step: Callable[[StepRecord], None] = lambda record: None
     # how far it is
@@ -127,6 +155,8 @@ class Worker:
     """The record of the previous step, until the background encoder has finished its messages."""
     end_step: float = field(init=False)
     """The step at which the run ends, for this worker or for one that it cannot continue without."""
+    left_step: float = math.inf
+    """The lowest step at which another worker has left."""
     stop_reason: str | None = None
     """Why the run must end early: a signal, a failure, a reached target; "" if another rank knows why."""
     exit_code: int = 0
@@ -221,6 +251,14 @@ class Worker:
         """The metrics of the newest evaluation, by name; empty before the first."""
         return self.history.evaluations[-1].metrics if self.history.evaluations else {}
 
+    def take_tests(self, *, wait: bool = False) -> None:
+        """Note the tests that are done; with ``wait``, all that were submitted."""
+        for evaluation in self.evaluator.poll(wait=wait):
+            self.history.evaluations.append(evaluation)
+            self.recorder.evaluation(evaluation)
+            if self.config.target is not None:
+                self.batch_sizes.tested = evaluation.metrics[self.config.target.metric]
+
     def stamp(self, computed_at: float = 0.0) -> Stamp:
         """The fields of this step for message headers."""
         sizes = self.current or self.batch_sizes
@@ -247,6 +285,7 @@ class Worker:
                 self.stop_reason = self.stop_reason or ""
             if message.header.kind in (Kind.CLOSE, Kind.STOP):
                 self.members = self.members.without(sender)
+                self.left_step = min(self.left_step, message.header.step)
                 self.inbox.newest.pop(sender, None)
                 if self.config.mode.lockstep:  # no worker can complete a step without its message
                     self.end_step = min(self.end_step, message.header.step)

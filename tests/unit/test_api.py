@@ -23,7 +23,8 @@ from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.given import options_of_strategy
 
-ARGUMENTS = ("model", "train", "test")
+ARGUMENTS = ("model", "train", "validation")
+OF_KERAS = ("callbacks", "steps_per_epoch", "class_weight")
 OF_THE_DATA = ("data", "partition", "dirichlet_alpha")
 """Options that the arguments of `fit` take the place of, besides the model."""
 RESUMING = {"resume": None, "requeue": False, "resume_earlier": False}
@@ -34,7 +35,7 @@ HINTS = typing.get_type_hints(api.fit)
 
 def test_fit_has_every_option_by_name_and_no_other() -> None:
     keywords = [p.name for p in SIGNATURE.parameters.values() if p.kind is p.KEYWORD_ONLY]
-    assert keywords == [*OPTIONS, *RESUMING]
+    assert keywords == [*OF_KERAS, *OPTIONS, *RESUMING]
     assert [p.name for p in SIGNATURE.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD] == [*ARGUMENTS]
 
 
@@ -88,7 +89,9 @@ def test_a_strategy_of_yours_is_named_by_its_module() -> None:
 
 def test_an_unknown_option_is_refused_with_what_there_is() -> None:
     options: Any = {"stepps": 5}
-    with pytest.raises(UserError, match=r"fit\(\) has no option stepps; it has .*staleness, steps, strategy"):
+    with pytest.raises(
+        UserError, match=r"fit\(\) has no option stepps; it has .*staleness, steps, steps_per_epoch, strategy"
+    ):
         dlion_mpi.fit(None, ((), ()), ((), ()), **options)
 
 
