@@ -9,7 +9,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("dlion-mpi", "mpi4py", "numpy", "h5py", "keras", "tensorflow", "tensorflow-cpu", "jax")
+PACKAGES = ("dlion-mpi", "mpi4py", "numpy", "h5py", "keras", "tensorflow", "tensorflow-cpu", "jax", "torch")
 """Packages whose versions must be equal on all ranks and are recorded."""
 
 

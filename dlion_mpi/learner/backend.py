@@ -142,11 +142,11 @@ def _module() -> Any:
     except ImportError as error:
         raise UserError(
             f"Keras does not start ({error}): pip install tensorflow-cpu, or 'tensorflow[and-cuda]' where there are "
-            "GPUs; with KERAS_BACKEND=jax, pip install jax"
+            "GPUs; with KERAS_BACKEND=jax or torch, pip install that"
         ) from None
     name = f"dlion_mpi.learner.{keras.backend.backend()}"
     if find_spec(name) is None:
-        raise UserError(f"Keras's backend is {keras.backend.backend()}: set KERAS_BACKEND to tensorflow or jax")
+        raise UserError(f"Keras's backend is {keras.backend.backend()}: set KERAS_BACKEND to tensorflow, jax or torch")
     return importlib.import_module(name)
 
 

@@ -67,13 +67,18 @@ def check_labels(model: Any, example: Batch, classes: int | None) -> None:
     if not is_sparse or classes is None or isinstance(loss, list | dict):
         return
     with fitting(example):
-        outputs = model(example.x)
+        outputs = _outputs(model, example.x)
     width = outputs.shape[-1]
     if width < classes:
         raise UserError(
             f"the model gives {width} outputs for each label, but the data has {classes} classes, 0 to {classes - 1}: "
             f"its last layer needs at least {classes} units"
         )
+
+
+def _outputs(model: Any, x: Any) -> Any:
+    """The outputs as in a test, so that random layers draw nothing before the first step."""
+    return model(x, training=False) if model._call_has_training_arg else model(x)
 
 
 def reason(error: BaseException) -> str:
@@ -89,7 +94,7 @@ def _loss_for(model: Any, example: Batch) -> Any:
     import keras
 
     with fitting(example):
-        outputs = model(example.x)
+        outputs = _outputs(model, example.x)
     targets, losses = example.y, keras.losses
     kind = getattr(getattr(targets, "dtype", None), "kind", "")
     if not kind or isinstance(outputs, list | tuple | dict):
