@@ -1,0 +1,31 @@
+"""Each row of docs/what-trains.md, trained on two ranks, against plain Keras on the same batches.
+
+All rows share a job of two ranks. KERAS_BACKEND chooses the backend.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.keras_rows.row import Row
+from tests.keras_rows.rows import ROWS
+from tests.keras_rows.runner import Result, results
+
+TIME_LIMIT_S = 840
+pytestmark = [pytest.mark.timeout(TIME_LIMIT_S + 60), pytest.mark.xdist_group("keras_rows")]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Result]:
+    """Results of the rows that are selected, all of one job unless a row ends it."""
+    rows = [item.callspec.params.get("row") for item in request.session.items if hasattr(item, "callspec")]
+    names = [row.name for row in rows if isinstance(row, Row)]
+    return results(names, tmp_path_factory.mktemp("rows"), TIME_LIMIT_S)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_a_row_trains_as_plain_keras_does(row: Row, found: dict[str, Result]) -> None:
+    result = found[row.name]
+    if result.skipped:
+        pytest.skip(result.skipped)
+    assert not result.error
