@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 from dlion_mpi.config.renamed import refusal
-from dlion_mpi.errors import RunError, UserError
+from dlion_mpi.errors import RunError, UserError, in_one_line
 from dlion_mpi.strategies.contract import Strategy
 
 P = ParamSpec("P")
@@ -56,7 +57,8 @@ def _fit(
     options |= options_of_strategy(options.get("strategy"))
     is_compiled = _check_compiled(model, options)
     if not options.get("resume"):  # a resumed run has these; its checkpoint knows whether the model fits
-        options = {"model": getattr(model, "name", type(model).__name__), "data": "arrays", **options}
+        name = re.sub(r"_\d+$", "", getattr(model, "name", type(model).__name__))  # Keras numbers what it has built
+        options = {"model": name, "data": "arrays", **options}
     config, start = plan(options)
     watched = None
     if callbacks is not None or steps_per_epoch is not None:
@@ -109,6 +111,7 @@ def _done_by(does: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R
 
         @functools.wraps(signature)
         def call(*args: P.args, **options: P.kwargs) -> R:
+            in_one_line()
             for name in options:
                 if name not in shown.parameters:
                     known = ", ".join(sorted(shown.parameters))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import TracebackType
+
 
 class UserError(Exception):
     """A mistake that the user can fix; one line says what to change. Exit code 2.
@@ -16,3 +19,19 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A failure of the run itself, for example a loss that is not finite. Exit code 1."""
+
+
+def in_one_line() -> None:
+    """Have Python print one of these in one line, without a traceback, if a program does not catch it."""
+    shown = sys.excepthook
+    if getattr(shown, "is_ours", False):
+        return
+
+    def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not isinstance(error, UserError | RunError):
+            shown(kind, error, traceback)
+        elif not getattr(error, "quiet", False):
+            print(f"dlion: {error}", file=sys.stderr, flush=True)
+
+    show.is_ours = True  # type: ignore[attr-defined]
+    sys.excepthook = show

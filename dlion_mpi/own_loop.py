@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from dlion_mpi.errors import RunError, UserError
+from dlion_mpi.errors import RunError, UserError, in_one_line
 from dlion_mpi.strategies.contract import Strategy
 
 if TYPE_CHECKING:  # slow imports, done when a run begins so that ``import dlion_mpi`` stays fast
@@ -69,6 +69,7 @@ class Exchange:
     """The JSON object of the run, the same on all ranks; after the block."""
 
     def __init__(self, variables: Any, *, metrics: Sequence[str] = (), **options: Unpack[Options]) -> None:
+        in_one_line()
         known = Options.__annotations__
         for name in options:
             if name not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 import types
@@ -117,3 +118,29 @@ def test_a_type_checker_sees_its_types(tmp_path: Path) -> None:
             cwd=Path(dlion_mpi.__file__).parent.parent,
         )
         assert checked.returncode == code, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("dlion_mpi.fit(1, 2, nope=3)", r"dlion: fit\(\) has no option nope"),
+        ("dlion_mpi.fit(1, 2, target_accuracy=3)", r"dlion: .*target"),
+        ("dlion_mpi.Exchange([], nope=3)", r"dlion: Exchange\(\) has no option nope"),
+    ],
+)
+def test_a_mistake_in_a_program_is_told_in_one_line(program: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import dlion_mpi; {program}"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.match(said, line)
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    program = (
+        "import dlion_mpi\ntry: dlion_mpi.fit(1, 2, nope=3)\nexcept dlion_mpi.UserError: pass\nraise KeyError('x')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1] == "KeyError: 'x'"
