@@ -14,8 +14,8 @@ ON_RANK_0 = ("ModelCheckpoint", "CSVLogger", "TensorBoard", "BackupAndRestore", 
 class Callbacks:
     """A list of Keras's callbacks on one rank; a `loop.epochs.Watcher`.
 
-    ``given``: the user's callbacks. ``epochs``, ``steps``: the length of the run, as callbacks may read it; None: unknown. Raises
-    UserError for what is no callback.
+    ``given``: the user's callbacks. ``epochs``, ``steps``: the length of the run, as callbacks may read it; None:
+    unknown. Raises UserError for what is no callback.
     """
 
     def __init__(
