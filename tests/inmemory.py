@@ -299,6 +299,11 @@ class Quadratic:
 
     def set_statistics(self, statistics: Vector) -> None: ...
 
+    def averages(self) -> Vector:
+        return np.empty(0, np.float32)
+
+    def set_averages(self, averages: Vector) -> None: ...
+
     def evaluate(self, knowledge: Vector, batches: Iterable[Any]) -> dict[str, float]:
         return {}
 

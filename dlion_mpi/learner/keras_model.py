@@ -60,6 +60,14 @@ class KerasModel:
         return [variable for optimizer in self.optimizers for variable in optimizer.variables]
 
     @property
+    def averages(self) -> list[Any]:
+        """The optimizer's averages of the weights, which `finish` puts in their place."""
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        if self.own_step or not getattr(optimizer, "use_ema", False):
+            return []
+        return [variable for variable in optimizer._model_variables_moving_average if variable is not None]
+
+    @property
     def loss_scale(self) -> Any:
         """The optimizer if it scales the loss, else None."""
         import keras

@@ -107,6 +107,14 @@ class Replica:
         """Replace the statistics, (K - P,) float32."""
         _assign(self._keras.statistics, statistics)
 
+    def averages(self) -> Vector:
+        """A copy of the averages of the weights that the optimizer keeps for the end (`use_ema`), or nothing."""
+        return flat([self._backend.value(variable) for variable in self._keras.averages])
+
+    def set_averages(self, averages: Vector) -> None:
+        """Replace the averages of the weights."""
+        _assign(self._keras.averages, averages)
+
     def frozen(self) -> Vector:
         """A copy of the float variables that training leaves alone, float32."""
         return flat([self._backend.value(variable) for variable in self._keras.frozen])

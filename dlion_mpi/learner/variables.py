@@ -77,6 +77,13 @@ class Variables:
         """Replace the statistics, (K - P,) float32."""
         _assign(self._statistics, statistics, Layout.of([v.shape for v in self._statistics]))
 
+    def averages(self) -> Vector:
+        """None: the optimizer is the user's."""
+        return np.empty(0, np.float32)
+
+    def set_averages(self, averages: Vector) -> None:
+        """Nothing: there are none."""
+
     def evaluate(self, knowledge: Vector, batches: Iterable[Any]) -> dict[str, float]:
         """Nothing: the user's loop tests."""
         return {}

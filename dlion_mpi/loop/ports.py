@@ -237,6 +237,12 @@ class Replica(Protocol):
     def set_statistics(self, statistics: Vector) -> None:
         """Replace the statistics."""
 
+    def averages(self) -> Vector:
+        """A copy of the averages of the weights that `finish` puts in their place: (P,), or none."""
+
+    def set_averages(self, averages: Vector) -> None:
+        """Replace the averages of the weights."""
+
     def evaluate(self, knowledge: Vector, batches: Iterable[Any]) -> dict[str, float]:
         """The metrics of a model with this knowledge on batches of test rows. Any thread may call this."""
 

@@ -36,23 +36,30 @@ def mean(total: Vector) -> Vector | None:
 
 
 def average(replicas: Sequence[Replica], samples: Sequence[int]) -> None:
-    """Set the statistics of replicas in one process to their mean."""
-    own = [replica.statistics() for replica in replicas]
-    if len(own) > 1 and len(own[0]):
-        total: Vector = np.add.reduce([weighted(s, b) for s, b in zip(own, samples, strict=True)])
-        if (everywhere := mean(total)) is not None:
-            for replica in replicas:
-                replica.set_statistics(everywhere)
+    """Set the statistics of replicas in one process to their mean, and the averages of their weights."""
+    for accesses in zip(*map(_kept, replicas), strict=True):
+        own = [read() for read, _ in accesses]
+        if len(own) > 1 and len(own[0]):
+            total: Vector = np.add.reduce([weighted(s, b) for s, b in zip(own, samples, strict=True)])
+            if (everywhere := mean(total)) is not None:
+                for _, write in accesses:
+                    write(everywhere)
 
 
 def settle(replica: Replica, samples: int, mean_of: Callable[[Vector], Vector]) -> None:
     """Set the statistics of this worker to the mean of all workers, which call this together.
 
-    ``mean_of``: the mean of all workers' vectors, such as `mpi.ranks.Ranks.mean`.
+    The same for the averages of the weights, if the optimizer keeps them. ``mean_of``: the mean of all workers'
+    vectors, such as `mpi.ranks.Ranks.mean`.
     """
-    own = replica.statistics()
-    if len(own) and (everywhere := mean(mean_of(weighted(own, samples)))) is not None:
-        replica.set_statistics(everywhere)
+    for read, write in _kept(replica):
+        own = read()
+        if len(own) and (everywhere := mean(mean_of(weighted(own, samples)))) is not None:
+            write(everywhere)
+
+
+def _kept(replica: Replica) -> list[tuple[Callable[[], Vector], Callable[[Vector], None]]]:
+    return [(replica.statistics, replica.set_statistics), (replica.averages, replica.set_averages)]
 
 
 class StatisticsRounds:

@@ -40,6 +40,8 @@ class SharedReplica:
         self.plain_rate = keras_model.plain_rate()
         """The learning rate if the optimizer does no more than ``w - rate g``, else None."""
         self.takes_gradients = not keras_model.own_step
+        averages = {id(variable) for variable in keras_model.averages}
+        self.averages_at = [k for k, variable in enumerate(keras_model.slots) if id(variable) in averages]
         self.metric_names: tuple[str, ...] = ()
         if tests is not None:
             with fitting(tests):
@@ -181,6 +183,17 @@ class VirtualReplica:
     def set_statistics(self, statistics: Vector) -> None:
         """Replace the statistics, (K - P,) float32."""
         self.set_knowledge(np.concatenate([self._weights, statistics]))
+
+    def averages(self) -> Vector:
+        """A copy of the averages of the weights that the optimizer keeps for the end, or nothing."""
+        return flat([self._slots[k] for k in self._shared.averages_at])
+
+    def set_averages(self, averages: Vector) -> None:
+        """Replace the averages of the weights."""
+        places = self._shared.averages_at
+        parts = Layout.of([np.shape(self._slots[k]) for k in places]).split(averages)
+        replaced = {k: part.astype(np.asarray(self._slots[k]).dtype) for k, part in zip(places, parts, strict=True)}
+        self._slots = [replaced.get(k, slot) for k, slot in enumerate(self._slots)]
 
     def evaluate(self, knowledge: Vector, batches: Iterable[Batch]) -> Logs:
         """The metrics of a model with this knowledge on batches of test rows."""

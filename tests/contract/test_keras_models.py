@@ -226,3 +226,23 @@ def test_sequences_of_any_length_are_trained_and_results() -> None:
         wanted = float(model.compute_loss(y=Y[:10], y_pred=model(x)))
         assert moved.loss == pytest.approx(wanted, rel=1e-5)
         np.testing.assert_array_equal(replica.weights(), before)
+
+
+@pytest.mark.parametrize("kind", ["real", "virtual"])
+def test_averages_of_weights_are_read_replaced_and_put_in_at_the_end(kind: str) -> None:
+    """So that all ranks can end with the mean of their averages."""
+    import keras
+
+    model = net(dense())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1, use_ema=True), loss)
+    keras_model = ready(model, ROWS)
+    replica = Replica(keras_model) if kind == "real" else VirtualReplica(SharedReplica(keras_model), 0)
+    replica.move(replica.movement(ROWS).vector)
+    np.testing.assert_allclose(replica.averages(), replica.weights(), atol=1e-6)  # the first average is the weights
+    replica.set_averages(np.arange(len(replica.weights()), dtype=np.float32))
+    replica.finish()
+    np.testing.assert_array_equal(replica.weights(), np.arange(len(replica.weights())))
+    none = net(dense())
+    none.compile("sgd", loss)
+    assert not len(Replica(ready(none, ROWS)).averages())
