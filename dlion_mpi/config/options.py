@@ -168,7 +168,7 @@ class Config:
     )
     batch_size_max: int | None = _batching(
         None,
-        "most samples per worker and step, for example what fits into memory",
+        "most samples per worker and step, for example what fits into memory; at least twice --batch-size by default",
         bounds=at_least(1, "sample"),
         value="SAMPLES",
     )

@@ -27,7 +27,7 @@ from dlion_mpi.result import Finish
 from dlion_mpi.signals import stopped_by_signals
 from dlion_mpi.simulation.run import VirtualRun
 from dlion_mpi.strategies.contract import BATCHING
-from dlion_mpi.strategies.registry import refuse_unused
+from dlion_mpi.strategies.registry import refuse_unused, with_room
 from dlion_mpi.vector.layout import Vector
 
 NAME = "free-network"
@@ -46,7 +46,7 @@ def resolve(config: Config) -> Config:
         raise UserError(f"--strategy {NAME} does not support --sync {config.sync}: it supports sync")
     refuse_unused(config, NAME, uses=USES)
     given = {name: value for name in USES if (value := getattr(config, name)) is not None}
-    return dataclasses.replace(config, sync="sync", **USES | given)
+    return dataclasses.replace(config, sync="sync", **with_room(USES, config.batch_size) | given)
 
 
 @dataclass(kw_only=True)

@@ -64,7 +64,7 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     config = dataclasses.replace(config, sync=sync)
     preset = cls.presets[config.preset] if config.preset else {}
     strategy = cls(**_own_options(cls, config, preset))
-    defaults = {**cls.uses, **strategy.derived(config), **preset}
+    defaults = with_room({**cls.uses, **strategy.derived(config), **preset}, config.batch_size)
     given = {name: value for name in cls.uses if (value := getattr(config, name)) is not None}
     shared: dict[str, Any] = {name: defaults[name] for name in cls.uses} | given
     values = config.values() | shared
@@ -75,6 +75,12 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
         if (value := getattr(strategy.options, f.name)) is not None and not idle_due_to(f, values)
     }
     return strategy, dataclasses.replace(config, strategy_options=own, **shared)
+
+
+def with_room(defaults: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """Return defaults whose largest batch, if there is one, leaves room for twice the batch size at the start."""
+    most = defaults.get("batch_size_max")
+    return dict(defaults) if most is None else {**defaults, "batch_size_max": max(most, 2 * batch_size)}
 
 
 def check_gradients(strategy: str, exchanges: str, takes_gradients: bool) -> None:

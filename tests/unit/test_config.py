@@ -16,6 +16,7 @@ from dlion_mpi.config.options import FIELDS, TABLES, Config
 from dlion_mpi.config.renamed import FIXED, RENAMED
 from dlion_mpi.config.target import Target
 from dlion_mpi.errors import UserError
+from dlion_mpi.simulation import free_network
 from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.given import values_of as given_values
 from dlion_mpi.strategies.registry import STRATEGIES, resolve
@@ -471,6 +472,14 @@ def test_what_has_no_effect_is_left_out() -> None:
     assert resolved.exchange_share == 0.15, "what the exchange may cost is bounded whatever N is"
     hop = resolve(Config(strategy="hop", sync="sync"))[1]
     assert hop.strategy_options == {"hop.graph": "all"}
+
+
+@pytest.mark.parametrize(("batch_size", "most"), [(32, 1024), (512, 1024), (2048, 4096)])
+def test_the_largest_batch_leaves_room_for_twice_the_batch_size(batch_size: int, most: int) -> None:
+    assert resolve(Config(batch_size=batch_size))[1].batch_size_max == most
+    assert resolve(Config(batch_size=batch_size, batch_size_max=batch_size))[1].batch_size_max == batch_size
+    assert resolve(Config(strategy="baseline", batch_size=batch_size))[1].batch_size_max is None
+    assert free_network.resolve(Config(strategy="free-network", batch_size=batch_size)).batch_size_max == most
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
