@@ -30,6 +30,15 @@ class Step:
     ages: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
     skipped: int = 0
 
+    def use(self, samples: int) -> None:
+        """Note that the batch had another number of samples than it was to have.
+
+        Fewer count less in the global batch. More are taken for the batch that all workers have, and count no more.
+        """
+        if samples > self.lbs:
+            self.gbs = round(self.gbs * samples / self.lbs)
+        self.lbs = samples
+
     def add(self, phase: Phase, seconds: float) -> None:
         """Add to the time of a phase, if it is one that a step adds up."""
         if name := TIMED.get(phase):

@@ -95,7 +95,8 @@ def compute(w: Worker) -> Generator[Compute, Computed | None, Computed]:
     computed = yield Compute(w.batches.take(w.current.lbs), w.current.lbs, kind)
     assert computed is not None
     w.current.compute_s, w.current.paced_s = computed.seconds, computed.paced_s
-    w.current.lbs = computed.samples or w.current.lbs
+    if computed.samples is not None:
+        w.current.use(computed.samples)
     now_s = w.now_s()
     w.recorder.span(Phase.COMPUTE, w.step, now_s - computed.seconds, now_s)
     if computed.finite:

@@ -98,6 +98,18 @@ def test_a_movement_counts_with_the_samples_that_were_used(world: MPI.Intracomm)
     np.testing.assert_allclose(w.numpy(), (size - 0.5) / size, rtol=1e-5)
 
 
+@pytest.mark.mpi
+def test_a_loop_with_larger_batches_takes_no_larger_steps(world: MPI.Intracomm) -> None:
+    """128 rows where 8 were asked for: the mean of the movements, not 16 times as much."""
+    from dlion_mpi.strategies.dlion import Dlion
+
+    w = variable()
+    with dlion_mpi.Exchange([w], steps=1, batch_size=8, **(EXACT | {"strategy": Dlion(max_n=100)})) as exchange:
+        w.assign_add(np.ones((3, 4), np.float32))
+        exchange.step(samples=128)
+    np.testing.assert_allclose(w.numpy(), 1, rtol=1e-5)
+
+
 @pytest.mark.mpi(min_size=2)
 def test_an_exception_in_the_loop_ends_all_ranks(world: MPI.Intracomm) -> None:
     rank = world.Get_rank()

@@ -78,6 +78,10 @@ def test_a_loop_of_the_reader(folder: Path) -> None:
     assert float(found[0]) > 0.85
 
 
+def test_the_script_that_keeps_its_loop(folder: Path) -> None:
+    assert stated_accuracy(run(2, "python", "with_dlion_loop.py", cwd=folder)) > 0.8
+
+
 @pytest.mark.skipif(importlib.util.find_spec("horovod") is None, reason="Horovod is not built: env/horovod/build.sh")
 def test_the_script_with_horovod(folder: Path) -> None:
     assert stated_accuracy(run(2, "python", "with_horovod.py", cwd=folder)) > 0.85
