@@ -39,7 +39,7 @@ class Batches:
     def take(self, size: int) -> Batch:
         """The next ``size`` rows; ``size`` may exceed the shard.
 
-        Raises ValueError unless size >= 1, and UserError if the source of a stream fails.
+        Raises ValueError unless size >= 1, and RunError if the source of a stream fails.
         """
         if size < 1:
             raise ValueError(f"a batch needs at least 1 sample, not {size}")

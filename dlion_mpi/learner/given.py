@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import optree
 
-from dlion_mpi.errors import UserError
+from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.learner.batch import Batch
 from dlion_mpi.learner.shard import Shard
 from dlion_mpi.learner.source import Table, check_alike_parts, check_finite, checked, class_labels, converted
@@ -266,7 +266,7 @@ class Once:
             self._is_first_given = True
             yield self.example()
         yield from map(self._convert, self._data)
-        raise UserError(
+        raise RunError(
             f"{self.where} is a generator that has ended: let it run without end, or give a function that returns one"
         )
 

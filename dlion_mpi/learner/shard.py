@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import optree
 
-from dlion_mpi.errors import UserError
+from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.learner.batch import Batch, joined
 from dlion_mpi.learner.source import Labels, Table, class_labels
-from dlion_mpi.learner.stream import Stream, in_chunks
+from dlion_mpi.learner.stream import Stream, failure, in_chunks
 from dlion_mpi.learner.windows import Windows
 
 Facts = tuple[int | None, ...]
@@ -85,7 +85,19 @@ class Shard:
         raise UserError(f"{self.name} is read in one order only: give arrays or files")
 
     def tests(self, chunk_rows: int, most: int | None = None) -> Iterator[Batch]:
-        """The test rows in batches of ``chunk_rows``; at most ``most``: at even distances, or the first of a stream."""
+        """The test rows in batches of ``chunk_rows``; at most ``most``: at even distances, or the first of a stream.
+
+        Raises RunError if reading fails.
+        """
+        try:
+            yield from self._tests(chunk_rows, most)
+        except RunError:
+            raise
+        except Exception as error:
+            text = str(error) if isinstance(error, UserError) else failure("the test data", error)
+            raise RunError(text) from error
+
+    def _tests(self, chunk_rows: int, most: int | None) -> Iterator[Batch]:
         if self.test is None:
             return
         if not isinstance(self.test, Table):

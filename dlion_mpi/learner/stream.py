@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dlion_mpi.errors import UserError
+from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.learner.batch import Batch, joined
 from dlion_mpi.learner.source import first_line
 
@@ -48,14 +48,17 @@ class Prefetcher:
         self._kind = stream.example().kind()
         self._pieces: deque[tuple[int, Batch]] = deque()
         self._rows, self._wanted = 0, 1
-        self._failure: UserError | None = None
+        self._failure: RunError | None = None
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, args=(epoch, skip), name="data", daemon=True)
         self._thread.start()
 
     def take(self, size: int) -> Batch:
-        """The next ``size`` rows. Waits until they are there. Raises UserError if the source fails."""
+        """The next ``size`` rows. Waits until they are there. Raises RunError if the source fails.
+
+        That ends this rank as any failure of a run does, and the others continue: see `run.run`.
+        """
         parts: list[Batch] = []
         with self._changed:
             self._wanted = size
@@ -88,10 +91,10 @@ class Prefetcher:
         try:
             while self._read(epoch, skip):
                 epoch, skip = epoch + 1, 0
-        except UserError as error:
+        except RunError as error:
             self._fail(error)
         except BaseException as error:
-            problem = UserError(failure(self._stream.where, error))
+            problem = RunError(str(error) if isinstance(error, UserError) else failure(self._stream.where, error))
             problem.__cause__ = error
             self._fail(problem)
 
@@ -101,12 +104,12 @@ class Prefetcher:
         order = np.random.default_rng(epoch_seed(self._seed, self._rank, epoch))
         for piece in self._stream.pieces(order, skip):
             if (kind := piece.kind()) != self._kind:
-                raise UserError(f"{self._stream.where} has rows of {kind} after rows of {self._kind}: make all alike")
+                raise RunError(f"{self._stream.where} has rows of {kind} after rows of {self._kind}: make all alike")
             found += piece.rows
             if piece.rows and not self._put(epoch, piece):
                 return False
         if not found:
-            raise UserError(
+            raise RunError(
                 f"{self._stream.where} has no rows in epoch {epoch}: it must give rows every time it is read"
             )
         return True
@@ -122,7 +125,7 @@ class Prefetcher:
                 self._changed.notify_all()
             return not self._closed
 
-    def _fail(self, error: UserError) -> None:
+    def _fail(self, error: RunError) -> None:
         with self._changed:
             self._failure = error
             self._changed.notify_all()

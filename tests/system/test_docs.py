@@ -43,12 +43,13 @@ def accuracy(ended: Ended) -> float:
 
 
 def test_your_own_model_and_data(folder: Path) -> None:
-    by_hand, _, info, one_file, split, shards, arrays = follow("own-model-and-data.md", folder)
+    by_hand, _, info, one_file, split, shards, by_function, arrays = follow("own-model-and-data.md", folder)
     assert accuracy(by_hand) > 0.6
     assert "1000" in info.out.replace(",", "")
     assert accuracy(one_file) > 0.75
     assert split.out.split() == ["shard-0.h5", "shard-1.h5"]
     assert accuracy(shards) > 0.7
+    assert accuracy(by_function) > 0.7
     assert arrays.out.count("(3, 2)") == 2  # every rank predicts with its weights
 
 

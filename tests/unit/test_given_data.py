@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlion_mpi.errors import UserError
+from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.learner.batch import Batch
 from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.given import shard_of_fit
@@ -157,7 +157,7 @@ def test_a_resumed_generator_starts_from_its_beginning() -> None:
 def test_a_generator_that_ends_says_so() -> None:
     batches = Batches(shard_of_fit(pieces()), seed=0, rank=0)
     assert numbers(batches.take(10)) == list(range(10))
-    with pytest.raises(UserError, match="training data is a generator that has ended: let it run without end"):
+    with pytest.raises(RunError, match="training data is a generator that has ended: let it run without end"):
         batches.take(1)
     batches.close()
 
@@ -169,7 +169,7 @@ def test_what_a_source_raises_is_one_line_after_the_rows_that_it_gave() -> None:
 
     batches = Batches(shard_of_fit(broken), seed=0, rank=0)
     assert numbers(batches.take(4)) == [0, 1, 2, 3]
-    with pytest.raises(UserError, match=r"the training data fails: KeyError: 'no such") as caught:
+    with pytest.raises(RunError, match=r"the training data fails: KeyError: 'no such") as caught:
         batches.take(1)
     assert "\n" not in str(caught.value)
     batches.close()
@@ -264,6 +264,15 @@ def test_validation_data_is_read_again_for_every_test_in_chunks() -> None:
     assert flat(numbers(chunk) for chunk in shard_of_fit((X, Y), dataset()).tests(3, most=5)) == [0, 1, 2, 3, 4]
 
 
+def test_test_rows_that_cannot_be_read_are_one_line() -> None:
+    def broken() -> Iterator[Any]:
+        yield from pieces((4,))
+        raise OSError("no disk")
+
+    with pytest.raises(RunError, match="the test data fails: OSError: no disk"):
+        list(shard_of_fit((X, Y), broken).tests(2))
+
+
 @pytest.mark.parametrize(
     ("train", "validation", "message"),
     [
@@ -293,7 +302,7 @@ def test_data_that_is_no_data_says_what_to_change(train: Any, validation: Any, m
 
 def test_rows_that_change_their_shape_are_refused() -> None:
     batches = Batches(shard_of_fit(lambda: iter([(X, Y), (X[:, :2], Y)])), seed=0, rank=0)
-    with pytest.raises(UserError, match=r"has rows of x \(2,\) int64, .* after rows of x \(3,\) int64, "):
+    with pytest.raises(RunError, match=r"has rows of x \(2,\) int64, .* after rows of x \(3,\) int64, "):
         batches.take(15)
     batches.close()
 
