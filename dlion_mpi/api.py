@@ -62,7 +62,8 @@ def _fit(
     config, start = plan(options)
     watched = None
     if callbacks is not None or steps_per_epoch is not None:
-        watched = Watched(callbacks=callbacks, steps_per_epoch=steps_per_epoch)
+        rates = "learning_rate" not in options
+        watched = Watched(callbacks=callbacks, steps_per_epoch=steps_per_epoch, resume_rates=rates)
     try:
         done = run(
             config,

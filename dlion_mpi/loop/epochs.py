@@ -17,7 +17,7 @@ from dlion_mpi.loop.exchange import post_weights
 from dlion_mpi.loop.ports import Collectives, Computed, Ticket, Until
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.timeline import Phase
-from dlion_mpi.vector.named_arrays import Array, Arrays, integer, integers
+from dlion_mpi.vector.named_arrays import Array, Arrays, array, column, integer, integers
 
 EPOCHS = "epochs"
 """The channel of the gathers."""
@@ -54,9 +54,22 @@ class Watcher(Protocol):
 
 
 class Epochs:
-    """The epochs of one worker. ``steps``: of an epoch; None: as many as take the whole training set once."""
+    """The epochs of one worker.
 
-    def __init__(self, watcher: Watcher, steps: int | None, training_samples: int, collectives: Collectives) -> None:
+    ``steps``: of an epoch; None: as many as take the whole training set once. ``resume_rates``: whether a resumed run
+    has the learning rates of its checkpoint.
+    """
+
+    def __init__(
+        self,
+        watcher: Watcher,
+        steps: int | None,
+        training_samples: int,
+        collectives: Collectives,
+        *,
+        resume_rates: bool = True,
+    ) -> None:
+        self._resume_rates = resume_rates
         self._watcher, self._steps, self._training_samples = watcher, steps, training_samples
         self._collectives = collectives
         self._is_over = False
@@ -83,7 +96,9 @@ class Epochs:
 
     def advance(self, w: Worker, computed: Computed, samples: int) -> Generator[Until, None, None]:
         """Note a step of ``samples`` that has been completed, and end the epoch if it was its last."""
-        self._add(computed.logs or {"loss": computed.loss}, samples)
+        logs = computed.logs or {"loss": computed.loss}
+        if w.config.non_finite == "stop" or all(map(math.isfinite, logs.values())):
+            self._add(logs, samples)
         self._watcher.batch_end(self._batch, self._means(self._sums, self._samples))
         self._batch += 1
         if self._watcher.stops():
@@ -103,13 +118,16 @@ class Epochs:
         return self._ticket is None or self._ticket.done
 
     def to_arrays(self) -> Arrays:
-        """The epoch, and the step at which it ends."""
-        return integers(epoch=self.epoch, end=self._end)
+        """The epoch, the step at which it ends, and the learning rates."""
+        return {**integers(epoch=self.epoch, end=self._end), "rates": column(self._watcher.rates())}
 
     def from_arrays(self, arrays: Mapping[str, Array]) -> None:
         """Restore what `to_arrays` gave, if it is there. Raises StateError."""
         if "epoch" in arrays:
             self.epoch, self._end = integer(arrays, "epoch"), integer(arrays, "end")
+            rates = array(arrays, "rates", np.float64, len(self._watcher.rates()))
+            if self._resume_rates:
+                self._watcher.set_rates(rates.tolist())
 
     def _add(self, logs: Mapping[str, float], samples: int) -> None:
         self._samples += samples

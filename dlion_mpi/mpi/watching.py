@@ -16,11 +16,12 @@ from dlion_mpi.mpi.ranks import Ranks
 class Watched:
     """The ``callbacks`` of a run, and the steps of an epoch (None: the whole training set once).
 
-    ``history``: after the run, the logs by epoch.
+    ``resume_rates``: see `Epochs`. ``history``: after the run, the logs by epoch.
     """
 
     callbacks: Any = None
     steps_per_epoch: int | None = None
+    resume_rates: bool = True
     history: dict[str, list[float]] = field(default_factory=dict)
 
     def describe(self) -> str:
@@ -45,7 +46,9 @@ class Watch:
         self._callbacks = ranks.together(
             lambda: Callbacks(watched.callbacks, model, ranks.rank, epochs=epochs, steps=steps)
         )
-        self._epochs = worker.epochs = Epochs(self._callbacks, steps, samples or 0, worker.collectives)
+        self._epochs = worker.epochs = Epochs(
+            self._callbacks, steps, samples or 0, worker.collectives, resume_rates=watched.resume_rates
+        )
 
     def begin(self) -> None:
         """Begin the training and its first epoch. A callback may set weights and learning rates: rank 0's count."""

@@ -13,7 +13,7 @@ from dlion_mpi.errors import RunError
 from dlion_mpi.loop.epochs import EPOCHS, Epochs
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.vector.gradient import Gradient
-from tests.contract.problem import ROUGH, config, every_mode, rows, specialists, trained
+from tests.contract.problem import LAYOUT, ROUGH, config, every_mode, rows, specialists, trained
 from tests.inmemory import Network, Quadratic, Run, Weather, run
 
 WORKERS = 3
@@ -149,6 +149,42 @@ def test_by_the_clock_all_end_and_agree_on_their_epochs(name: str, mode: str, se
     result, _ = watched(name, mode, watchers, steps=None, seconds=0.6, weather=weather)
     assert watchers[0].logs == watchers[1].logs == watchers[2].logs
     assert all(len(call.parts) == WORKERS for call in result.collectives.calls.get(EPOCHS, []))
+
+
+@pytest.mark.parametrize("policy", ["skip", "stop"])
+def test_a_step_that_was_left_out_does_not_count_in_the_logs(policy: str) -> None:
+    class Lossy(Quadratic):
+        steps = 0
+
+        def gradient(self, batch: npt.NDArray[Any]) -> Gradient:
+            self.steps += 1
+            return Gradient(float("nan") if self.steps == 3 else 2.0, super().gradient(batch).vector)
+
+    watcher = Watcher()
+
+    def prepare(worker: Worker) -> None:
+        worker.epochs = Epochs(watcher, 10, 0, worker.collectives)
+
+    replica = Lossy(LAYOUT, np.ones(LAYOUT.size, np.float32), 0.05)
+    settings = config("baseline", "sync", steps=10, non_finite=policy)
+    if policy == "skip":
+        run(settings, [replica], rows(1), prepare=prepare)
+        assert watcher.logs == [{"loss": 2.0}]
+    else:
+        with pytest.raises(RunError, match="the loss is nan"):
+            run(settings, [replica], rows(1), prepare=prepare)
+
+
+def test_a_resumed_worker_has_its_epoch_and_its_learning_rate() -> None:
+    whole = Epochs(Watcher(), 10, 0, collectives=None)  # type: ignore[arg-type]
+    whole.epoch, whole._end, whole._watcher.rate = 4, 50, 0.125  # type: ignore[attr-defined]
+    for resume_rates, rate in ((True, 0.125), (False, 1.0)):
+        resumed = Epochs(Watcher(), 10, 0, collectives=None, resume_rates=resume_rates)  # type: ignore[arg-type]
+        resumed.from_arrays(whole.to_arrays())
+        assert (resumed.epoch, resumed._end, resumed._watcher.rates()) == (4, 50, [rate])
+    fresh = Epochs(Watcher(), 10, 0, collectives=None)  # type: ignore[arg-type]
+    fresh.from_arrays({})
+    assert fresh.epoch == 0
 
 
 def test_an_epoch_is_the_training_set_once_unless_its_steps_are_given() -> None:

@@ -217,14 +217,17 @@ def test_a_callback_that_stops_one_rank_in_an_epoch_stops_all(world: MPI.Intraco
 
 @pytest.mark.mpi
 def test_a_resumed_run_continues_in_its_epoch(world: MPI.Intracomm, shared_folder: Path) -> None:
-    options: dict[str, Any] = {"steps_per_epoch": 10, "sync": "sync"}
+    import keras
+
+    slower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.05)
+    options: dict[str, Any] = {"steps_per_epoch": 10, "sync": "sync", "callbacks": [slower]}
     fit(compiled(), world, steps=15, out=str(shared_folder), checkpoint_every=15, **options)
     seen: list[int] = []
-    import keras
 
     class Spy(keras.callbacks.Callback):
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             seen.append(epoch)
+            assert float(self.model.optimizer.learning_rate) == pytest.approx(0.05)
 
     train, validation = rows(world.Get_rank()), rows(99)
     result = dlion_mpi.fit(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pytest
 
 import dlion_mpi
-from dlion_mpi import api
+from dlion_mpi import api, own_loop
 from dlion_mpi.config.fields import Every, type_name
 from dlion_mpi.config.options import FIELDS
 from dlion_mpi.errors import UserError
@@ -57,6 +57,15 @@ def test_a_type_of_fit_is_that_of_the_option(name: str) -> None:
         assert alternatives == {Literal[f.metadata["choices"]]}
     else:
         assert alternatives == (kinds[type_name(f)] if name != "time_limit" else {str})
+
+
+def test_exchange_has_options_of_fit_with_their_types() -> None:
+    hints = typing.get_type_hints(own_loop.Options)
+    assert {name: HINTS[name] for name in hints} == hints
+    assert not hints.keys() & {"model", "optimizer", "learning_rate", "checkpoint_every", "evaluate_every"}
+    options: Any = {"stepps": 5}
+    with pytest.raises(UserError, match=r"Exchange\(\) has no option stepps; it has metrics, .*steps, strategy"):
+        dlion_mpi.Exchange(None, **options)
 
 
 def test_it_reads_well_in_help() -> None:
@@ -106,7 +115,11 @@ def test_importing_the_package_is_light() -> None:
 
 def test_a_type_checker_sees_its_types(tmp_path: Path) -> None:
     good = "from dlion_mpi import fit, rank\n\nresult: dict[str, object] = fit(None, (1, 2), (1, 2), steps=rank())\n"
-    for name, text, code in (("good", good, 0), ("bad", good.replace("steps=", "stepps="), 1)):
+    loop = "from dlion_mpi import Exchange\n\nwith Exchange([], steps=5) as exchange:\n    exchange.step(loss=1.0)\n"
+    wrong = ((good, "steps=", "stepps="), (loop, "steps=5", "steps='5'"), (loop, "loss=", "los="))
+    texts = [(good, 0), (loop, 0), *((text.replace(a, b), 1) for text, a, b in wrong)]
+    for number, (text, code) in enumerate(texts):
+        name = f"program{number}"
         file = tmp_path / f"{name}.py"
         file.write_text(text, encoding="utf-8")
         checked = subprocess.run(
