@@ -260,13 +260,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_a_peer(world:
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("sync", ["sync", "bounded", "async"])
 def test_a_loss_that_is_not_finite_on_one_rank_only_ends_all(world: MPI.Intracomm, sync: str) -> None:
-    """The one whose data are broken names itself; the others leave with it."""
+    """The one whose data are broken names itself; the others leave with it. The model takes the data unscaled."""
+    import keras
+
+    backend.start(1)
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32, activation="relu"), keras.layers.Dense(10)])
     scale = 1e37 if world.Get_rank() == 1 else 1.0
     x = (np.random.default_rng(world.Get_rank()).standard_normal((80, 64)) * scale).astype(np.float32)
     y = np.arange(80) % 10
     shard = shard_of_fit((x, y), (x[:10], y[:10]))
     options = {"data": "arrays", "model": MODEL, "seconds": 60, "sync": sync, "batching": "fixed"}
-    outcome = run(config(**options), own_data=lambda: shard, report=False)
+    outcome = run(config(**options), model=model, own_data=lambda: shard, report=False)
     assert outcome.exit_code == 1
     assert "rank 1, step" in outcome.summary["stopped"]
     assert outcome.summary["seconds"] < 50
