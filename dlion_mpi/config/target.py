@@ -10,7 +10,8 @@ from dlion_mpi.errors import UserError
 
 RISING = {
     *("accuracy", "acc", "auc", "precision", "recall", "sensitivity", "specificity", "score", "f1", "fbeta", "r2"),
-    *("iou", "dice", "similarity", "correlation", "bleu", "rouge"),
+    *("iou", "dice", "similarity", "correlation", "kappa", "mcc", "auroc", "ndcg", "bleu", "rouge", "psnr", "ssim"),
+    *("reward", "return"),
 }
 """Words in the name of a metric of which more is better."""
 FALLING = {"loss", "error", "false"}

@@ -52,7 +52,9 @@ def check_names(metrics: Sequence[str], target: Target | None, best: str | None)
             continue
         what = f"{option} {target if option == '--target' else best}"
         if not metrics:
-            raise UserError(f"{what}: nothing is tested without validation data: drop it, or give validation data")
+            raise UserError(
+                f"{what}: nothing is tested without validation data (Exchange: without metrics): give some, or drop it"
+            )
         raise UserError(f"{what}: the model has no metric {given}; it has {', '.join(metrics)}")
     taken = [name for name in metrics if name in measures_of(Evaluation)]
     if taken:

@@ -56,7 +56,7 @@ def test_the_direction_counts_and_the_bound_itself_is_enough() -> None:
         *((name, True) for name in ("false_positives", "kl_divergence", "accuracy_loss", "previous")),
         *((name, False) for name in ("accuracy", "sparse_categorical_accuracy", "acc", "auc", "auc_1", "AUC", "auc2")),
         *((name, False) for name in ("precision", "f1_score", "r2_score", "mean_io_u", "true_positives", "ROC-AUC")),
-        *((name, False) for name in ("cosine_similarity", "out_accuracy", "recall_at_precision")),
+        *((name, False) for name in ("cosine_similarity", "out_accuracy", "recall_at_precision", "mean_reward")),
     ],
 )
 def test_which_direction_is_better(metric: str, less_is_better: bool) -> None:
