@@ -111,13 +111,16 @@ def test_a_loop_with_larger_batches_takes_no_larger_steps(world: MPI.Intracomm) 
 
 
 @pytest.mark.mpi(min_size=2)
-def test_an_exception_in_the_loop_ends_all_ranks(world: MPI.Intracomm) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"sync": "sync"}, {"strategy": "gaia"}, {"strategy": "hop"}, {"strategy": "diloco"}]
+)
+def test_an_exception_in_the_loop_ends_all_ranks(world: MPI.Intracomm, options: dict[str, Any]) -> None:
     rank = world.Get_rank()
     w = variable()
     last = world.Get_size() - 1
 
     def loop() -> None:
-        with dlion_mpi.Exchange([w], steps=10_000, progress_every=0) as exchange:
+        with dlion_mpi.Exchange([w], steps=10_000, progress_every=0, **options) as exchange:
             steps = 0
             while exchange.running:
                 if rank == last and steps == 20:
