@@ -42,7 +42,7 @@ def normalised(input_shape: Sequence[int], classes: int) -> Any:
             keras.layers.Dense(32),
             keras.layers.BatchNormalization(),
             keras.layers.ReLU(),
-            keras.layers.Dropout(0.1),
+            keras.layers.Dropout(0.1, seed=1),
             keras.layers.Dense(classes, activation="softmax"),
         ]
     )

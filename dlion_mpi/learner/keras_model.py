@@ -17,6 +17,11 @@ from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array
 
 
+SEEDS_APART = 1_000_003
+"""Distance of the seeds of two ranks. torch adds a generator's seed and counter, so near seeds would give one rank the
+numbers that another has had some steps before."""
+
+
 class KerasModel:
     """A compiled model, its optimizers, and its variables in groups.
 
@@ -167,7 +172,7 @@ def value_for_rank(variable: Any, rank: int) -> Array:
     """
     value = numbers(variable)
     if variable.name == "seed_generator_state" and value.shape == (2,) and value.dtype.kind in "iu":
-        value += np.array([rank, 0], value.dtype)
+        value += np.array([rank * SEEDS_APART % 2**31, 0]).astype(value.dtype)
     return value
 
 

@@ -83,16 +83,15 @@ def test_a_movement_is_what_kerass_training_step_does(kind: str, net: str, name:
 
 @pytest.mark.parametrize("kind", ["real", "virtual"])
 def test_ranks_drop_other_units(kind: str) -> None:
-    """A dropout layer gives each rank other units, and a rank the same ones each time it is built."""
+    """A dropout layer gives each rank and step other units, and a rank the same ones each time it is built."""
 
     def losses(rank: int) -> list[float]:
         model, sgd = keras_model(NETS[1]), optimizer("sgd", 0.05, 0.0)
-        if kind == "real":
-            return [real_of(model, sgd, rank).gradient(batch(1)).loss]
-        return [VirtualReplica(shared_of(model, sgd), rank).gradient(batch(1)).loss]
+        replica = real_of(model, sgd, rank) if kind == "real" else VirtualReplica(shared_of(model, sgd), rank)
+        return [replica.gradient(batch(1)).loss for _ in range(3)]
 
     assert losses(1) == losses(1)
-    assert len({loss for rank in range(3) for loss in losses(rank)}) == 3
+    assert len({loss for rank in range(3) for loss in losses(rank)}) == 9
 
 
 def twice_built() -> Any:
