@@ -38,6 +38,9 @@ class Evaluating(Protocol):
         The model's variables stay as they are. Threads may call this while another trains.
         """
 
+    def names(self, knowledge: Vector, batch: Batch) -> tuple[str, ...]:
+        """The names of what `evaluate` gives for batches like this one."""
+
 
 class InPlace(Evaluating, Protocol):
     """Trains the model's own variables: one worker."""

@@ -64,6 +64,14 @@ class _Functions:
         self._padding: Padding | None = padding_of(keras_model)
         self._test, self._results = self._jit(self._tested), self._jit(self._metric_results)
 
+    def names(self, knowledge: Vector, batch: Batch) -> tuple[str, ...]:
+        """See `backend.Evaluating`. Without compiling: this number of rows may never come again."""
+        with self._compiling:
+            frozen = _values(self._keras.non_trainable)
+            self._jax.eval_shape(self._tested, knowledge, frozen, self._counters, _arrays(batch))
+            self._jax.eval_shape(self._metric_results, self._counters)
+        return tuple(dict.fromkeys([*self._names["tests"], *self._names["results"]]))
+
     def evaluate(self, knowledge: Vector, batches: Iterable[Batch]) -> Logs:
         """See `backend.Evaluating`."""
         counters, logs = self._counters, []

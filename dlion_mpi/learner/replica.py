@@ -38,7 +38,7 @@ class Replica:
         self.metric_names: tuple[str, ...] = ()
         if tests is not None:
             with fitting(tests):
-                self.metric_names = tuple(self.evaluate(self.knowledge(), [tests]))
+                self.metric_names = named_as_tests(self._backend.names(self.knowledge(), tests))
 
     @property
     def model(self) -> Any:
@@ -176,8 +176,13 @@ class Replica:
 
 
 def as_tests(logs: Mapping[str, float]) -> Logs:
-    """Keras's metrics of a test by our names: the loss is ``val_loss``, to tell it from that of training."""
-    return {"val_loss" if name == "loss" else name: value for name, value in logs.items()}
+    """Keras's metrics of a test by our names."""
+    return dict(zip(named_as_tests(logs), logs.values(), strict=True))
+
+
+def named_as_tests(names: Iterable[str]) -> tuple[str, ...]:
+    """Our names of Keras's metrics of a test: the loss is ``val_loss``, to tell it from that of training."""
+    return tuple("val_loss" if name == "loss" else name for name in names)
 
 
 def _assign(variables: list[Any], values: Vector) -> None:

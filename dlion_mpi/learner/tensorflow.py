@@ -132,6 +132,10 @@ class _Graphs:
         self._test = self._of_batches(self._test_step, self._vector(keras_model.knowledge_layout.size), *specs)
         self._results = self._graph(*specs)(self._metric_results)
 
+    def names(self, knowledge: Vector, batch: Batch) -> tuple[str, ...]:
+        """See `backend.Evaluating`."""
+        return tuple(self.evaluate(knowledge, [batch]))
+
     def evaluate(self, knowledge: Vector, batches: Iterable[Batch]) -> Logs:
         """See `backend.Evaluating`."""
         knowledge = self._tf.convert_to_tensor(knowledge)

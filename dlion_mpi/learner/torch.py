@@ -42,6 +42,10 @@ class _Testing:
         keras_model.model.reset_metrics()
         self._zero = [_copy(variable) for variable in self._counters]
 
+    def names(self, knowledge: Vector, batch: Batch) -> tuple[str, ...]:
+        """See `backend.Evaluating`."""
+        return tuple(self.evaluate(knowledge, [batch]))
+
     def evaluate(self, knowledge: Vector, batches: Iterable[Batch]) -> Logs:
         """See `backend.Evaluating`. Variables have other values in this thread only."""
         model = self._keras.model

@@ -17,7 +17,7 @@ from dlion_mpi.learner.backend import Logs, Tensors
 from dlion_mpi.learner.batch import Batch
 from dlion_mpi.learner.compiled import fitting
 from dlion_mpi.learner.keras_model import KerasModel, flat, numbers, value_for_rank
-from dlion_mpi.learner.replica import as_tests
+from dlion_mpi.learner.replica import as_tests, named_as_tests
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, array, under
@@ -46,7 +46,7 @@ class SharedReplica:
         if tests is not None:
             with fitting(tests):
                 start = self.join_knowledge(self.weights(), self.state(0))
-                self.metric_names = tuple(self.evaluate(start, [tests]))
+                self.metric_names = named_as_tests(self._functions.names(start, tests))
 
     def weights(self) -> Vector:
         """The weights that all workers start with, (P,) float32."""

@@ -52,7 +52,7 @@ def _job(names: Sequence[str], folder: Path, timeout_s: float) -> str:
     program = [sys.executable, "-m", "tests.keras_rows.program", str(folder), *names]
     command = launcher.command_line(launcher.find(), program, ranks=RANKS, root=os.geteuid() == 0)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    threads = {"TF_NUM_INTRAOP_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    threads = {"TF_NUM_INTRAOP_THREADS": "1", "OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment = {**threads, **os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "2"}
     with open(folder / "printed", "w+", encoding="utf-8", errors="replace") as printed:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT)
