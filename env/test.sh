@@ -10,6 +10,7 @@
 # DLION_TEST_RANKS="1 2 4"   other numbers of ranks for mpi and mpich
 # DLION_TEST_MPICH=0         skip mpich
 # DLION_TEST_BACKENDS="jax"  other backends than jax and torch; empty: skip both
+# DLION_TEST_ROWS=all        all rows on JAX too, where they take seconds each
 # DLION_TEST_TIMEOUT_S=900   time limit of a part
 
 set -euo pipefail
@@ -150,7 +151,7 @@ run_part() {
             (
                 # shellcheck source=env/setup.sh
                 DLION_BACKEND=$part source env/setup.sh || exit
-                tests=(tests/contract/test_backends.py tests/system/test_keras_rows.py)
+                tests=(tests/contract/test_{backends,keras_models,shared_replica}.py tests/system/test_keras_rows.py)
                 { [ $# -gt 0 ] && selects_nothing "${tests[@]}" "$@"; } || run_pytest "$part" "${tests[@]}" "$@"
             ) || echo "$part 1 0" >>"$results/parts"
             ;;

@@ -16,7 +16,6 @@ from dlion_mpi.learner.batch import Batch
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array
 
-
 SEEDS_APART = 1_000_003
 """Distance of the seeds of two ranks. torch adds a generator's seed and counter, so near seeds would give one rank the
 numbers that another has had some steps before."""
