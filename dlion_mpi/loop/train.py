@@ -8,8 +8,9 @@ happens at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -184,8 +185,7 @@ def average_statistics(w: Worker) -> Generator[Until, None, None]:
     """Continue the round of the statistics, or start one that is due."""
     assert w.current is not None
     if w.statistics.awaits():
-        with w.timed(Phase.AGREE):
-            yield Until(lambda: w.statistics.settled() or w.cut_short() or w.members.epoch > 0, w.collect)
+        yield from _agree(w, [Until(w.statistics.settled)])
     replica, skipped = w.replica, w.current.skipped
     w.statistics.advance(w.step + 1, w.current.lbs, replica.statistics, replica.set_statistics, skipped=skipped)
 
@@ -213,9 +213,14 @@ def rebalance_test_and_transfer(w: Worker, computed: Computed) -> Generator[Unti
 
 
 def _agree(w: Worker, waits: Iterable[Until]) -> Generator[Until, None, None]:
+    """Wait, unless a worker has left before this step: with local steps in between, it may never take part."""
+
+    def or_left(ready: Callable[[], bool]) -> bool:
+        return ready() or w.stop_reason is not None or w.left_step <= w.step
+
     for until in waits:
         with w.timed(Phase.AGREE):
-            yield until
+            yield Until(partial(or_left, until.ready), w.collect)
 
 
 def _evaluation_due(w: Worker, step: int) -> bool:
