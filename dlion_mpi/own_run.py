@@ -179,7 +179,7 @@ class _Loop:
 
 
 class _Tests:
-    """Results of the loop's tests; a `loop.worker.Evaluator`."""
+    """Results of the loop's tests; a `loop.parts.Evaluator`."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names

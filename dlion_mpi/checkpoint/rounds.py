@@ -65,7 +65,7 @@ class Vote(IntEnum):
 
 
 class CheckpointRounds:
-    """Takes checkpoints of one worker into ``run``; implements `loop.worker.Checkpoints`.
+    """Takes checkpoints of one worker into ``run``; implements `loop.parts.Checkpoints`.
 
     ``executor``: one writer thread. ``texts``: texts to save with the state. ``last_step``: step of the checkpoint
     that the run resumed from, and ``own_step`` this worker's step in it; -1 for a new run. ``before``: called before a
