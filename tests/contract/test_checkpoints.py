@@ -18,10 +18,12 @@ from dlion_mpi.checkpoint.preemption import Preemption
 from dlion_mpi.checkpoint.rounds import CheckpointRounds
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError
+from dlion_mpi.loop.epochs import Epochs
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, part, vector
+from tests.contract.test_epochs import Watcher
 from tests.inmemory import Network, Quadratic, Rows, Run, Weather, run
 from tests.options import config as options_config
 from tests.options import grow_soon
@@ -173,7 +175,7 @@ def checkpoints(path: Path) -> list[Checkpoint]:
     return [folder.read_manifest(place) for place in folder.complete(path)]
 
 
-SYNC = [
+SYNC: list[dict[str, Any]] = [
     {
         "strategy": "dlion",
         "max_n": 30,
@@ -338,6 +340,27 @@ def test_a_resumed_run_loses_nothing_either(options: dict[str, Any], tmp_path: P
     for checkpoint in taken:
         for total in kept_mass(checkpoint, options):
             np.testing.assert_array_equal(total, computed(checkpoint))
+
+
+@pytest.mark.parametrize("options", [*LOOSE, *({"sync": "sync", **own} for own in SYNC)], ids=str)
+@pytest.mark.parametrize("end", [{"checkpoint_every": "20"}, SHORT], ids=["steps", "seconds"])
+def test_epochs_and_checkpoints_do_not_wait_for_each_other(
+    options: dict[str, Any], end: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that waits at the end of an epoch may be one that a checkpoint waits for."""
+    watchers: list[Watcher] = []
+    post_init = Worker.__post_init__
+
+    def with_epochs(worker: Worker, *arguments: int) -> None:
+        post_init(worker, *arguments)
+        watchers.append(Watcher())
+        worker.epochs = Epochs(watchers[-1], 10, 0, worker.collectives)
+
+    monkeypatch.setattr(Worker, "__post_init__", with_epochs)
+    train(config(tmp_path, **{**options, **end}), Weather(seed=1, delay=60, budget=(150, 400), slow=1, slowness=10))
+    assert checkpoints(tmp_path)
+    assert len({str(watcher.logs) for watcher in watchers}) == 1
+    assert watchers[0].logs
 
 
 @pytest.mark.parametrize("seed", range(3))
