@@ -50,7 +50,10 @@ install_data() {
 workload=images options=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --workload) workload=${2:-} && shift ;;
+        --workload)
+            workload=${2:-}
+            [ $# -eq 1 ] || shift
+            ;;
         --workload=*) workload=${1#*=} ;;
         *) options+=("$1") ;;
     esac
