@@ -68,8 +68,10 @@ def stated_accuracy(ended: Ended) -> float:
     return float(found[0])
 
 
-def test_the_script_with_dlion(folder: Path) -> None:
-    assert stated_accuracy(run(2, "python", "with_dlion.py", cwd=folder)) > 0.85
+@pytest.mark.parametrize(("ranks", "script"), [(None, "with_keras.py"), (2, "with_dlion.py"), (2, "with_dlion_loop.py")])
+def test_a_script_before_and_after_the_move(folder: Path, ranks: int | None, script: str) -> None:
+    assert stated_accuracy(run(ranks, "python", script, cwd=folder)) > 0.85
+    assert (folder / "log.csv").exists() == (script != "with_dlion_loop.py")
 
 
 def test_a_loop_of_the_reader(folder: Path) -> None:
@@ -77,10 +79,6 @@ def test_a_loop_of_the_reader(folder: Path) -> None:
     found = re.findall(r"test accuracy (\d\.\d+), [\d.]+ s$", ended.out, re.M)
     assert len(found) == 1, ended.out
     assert float(found[0]) > 0.85
-
-
-def test_the_script_that_keeps_its_loop(folder: Path) -> None:
-    assert stated_accuracy(run(2, "python", "with_dlion_loop.py", cwd=folder)) > 0.8
 
 
 @pytest.mark.skipif(importlib.util.find_spec("horovod") is None, reason="Horovod is not built: env/horovod/build.sh")
