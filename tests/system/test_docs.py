@@ -68,7 +68,9 @@ def stated_accuracy(ended: Ended) -> float:
     return float(found[0])
 
 
-@pytest.mark.parametrize(("ranks", "script"), [(None, "with_keras.py"), (2, "with_dlion.py"), (2, "with_dlion_loop.py")])
+@pytest.mark.parametrize(
+    ("ranks", "script"), [(None, "with_keras.py"), (2, "with_dlion.py"), (2, "with_dlion_loop.py")]
+)
 def test_a_script_before_and_after_the_move(folder: Path, ranks: int | None, script: str) -> None:
     assert stated_accuracy(run(ranks, "python", script, cwd=folder)) > 0.85
     assert (folder / "log.csv").exists() == (script != "with_dlion_loop.py")

@@ -47,7 +47,9 @@ def test_there_is_something_to_check() -> None:
     assert len(PAGES) > 15
     assert len(every_block("python")) > 5
     assert len(list(commands())) > 30
-    assert {"turns.py", "mynets.py", "with_horovod.py", "with_dlion_loop.py"} <= {block.file for block in every_block("python")}
+    assert {"turns.py", "mynets.py", "with_horovod.py", "with_dlion_loop.py"} <= {
+        block.file for block in every_block("python")
+    }
 
 
 @pages
