@@ -76,6 +76,13 @@ def test_a_script_before_and_after_the_move(folder: Path, ranks: int | None, scr
     assert (folder / "log.csv").exists() == (script != "with_dlion_loop.py")
 
 
+def test_the_first_script(folder: Path) -> None:
+    ended = run(2, "python", "first_script.py", cwd=folder)
+    assert ended.code == 0, ended.err
+    assert "target mae<=0.15 reached" in ended.err
+    assert re.search(r"^mean absolute error 0\.\d+ after [\d.]+ s$", ended.out, re.M), ended.out
+
+
 def test_a_loop_of_the_reader(folder: Path) -> None:
     (ended,) = follow("own-loop.md", folder)
     found = re.findall(r"test accuracy (\d\.\d+), [\d.]+ s$", ended.out, re.M)
