@@ -38,8 +38,7 @@ def endless(rank: int) -> Iterator[Any]:
 
 
 def dataset(rank: int) -> Any:
-    import tensorflow as tf
-
+    tf = pytest.importorskip("tensorflow")
     return tf.data.Dataset.from_tensor_slices(rows(rank)).batch(12)
 
 

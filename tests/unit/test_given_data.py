@@ -60,8 +60,7 @@ def endless() -> Iterator[tuple[Any, Any]]:
 
 
 def dataset() -> Any:
-    import tensorflow as tf
-
+    tf = pytest.importorskip("tensorflow")
     return tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
 
 
@@ -120,6 +119,7 @@ def test_a_torch_loader() -> None:
     data = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
     loader = torch.utils.data.DataLoader(data, batch_size=4)
     assert shard_of_fit(loader).samples == ROWS
+    assert shard_of_fit(torch.ones(4, 2, dtype=torch.bfloat16)).kind == "x (2,) float32"
     assert taken(loader) == [number % ROWS for number in range(sum(SIZES))]
 
 
@@ -236,8 +236,8 @@ def test_rows_without_targets_and_python_numbers() -> None:
 
 def test_tensors_are_taken_as_arrays() -> None:
     import keras
-    import tensorflow as tf
 
+    tf = pytest.importorskip("tensorflow")
     shard = shard_of_fit((keras.ops.convert_to_tensor(X), tf.constant(Y)), (X, Y))
     assert numbers(whole_of(shard)[0]) == list(range(ROWS))
 
