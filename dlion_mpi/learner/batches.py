@@ -12,7 +12,9 @@ from dlion_mpi.learner.batch import Batch as Batch
 from dlion_mpi.learner.batch import RowNumbers
 from dlion_mpi.learner.shard import Shard
 from dlion_mpi.learner.source import Table
+from dlion_mpi.learner.sources import Once
 from dlion_mpi.learner.stream import Prefetcher, Stream, epoch_seed
+from dlion_mpi.log import say
 
 UNKNOWN = -1
 """Stands in the state for a number of rows that is not known."""
@@ -67,6 +69,8 @@ class Batches:
         for key in ("seed", "rank", "samples"):
             if (saved := state[key]) != here[key]:
                 raise UserError(f"{key} was {saved}, is now {here[key]}: resume with the same data, seed and ranks")
+        if self._rank == 0 and self._feed.starts_over() and state["epoch"] + state["position"]:
+            say("dlion: the training data is a generator: it starts from its beginning, not where the checkpoint was")
         self._feed.seek(state["epoch"], state["position"])
 
 
@@ -84,6 +88,9 @@ class _Feed(Protocol):
 
     def is_beyond(self, position: int) -> bool:
         """Whether no epoch has that many rows."""
+
+    def starts_over(self) -> bool:
+        """Whether `seek` cannot skip rows."""
 
     def close(self) -> None:
         """Release what reads the rows."""
@@ -123,6 +130,9 @@ class _Permuted:
     def is_beyond(self, position: int) -> bool:
         return position > self._table.rows
 
+    def starts_over(self) -> bool:
+        return False
+
     def close(self) -> None:
         pass
 
@@ -149,6 +159,9 @@ class _Streamed:
 
     def is_beyond(self, position: int) -> bool:
         return False
+
+    def starts_over(self) -> bool:
+        return isinstance(self._stream, Once)
 
     def close(self) -> None:
         if self._reader is not None:

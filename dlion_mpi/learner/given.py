@@ -14,6 +14,7 @@ from dlion_mpi.learner.shard import Shard
 from dlion_mpi.learner.source import Table, check_alike_parts, check_finite, checked, class_labels, converted
 from dlion_mpi.learner.sources import Indexed, Once, Repeated
 from dlion_mpi.learner.stream import Stream
+from dlion_mpi.learner.windows import Windows, memory_bytes
 
 ClassWeight = Mapping[int, float]
 TAKEN = (
@@ -38,8 +39,8 @@ def shard_of_fit(train: Any, validation: Any = None, *, class_weight: ClassWeigh
     if tests is not None:
         check_alike_parts(first, _example(tests), "the data")
     return Shard(
-        name="arrays" if isinstance(rows, Table) else "a stream",
-        source="memory" if isinstance(rows, Table) else type(train).__name__,
+        name="arrays" if isinstance(rows, Table | Windows) else "a stream",
+        source="memory" if isinstance(rows, Table | Windows) else type(train).__name__,
         train=rows,
         test=tests,
         classes=_classes(train, validation) if isinstance(rows, Table) else None,
@@ -69,7 +70,9 @@ def _rows_of(data: Any, where: str, class_weight: ClassWeight | None) -> Table |
         for place, array in batch.named().items():
             if not isinstance(array, np.memmap):
                 check_finite(array, where, place)
-        return Table.of(batch)
+        table, memory = Table.of(batch), memory_bytes(1)
+        is_mapped = any(isinstance(array, np.memmap) for array in batch.named().values())
+        return Windows(table, memory, where) if is_mapped and table.rows * table.row_bytes > memory else table
 
     if isinstance(data, tuple | list | dict | str):
         _batch(data, where, class_weight)

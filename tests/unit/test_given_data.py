@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.learner.batch import Batch
 from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.given import shard_of_fit
+from dlion_mpi.learner.source import Table
+from dlion_mpi.learner.windows import Windows
 from tests.shards import whole_of
 
 ROWS = 10
@@ -145,10 +148,11 @@ def test_a_stream_is_restored_by_reading_up_to_its_position(kind: str) -> None:
         batches.close()
 
 
-def test_a_resumed_generator_starts_from_its_beginning() -> None:
-    whole, resumed = (Batches(shard_of_fit(endless()), seed=3, rank=1) for _ in range(2))
+def test_a_resumed_generator_starts_from_its_beginning_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    whole, resumed = (Batches(shard_of_fit(endless()), seed=3, rank=0) for _ in range(2))
     whole.take(7)
     resumed.restore(whole.state())
+    assert "is a generator: it starts from its beginning" in capsys.readouterr().err
     assert numbers(resumed.take(3)) == [0, 1, 2]
     for batches in (whole, resumed):
         batches.close()
@@ -222,6 +226,18 @@ def test_arrays_keep_their_order_of_draws_types_and_structure() -> None:
         "sample_weight () float32"
     )
     assert shard.input_shape == {"a": (3,), "b": [(), ()]}
+
+
+def test_mapped_arrays_beyond_memory_are_read_in_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "x.npy", X)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert isinstance(shard_of_fit((mapped, Y)).train, Table)
+    monkeypatch.setenv("DLION_DATA_MEMORY", "0.0002")
+    shard = shard_of_fit((mapped, Y))
+    assert isinstance(shard.train, Windows)
+    batches = Batches(shard, seed=0, rank=0)
+    assert sorted(numbers(batches.take(ROWS))) == list(range(ROWS))
+    batches.close()
 
 
 def test_rows_without_targets_and_python_numbers() -> None:
