@@ -72,7 +72,7 @@ case "$workload" in
         ;;
 esac
 
-data=() stop=(--seconds 100) tests=(--test-samples 500)
+data=() stop=(--seconds 100) tests=(--test-samples 200)
 [ "$workload" != images ] || tests=()
 case " $* " in *" --data"[\ =]*) ;; *) data=(--data "$("${choose[@]}")") ;; esac
 case " $* " in *" --steps"[\ =]* | *" --seconds"[\ =]*) stop=() ;; esac
