@@ -218,7 +218,12 @@ def run_eagerly() -> Any:
     return compiled(perceptron(), run_eagerly=True)
 
 
-@row("`jit_compile=True`", made.vectors(), backends=("tensorflow", "jax"), note="not with Keras's torch")
+@row(
+    "`jit_compile=True`",
+    made.vectors(),
+    backends=("tensorflow", "jax"),
+    note="ignored; Keras would ask for a C++ compiler",
+)
 def jit_compile() -> Any:
     return compiled(perceptron(), jit_compile=True)
 
