@@ -91,6 +91,7 @@ class InPlace(_Testing):
     def __init__(self, keras_model: KerasModel, *, guarded: bool) -> None:
         super().__init__(keras_model)
         self._guarded = guarded
+        self._before = [(variable, _copy(variable)) for variable in keras_model.trainable]
 
     def trace(self, kind: str) -> None:
         """See `backend.InPlace`. Nothing is compiled: the function runs once, and everything is put back."""
@@ -120,12 +121,17 @@ class InPlace(_Testing):
     def movement(self, batch: Batch) -> Gradient:
         """See `backend.InPlace`."""
         keras_model, torch = self._keras, self._torch
-        before = [(variable, _copy(variable)) for variable in keras_model.trainable]
+        with torch.no_grad():
+            for variable, value in self._before:
+                value.copy_(variable.value)
         others = [(v, _copy(v)) for v in (*keras_model.non_trainable, *keras_model.slots)] if self._guarded else []
         logs = self._train_step(batch)
         with torch.no_grad():
-            moved = torch.cat([(v.value.float() - value.float()).reshape(-1) for v, value in before])
-            self._assign(before)
+            moved = torch.empty(keras_model.layout.size, device=self._before[0][1].device)
+            parts = moved.split([value.numel() for _, value in self._before])
+            for (variable, value), part in zip(self._before, parts, strict=True):
+                torch.sub(variable.value.float(), value.float(), out=part.view(value.shape))
+            self._assign(self._before)
         found = Gradient(training_loss_of(logs), moved.cpu().numpy(), logs)
         if self._guarded and not found.finite:  # what is not finite must not stay in the optimizer either
             self._assign(others)
