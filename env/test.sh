@@ -151,7 +151,7 @@ run_part() {
             (
                 # shellcheck source=env/setup.sh
                 DLION_BACKEND=$part source env/setup.sh || exit
-                tests=(tests/contract/test_{backends,keras_models,shared_replica}.py tests/system/test_keras_rows.py)
+                tests=(tests/contract/test_{backends,keras_models,padding,shared_replica}.py tests/system/test_keras_rows.py)
                 { [ $# -gt 0 ] && selects_nothing "${tests[@]}" "$@"; } || run_pytest "$part" "${tests[@]}" "$@"
             ) || echo "$part 1 0" >>"$results/parts"
             ;;

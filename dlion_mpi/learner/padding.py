@@ -85,6 +85,8 @@ def padding_of(keras_model: KerasModel) -> Padding | None:
         return None
     if not reductions or keras_model.statistics or keras_model.example.y is None:
         return None
+    if any(len(output.shape) > 2 for output in model.outputs):  # such as a loss per token: it has no weight per row
+        return None
     if reductions <= set(MEANS):
         return Padding(keras_model, is_sum=False)
     return Padding(keras_model, is_sum=True) if reductions == {"sum"} else None
@@ -95,7 +97,7 @@ def _steps_as_keras(model: Any) -> bool:
     import keras
 
     own = ("train_step", "compute_loss", "compute_metrics", "compute_loss_and_updates", "get_metrics_result")
-    return all(getattr(type(model), name) is getattr(keras.Model, name) for name in own)
+    return all(getattr(type(model), name, None) is getattr(keras.Model, name, None) for name in own)
 
 
 def _rows_are_independent(model: Any) -> bool:
