@@ -49,17 +49,22 @@ def _fit(
     from dlion_mpi.checkpoint.start import plan
     from dlion_mpi.learner.given import shard_of_fit
     from dlion_mpi.mpi import startup
+    from dlion_mpi.mpi.ranks import agreed
     from dlion_mpi.mpi.watching import Watched
     from dlion_mpi.run import run
     from dlion_mpi.strategies.given import options_of_strategy
 
     options = {name: value for name, value in options.items() if value is not None}
-    options |= options_of_strategy(options.get("strategy"))
-    is_compiled = _check_compiled(model, options)
-    if not options.get("resume"):  # a resumed run has these; its checkpoint knows whether the model fits
-        name = re.sub(r"_\d+$", "", getattr(model, "name", type(model).__name__))  # Keras numbers what it has built
-        options = {"model": name, "data": "arrays", **options}
-    config, start = plan(options)
+
+    def planned() -> Any:
+        given = {**options, **options_of_strategy(options.get("strategy"))}
+        is_compiled = _check_compiled(model, given)
+        if not given.get("resume"):  # a resumed run has these; its checkpoint knows whether the model fits
+            name = re.sub(r"_\d+$", "", getattr(model, "name", type(model).__name__))  # Keras numbers what it has built
+            given = {"model": name, "data": "arrays", **given}
+        return is_compiled, *plan(given)
+
+    is_compiled, config, start = agreed(planned)
     watched = None
     if callbacks is not None or steps_per_epoch is not None:
         rates = "learning_rate" not in options
@@ -75,7 +80,7 @@ def _fit(
         )
     except UserError:  # on all ranks
         raise
-    except Exception:
+    except (Exception, SystemExit):
         startup.end_if_shared(1)
         raise
     if not is_compiled:

@@ -45,9 +45,9 @@ class OwnRun:
 
     def __init__(self, variables: Any, metrics: tuple[str, ...], options: Mapping[str, Any]) -> None:
         self.request: Compute | None = None
-        given = {"model": "variables", "data": "a loop", **options, **options_of_strategy(options.get("strategy"))}
-        config = config_of(given)
         self._ranks = ranks = Ranks()
+        given = {"model": "variables", "data": "a loop", **options}
+        config = ranks.together(lambda: config_of({**given, **options_of_strategy(options.get("strategy"))}))
         facts = {**versions(), "metrics": ", ".join(metrics)}
         ranks.agree("\n".join([*(f"{name} = {fact}" for name, fact in facts.items()), config.to_toml()]))
         strategy, self._config = resolve(config)

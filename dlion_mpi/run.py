@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from dlion_mpi.checkpoint import export, resume, rounds, session
 from dlion_mpi.checkpoint.preemption import EXIT_CODE
 from dlion_mpi.checkpoint.start import NEW, Start
 from dlion_mpi.config.options import Config
-from dlion_mpi.errors import RunError
+from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
 from dlion_mpi.learner import backend, models
 from dlion_mpi.learner.batches import Batches
@@ -33,6 +34,7 @@ from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.train import CHANNELS, leave, train
 from dlion_mpi.loop.worker import Clock, Worker
 from dlion_mpi.metrics.names import check_names, check_same
+from dlion_mpi.metrics.records import Evaluation
 from dlion_mpi.microcloud.environments import PaceClock, start_clock
 from dlion_mpi.mpi import sums
 from dlion_mpi.mpi.cores import share_of_cores
@@ -294,10 +296,17 @@ def _train(built: _Built, begin_s: float) -> float:
     with exchange.open():
         try:
             driven(train(worker))
-        except RunError as error:
-            worker.stop_reason, worker.exit_code = str(error), 1
+        except (RunError, UserError) as error:  # only this rank knows of it
+            _fail(worker, error)
             driven(leave(worker))
         return exchange.clock.now_s()
+
+
+def _fail(worker: Worker, error: Exception) -> None:
+    """Note why this rank has failed. The reason names the rank, since all ranks will say it."""
+    reason = str(error)
+    name = f"rank {worker.rank}"
+    worker.stop_reason, worker.exit_code = reason if reason.startswith(name) else f"{name}: {reason}", 1
 
 
 def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, seconds: float, watch: Watch | None) -> None:
@@ -310,7 +319,13 @@ def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, seconds: floa
         watch.end()
     if worker.metrics:
         evaluator.submit(worker.step, seconds, worker.replica.knowledge())
-    for evaluation in evaluator.poll(wait=True):
+    try:
+        evaluations = evaluator.poll(wait=True)
+    except RunError as error:  # the test rows cannot be read, on this rank
+        if not worker.exit_code:
+            _fail(worker, error)
+        evaluations = [Evaluation(worker.step, seconds, dict.fromkeys(worker.metrics, math.nan))]
+    for evaluation in evaluations:
         worker.history.evaluations.append(evaluation)
         worker.recorder.evaluation(evaluation)
     evaluator.close()

@@ -18,8 +18,10 @@ _NOISE = re.compile(r"^(Exception encountered|Arguments received|in user code|Ca
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def prepared(model: Any, example: Batch, optimizer: Callable[[], Any]) -> Any:
+def prepared(model: Any, example: Batch, optimizer: Callable[[], Any], classes: int | None = None) -> Any:
     """The model, compiled. ``optimizer`` gives one for a model without. Raises UserError.
+
+    ``classes``: their number, if it is known.
 
     A model that was not compiled gets the loss of a classifier or of a regression, by its outputs and the targets. A
     classifier that was compiled without metrics gets ``accuracy``.
@@ -27,7 +29,7 @@ def prepared(model: Any, example: Batch, optimizer: Callable[[], Any]) -> Any:
     import keras
 
     if not getattr(model, "compiled", False):
-        loss = _loss_for(model, example)
+        loss = _loss_for(model, example, classes)
         model.compile(optimizer(), loss, metrics=[_accuracy_of(loss) or keras.metrics.MeanAbsoluteError(name="mae")])
     elif type(model).compile is keras.Model.compile and model._compile_metrics is None:
         accuracy = _accuracy_of(model.loss)
@@ -89,7 +91,7 @@ def reason(error: BaseException) -> str:
     return text.rstrip(".:")
 
 
-def _loss_for(model: Any, example: Batch) -> Any:
+def _loss_for(model: Any, example: Batch, classes: int | None) -> Any:
     """Cross-entropy for class labels, over logits or probabilities; the squared error for numbers. Raises UserError."""
     import keras
 
@@ -107,7 +109,13 @@ def _loss_for(model: Any, example: Batch) -> Any:
         is_softmax = values.min() >= 0 and np.abs(values.sum(-1) - 1).max() <= SURELY
         return losses.SparseCategoricalCrossentropy(from_logits=not is_softmax)
     last = getattr(model.layers[-1], "activation", None) if model.layers else None
-    if kind in "iub" and values.shape[-1] == 1 and last in (keras.activations.sigmoid, keras.activations.linear):
+    are_two = targets.min() >= 0 and targets.max() <= 1 and (classes is None or classes <= 2)
+    if (
+        kind in "iub"
+        and are_two
+        and values.shape[-1] == 1
+        and last in (keras.activations.sigmoid, keras.activations.linear)
+    ):
         return losses.BinaryCrossentropy(from_logits=last is keras.activations.linear)
     if kind == "f" and values.shape in (targets.shape, (*targets.shape, 1)):
         return losses.MeanSquaredError()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,8 @@ def trainable(config: Config, shard: Shard, model: Any = None) -> KerasModel:
         model = build(config.model, shard, config.seed)
     if not isinstance(model, keras.Model):
         raise UserError(f"the model is {type(model).__name__}, but must be a keras.Model")
-    model = prepared(model, example, lambda: optimizer(config.optimizer, config.learning_rate, config.momentum))
+    made = partial(optimizer, config.optimizer, config.learning_rate, config.momentum)
+    model = prepared(model, example, made, shard.classes)
     with fitting(example):
         keras_model = KerasModel(model, example)
     check_labels(model, example, shard.classes)

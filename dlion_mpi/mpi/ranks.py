@@ -20,6 +20,15 @@ from dlion_mpi.vector.layout import Vector
 T = TypeVar("T")
 
 
+def agreed(action: Callable[[], T]) -> T:
+    """Call ``action`` on every rank, before a run has a communicator. A UserError of one rank is raised on all."""
+    ranks = Ranks()
+    try:
+        return ranks.together(action)
+    finally:
+        ranks.free()
+
+
 class Ranks:
     """A run's private communicator, and this rank's place in it. Every method but `free` is called by all ranks.
 
@@ -59,7 +68,10 @@ class Ranks:
         return table
 
     def together(self, action: Callable[[], T]) -> T:
-        """Call ``action`` on every rank. A UserError of one rank is raised on all, and one rank prints it."""
+        """Call ``action`` on every rank. A UserError of one rank is raised on all, and one rank prints it.
+
+        The message names the rank if it is the error of one that is not rank 0.
+        """
         result, problem = None, ""
         try:
             result = action()
@@ -68,7 +80,8 @@ class Ranks:
         problems = self.gather_text(problem)
         first = next((rank for rank, text in enumerate(problems) if text), None)
         if first is not None:
-            raise UserError(problems[first], quiet=self.rank != first)
+            name = f"rank {first}: " if first and not all(problems) else ""  # rank 0 speaks for all
+            raise UserError(f"{name}{problems[first]}", quiet=self.rank != first)
         return result  # type: ignore[return-value]
 
     def agree(self, description: str) -> None:

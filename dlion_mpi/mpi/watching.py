@@ -53,8 +53,8 @@ class Watch:
     def begin(self) -> None:
         """Begin the training and its first epoch. A callback may set weights and learning rates: rank 0's count."""
         ranks, callbacks, replica = self._ranks, self._callbacks, self._worker.replica
-        callbacks.train_begin()
-        callbacks.epoch_begin(self._epochs.epoch)
+        ranks.together(callbacks.train_begin)
+        ranks.together(lambda: callbacks.epoch_begin(self._epochs.epoch))
         if ranks.size > 1:
             replica.set_knowledge(ranks.share(replica.knowledge()))
             callbacks.set_rates(ranks.gather_numbers(*callbacks.rates())[0].tolist())

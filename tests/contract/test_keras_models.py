@@ -99,6 +99,16 @@ def test_a_model_that_is_not_compiled_has_the_loss_of_its_targets() -> None:
         prepared(net(dense(3)), Batch(X, X[:, 0]), sgd)
 
 
+@pytest.mark.parametrize(("labels", "classes"), [((20, 23), None), ((-1, 1), None), ((0, 1), 24)])
+def test_whole_numbers_for_one_output_are_no_binary_labels_unless_they_are_0_and_1(
+    labels: tuple[int, int], classes: int | None
+) -> None:
+    two = Batch(X[:2], np.array([0, 1]))
+    prepared(net(dense(1)), two, sgd, 2)
+    with pytest.raises(UserError, match=r"no loss fits outputs of \(1,\) and int64 targets"):
+        prepared(net(dense(1)), two._replace(y=np.array(labels)), sgd, classes)
+
+
 def test_data_that_do_not_fit_are_told_in_one_line_before_the_start() -> None:
     import keras
 

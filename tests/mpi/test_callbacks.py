@@ -252,6 +252,23 @@ def test_mistakes_are_refused(world: MPI.Intracomm, options: dict[str, Any], sai
         fit(compiled(), world, steps=2, **options)
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_epoch_end", "on_train_batch_end"])
+def test_a_mistake_that_a_callback_of_one_rank_finds_ends_all(world: MPI.Intracomm, hook: str) -> None:
+    model = compiled()
+    import keras
+
+    def fail(*_: Any, **__: Any) -> None:
+        if world.Get_rank() == 1:
+            raise UserError("mine")
+
+    callback = keras.callbacks.Callback()
+    setattr(callback, hook, fail)
+    begins = hook in ("on_train_begin", "on_epoch_begin")
+    with pytest.raises(UserError if begins else dlion_mpi.RunError, match=r"^rank 1: mine"):
+        fit(model, world, callbacks=[callback], steps=6, steps_per_epoch=3)
+
+
 @pytest.mark.mpi
 def test_a_model_that_fit_has_compiled_may_be_given_other_options_again(world: MPI.Intracomm) -> None:
     backend.start(1)

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+import dlion_mpi
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner import backend
 from dlion_mpi.run import run
+from tests import nets
 from tests.options import config
 from tests.shards import write_shard
 
@@ -68,3 +71,35 @@ def test_fewer_samples_than_ranks(world: MPI.Intracomm, shared_folder: Path) -> 
         write_shard(file, rows=ranks - 1)
     world.Barrier()
     assert f"{ranks - 1} training samples for {ranks} ranks" in refused(world, data=str(file))
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize(
+    ("options", "compiled", "names"),
+    [
+        ({"steps": "many"}, False, "must be a whole number"),
+        ({"learning_rate": 0.1}, True, "compiled model"),
+        ({"resume": "/nowhere/run"}, False, "holds no run"),
+    ],
+)
+def test_a_mistake_in_what_one_rank_gives_fit(
+    world: MPI.Intracomm, options: dict[str, Any], compiled: bool, names: str
+) -> None:
+    backend.start(1)
+    is_wrong = world.Get_rank() == 1
+    model = nets.dense((8,), 2)
+    if compiled and is_wrong:
+        model.compile("sgd", "mse")
+    rows = np.zeros((8, 8), np.float32), np.zeros(8, np.int64)
+    given = {"steps": 5, "progress_every": 0, **(options if is_wrong else {})}
+    with pytest.raises(UserError, match=f"^rank 1: .*{names}") as caught:
+        dlion_mpi.fit(model, rows, **given)
+    assert caught.value.quiet is not is_wrong
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_mistake_in_what_one_rank_gives_exchange(world: MPI.Intracomm) -> None:
+    backend.start(1)
+    exchange = dlion_mpi.Exchange(nets.dense((8,), 2), steps=-1 if world.Get_rank() == 1 else 5, progress_every=0)
+    with pytest.raises(UserError, match=r"^rank 1: .*steps"), exchange:
+        pass

@@ -124,5 +124,21 @@ def test_a_source_that_fails_ends_its_rank_with_a_line(world: MPI.Intracomm) -> 
 
     last = world.Get_rank() == world.Get_size() - 1
     data: Any = broken if last else rows(world.Get_rank())
-    with pytest.raises(RunError, match="the training data fails: OSError: the disk is gone"):
+    name = f"^rank {world.Get_size() - 1}: "
+    with pytest.raises(RunError, match=f"{name}the training data fails: OSError: the disk is gone"):
         fit(model(), data, rows(99), steps=50, batch_size=7, progress_every=0)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("options", [{}, {"steps_per_epoch": 5}])
+def test_test_rows_that_fail_end_their_rank_with_a_line(world: MPI.Intracomm, options: dict[str, Any]) -> None:
+    last, started = world.Get_size() - 1, [0]
+
+    def breaks_later() -> Iterator[Any]:
+        started[0] += 1
+        if started[0] > 2 and world.Get_rank() == last:
+            raise OSError("the disk is gone")
+        yield rows(99)
+
+    with pytest.raises(RunError, match=f"^rank {last}: the test data fails: OSError: the disk is gone"):
+        fit(model(), rows(world.Get_rank()), breaks_later, steps=20, batch_size=7, progress_every=0, **options)

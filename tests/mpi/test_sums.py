@@ -109,5 +109,5 @@ def test_a_rank_that_fails_and_can_say_why_ends_all_in_good_order(
     monkeypatch.setattr(STRATEGIES[strategy], "outgoing", outgoing)
     outcome = train(strategy=strategy, seconds=60.0, **({"h": 1} if strategy == "diloco" else {}))
     assert outcome.exit_code == 1
-    assert outcome.summary["stopped"] == "planted"
+    assert outcome.summary["stopped"] == "rank 1: planted"
     assert outcome.summary["steps"] == 7
