@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from types import TracebackType
 
 import mpi4py
 
-from dlion_mpi.errors import UserError
+from dlion_mpi.errors import RunError, UserError
 
 __all__ = ["MPI", "end_if_shared", "library", "thread_multiple", "world"]
 
@@ -44,6 +45,22 @@ _start()
 from mpi4py import MPI  # noqa: E402
 
 
+def _end_all_by_exceptions() -> None:
+    """Have an exception that a program does not catch end all ranks: MPI's end would wait for them.
+
+    Errors of the package are raised on all ranks, and need no such end.
+    """
+    shown = sys.excepthook
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        shown(kind, error, trace)
+        if not isinstance(error, UserError | RunError) and not MPI.Is_finalized() and world()[1] > 1:
+            sys.stderr.flush()
+            MPI.COMM_WORLD.Abort(1)
+
+    sys.excepthook = show
+
+
 def world() -> tuple[int, int]:
     """Return this process's rank and the number of ranks."""
     return MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
@@ -65,3 +82,6 @@ def library() -> str:
 def thread_multiple() -> bool:
     """Whether several threads may call MPI at once."""
     return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+
+
+_end_all_by_exceptions()

@@ -210,6 +210,23 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(tmp_path: Path) ->
     assert "ZeroDivisionError: planted" in ended.err
 
 
+BEFORE_FIT = """
+import dlion_mpi
+if dlion_mpi.rank() == 1:
+    raise ZeroDivisionError("planted")
+from mpi4py import MPI
+MPI.COMM_WORLD.Barrier()
+"""
+
+
+def test_an_exception_on_one_rank_outside_fit_ends_all(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(BEFORE_FIT, encoding="utf-8")
+    ended = run(2, "python", str(script))
+    assert ended.code == 1
+    assert "ZeroDivisionError: planted" in ended.err
+
+
 OVERSIZED = """
 import itertools, sys
 import numpy as np
