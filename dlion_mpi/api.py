@@ -65,6 +65,8 @@ def _fit(
         return is_compiled, *plan(given)
 
     is_compiled, config, start = agreed(planned)
+    if is_compiled and "learning_rate" in options:
+        model.optimizer.learning_rate = config.learning_rate
     watched = None
     if callbacks is not None or steps_per_epoch is not None:
         rates = "learning_rate" not in options
@@ -97,11 +99,19 @@ def _check_compiled(model: Any, options: Mapping[str, Any]) -> bool:
         model.compiled = False  # by an earlier `fit`: this one does it again
     if not getattr(model, "compiled", False):
         return False
-    for name in ("optimizer", "learning_rate", "momentum"):
+    for name in ("optimizer", "momentum"):
         if name in options:
             raise UserError(
                 f"{name} has no effect with a compiled model, which has its own optimizer: drop {name}, or compile "
                 "the model with it"
+            )
+    if "learning_rate" in options:
+        inner = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
+        rate = inner.get_config().get("learning_rate") if inner is not None else None
+        if rate is None or isinstance(rate, dict):  # a schedule's configuration
+            raise UserError(
+                "learning_rate has no effect with a compiled model whose optimizer has a schedule or is its own: drop "
+                "learning_rate"
             )
     return True
 

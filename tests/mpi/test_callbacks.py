@@ -243,13 +243,25 @@ def test_a_resumed_run_continues_in_its_epoch(world: MPI.Intracomm, shared_folde
     [
         ({"callbacks": [3]}, "callbacks has a int, but must have Keras's callbacks"),
         ({"steps_per_epoch": 0}, "steps_per_epoch 0: must be at least 1"),
-        ({"learning_rate": 0.1}, "learning_rate has no effect with a compiled model"),
+        ({"momentum": 0.9}, "momentum has no effect with a compiled model"),
         ({"optimizer": "adam"}, "optimizer has no effect with a compiled model"),
     ],
 )
 def test_mistakes_are_refused(world: MPI.Intracomm, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         fit(compiled(), world, steps=2, **options)
+
+
+@pytest.mark.mpi
+def test_a_learning_rate_is_that_of_a_compiled_model_too(world: MPI.Intracomm) -> None:
+    import keras
+
+    model = compiled()
+    fit(model, world, steps=2, learning_rate=0.003)
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.003)
+    model.compile(keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)), model.loss)
+    with pytest.raises(UserError, match=r"learning_rate has no effect .* schedule"):
+        fit(model, world, steps=2, learning_rate=0.003)
 
 
 @pytest.mark.mpi(min_size=2)
@@ -279,8 +291,8 @@ def test_a_model_that_fit_has_compiled_may_be_given_other_options_again(world: M
         fit(model, world, steps=2, learning_rate=rate)
         assert float(model.optimizer.learning_rate) == pytest.approx(rate)
     model.compile("sgd", "sparse_categorical_crossentropy")
-    with pytest.raises(UserError, match="learning_rate has no effect"):
-        fit(model, world, steps=2, learning_rate=0.1)
+    with pytest.raises(UserError, match="optimizer has no effect"):
+        fit(model, world, steps=2, optimizer="adam")
 
 
 @pytest.mark.mpi

@@ -78,7 +78,7 @@ def test_fewer_samples_than_ranks(world: MPI.Intracomm, shared_folder: Path) -> 
     ("options", "compiled", "names"),
     [
         ({"steps": "many"}, False, "must be a whole number"),
-        ({"learning_rate": 0.1}, True, "compiled model"),
+        ({"momentum": 0.1}, True, "compiled model"),
         ({"resume": "/nowhere/run"}, False, "holds no run"),
     ],
 )
