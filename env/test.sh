@@ -10,7 +10,7 @@
 # DLION_TEST_RANKS="1 2 4"   other numbers of ranks for mpi and mpich
 # DLION_TEST_MPICH=0         skip mpich
 # DLION_TEST_BACKENDS="jax"  other backends than jax and torch; empty: skip both
-# DLION_TEST_ROWS=all        all rows on JAX too, where they take seconds each
+# DLION_TEST_ROWS=all        all rows of docs/what-trains.md on JAX and torch too, not some of each kind
 # DLION_TEST_TIMEOUT_S=900   time limit of a part
 
 set -euo pipefail

@@ -13,10 +13,19 @@ from mpi4py import MPI
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test without a limit of its own gets one that ends the process, not the test."""
+    """A test without a limit of its own gets one that ends the process, not the test.
+
+    Files that build a model for each test say on how many ranks they run at most: more would take minutes.
+    """
+    ranks = MPI.COMM_WORLD.Get_size()
     for item in items:
-        if "mpi" in item.path.parts and item.get_closest_marker("timeout") is None:
+        if "mpi" not in item.path.parts:
+            continue
+        if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(100, method="thread"))
+        most = getattr(getattr(item, "module", None), "MOST_RANKS", ranks)
+        if ranks > most:
+            item.add_marker(pytest.mark.skip(reason=f"builds many models: runs on up to {most} ranks"))
 
 
 @pytest.fixture

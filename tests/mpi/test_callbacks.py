@@ -14,6 +14,8 @@ import dlion_mpi
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner import backend
 
+MOST_RANKS = 3
+
 
 def compiled(rate: float = 0.1, momentum: float = 0.0) -> Any:
     backend.start(1)

@@ -20,6 +20,8 @@ from dlion_mpi.learner.source import Table
 from dlion_mpi.run import Result, run
 from tests.options import config
 
+MOST_RANKS = 3
+
 APART: dict[str, Any] = {"strategy": "diloco", "h": 10_000}
 """Workers that never exchange anything."""
 

@@ -14,6 +14,8 @@ import dlion_mpi
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.learner import backend
 
+MOST_RANKS = 3
+
 OPTIMUM = np.linspace(-2, 2, 12, dtype=np.float32).reshape(3, 4)
 EXACT: dict[str, Any] = {
     "sync": "sync",

@@ -10,6 +10,8 @@ from mpi4py import MPI
 
 import dlion_mpi
 
+MOST_RANKS = 3
+
 STEPS = 50
 """Two rounds in the background, after 20 and 40 steps, and the last one."""
 

@@ -15,6 +15,8 @@ from dlion_mpi import RunError, fit
 from dlion_mpi.checkpoint import folder
 from dlion_mpi.learner import backend
 
+MOST_RANKS = 3
+
 ROWS = 50
 
 
