@@ -15,18 +15,7 @@ from tests.keras_rows.rows import ROWS
 from tests.keras_rows.runner import Result, results
 
 TIME_LIMIT_S = 840
-FEW = {
-    "dense",
-    "transformer",
-    "batch-norm",
-    "dropout",
-    "several-outputs",
-    "subclass-unbuilt",
-    "frozen",
-    "own-train-step",
-}
-FEW |= {"language-model", "reduction-sum", "optimizer-adam", "optimizer-loss-scale", "sample-weights", "py-dataset"}
-FEW |= {"data-loader"}
+FEW = {"dense", "batch-norm", "dropout", "several-outputs", "own-train-step", "optimizer-adam", "data-loader"}
 SAVES = os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow" and os.environ.get("DLION_TEST_ROWS") != "all"
 pytestmark = [pytest.mark.timeout(TIME_LIMIT_S + 60), pytest.mark.xdist_group("keras_rows")]
 
