@@ -4,13 +4,13 @@
 #   bash env/test.sh [unit|contract|mpi|mpich|system|jax|torch|slurm ...] [-- PYTEST OPTIONS]
 #
 # unit, contract and system run several tests at a time. mpi runs tests/mpi on 1 and 4 ranks (system tests start 2); mpich
-# on 3 ranks of MPICH, in a separate environment, with the tests of dlion launch. slurm runs on a cluster of
+# on 2 ranks of MPICH, in a separate environment, with the tests of dlion launch. slurm runs on a cluster of
 # env/slurm/up.sh (root), in the background of the other parts, because it waits for Slurm most of the time. jax and torch
 # run the rows of docs/what-trains.md and the comparison of Keras's backends, each in a separate environment.
 # DLION_TEST_RANKS="1 2 4"   other numbers of ranks for mpi and mpich
 # DLION_TEST_MPICH=0         skip mpich
 # DLION_TEST_BACKENDS="jax"  other backends than jax and torch; empty: skip both
-# DLION_TEST_ROWS=all        all rows of docs/what-trains.md on JAX and torch too, not some of each kind
+# DLION_TEST_ROWS=all        all rows of docs/what-trains.md, not some of each kind
 # DLION_TEST_TIMEOUT_S=900   time limit of a part
 
 set -euo pipefail
@@ -136,7 +136,7 @@ run_part() {
             (
                 # shellcheck source=env/setup.sh
                 DLION_MPI=mpich source env/setup.sh || exit
-                for ranks in ${DLION_TEST_RANKS:-3}; do run_mpi mpich "$ranks" "$@"; done
+                for ranks in ${DLION_TEST_RANKS:-2}; do run_mpi mpich "$ranks" "$@"; done
                 selects_nothing tests/system/test_launch.py "$@" || run_pytest mpich tests/system/test_launch.py "$@"
             ) || echo "mpich 1 0" >>"$results/parts"
             ;;
