@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from dlion_mpi.config.renamed import refusal
 from dlion_mpi.errors import RunError, UserError, in_one_line
 from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.wire import ValueType
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,20 +32,13 @@ def size() -> int:
     return startup.world()[1]
 
 
+OF_KERAS = ("callbacks", "steps_per_epoch", "class_weight")
+"""Arguments of `fit` that are no options of a run."""
 _COMPILED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 """By model that `fit` has compiled, the optimizer that it got: a later `fit` may compile it again."""
 
 
-def _fit(
-    model: Any,
-    train: Any,
-    validation: Any = None,
-    *,
-    callbacks: Any = None,
-    steps_per_epoch: int | None = None,
-    class_weight: Mapping[int, float] | None = None,
-    **options: Any,
-) -> dict[str, Any]:
+def _fit(model: Any, train: Any, validation: Any = None, **options: Any) -> dict[str, Any]:
     """Run `fit` with the options that were given."""
     from dlion_mpi.checkpoint.start import plan
     from dlion_mpi.learner.given import shard_of_fit
@@ -54,6 +48,7 @@ def _fit(
     from dlion_mpi.run import run
     from dlion_mpi.strategies.given import options_of_strategy
 
+    callbacks, steps_per_epoch, class_weight = (options.pop(name, None) for name in OF_KERAS)
     options = {name: value for name, value in options.items() if value is not None}
 
     def planned() -> Any:
@@ -174,7 +169,7 @@ def fit(
     batching: Literal["auto", "proportional", "fixed"] | None = None,
     batch_size_max: int | None = None,
     global_batch: Literal["grow", "fixed"] | None = None,
-    value_type: Literal["float32", "float16", "bfloat16", "int8", "int4", "int2", "sign"] | None = None,
+    value_type: ValueType | None = None,
     exchange_share: float | None = None,
     transfer: Literal["all", "worse-than-mean", "worst", "none"] | None = None,
     transfer_period: int | None = None,
@@ -191,8 +186,9 @@ def fit(
 ) -> dict[str, Any]:
     """Train a Keras model on all MPI ranks, each with its own data. Afterwards ``model`` has the trained weights.
 
-    - ``model``: a Keras model. A compiled model keeps its optimizer, losses and metrics; then ``optimizer``,
-      ``learning_rate`` and ``momentum`` are refused. Another is compiled by these options, with a loss that fits.
+    - ``model``: a Keras model. A compiled model keeps its optimizer, losses and metrics: ``learning_rate`` sets the
+      rate of its optimizer, and ``optimizer`` and ``momentum`` are refused. Another is compiled by these options, with
+      a loss that fits.
     - ``train``: the rank's training data, as for `keras.Model.fit`: arrays or nested structures of arrays as ``(x, y)``
       or ``(x, y, sample_weight)``, a `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch ``DataLoader``, a generator.
     - ``validation``: the test data, in the same form. Without it nothing is tested.
@@ -207,7 +203,7 @@ def fit(
 
     All others are the options of ``dlion train``. One that is left out, or None, has the default of the strategy.
     Returns the JSON object of the run, the same on every rank; with callbacks or ``steps_per_epoch`` also ``history``:
-    by name the logs of all epochs. Raises UserError for a mistake in the options or the
-    data, and RunError if the run failed.
+    by name the logs of all epochs. Raises UserError for a mistake in the options or the data, and RunError if the run
+    failed.
     """
     raise NotImplementedError("the decorator calls _fit")

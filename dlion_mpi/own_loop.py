@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from dlion_mpi.errors import RunError, UserError, in_one_line
 from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.wire import ValueType
 
 if TYPE_CHECKING:  # slow imports, done when a run begins so that ``import dlion_mpi`` stays fast
     from typing_extensions import Unpack
@@ -36,7 +37,7 @@ class Options(TypedDict, total=False):
     batch_size: int
     batching: Literal["auto", "proportional", "fixed"] | None
     batch_size_max: int | None
-    value_type: Literal["float32", "float16", "bfloat16", "int8", "int4", "int2", "sign"] | None
+    value_type: ValueType | None
     exchange_share: float | None
     transfer: Literal["all", "worse-than-mean", "worst", "none"] | None
     transfer_period: int | None

@@ -97,6 +97,25 @@ class Stateless(Evaluating, Protocol):
         """Weights and slots after the optimizer got ``gradient``."""
 
 
+def with_values(variables: Sequence[Any], values: Sequence[Any]) -> Any:
+    """A scope in which these variables have other values. It keeps what is assigned to variables."""
+    import keras
+
+    return keras.StatelessScope(list(zip(variables, values, strict=True)), collect_losses=True)
+
+
+def values_after(scope: Any, variables: Sequence[Any], values: Sequence[Any]) -> Tensors:
+    """The values of these variables after a scope in which they began with ``values``."""
+    found = [scope.get_current_value(variable) for variable in variables]
+    return [value if new is None else new for new, value in zip(found, values, strict=True)]
+
+
+def as_logs(returned: Any) -> dict[str, Any]:
+    """The logs that a step has returned, by name."""
+    logs = returned if isinstance(returned, dict) else {"loss": returned}
+    return {name: value for name, value in logs.items() if value is not None}
+
+
 def training_loss_of(logs: Mapping[str, float]) -> float:
     """The loss among what a ``train_step`` returns: ``loss``, or the sum of all that are called a loss."""
     if "loss" in logs:

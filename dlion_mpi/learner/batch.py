@@ -66,6 +66,12 @@ def _place(path: tuple[Any, ...], suffix: str) -> str:
     return Batch._fields[path[0]] + suffix + "".join(f"[{key!r}]" for key in path[1:])
 
 
+def as_float32(leaf: Any) -> npt.NDArray[Any]:
+    """An array as a model takes it: float64 as float32, as Keras does it."""
+    array = np.asarray(leaf)
+    return array.astype(np.float32) if array.dtype == np.float64 else array
+
+
 def joined(batches: Sequence[Batch]) -> Batch:
     """The rows of all batches, one after the other. Raises ValueError unless they have one structure and row shape."""
     if len(batches) == 1:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.backend import Logs, Tensors, summed_logs, training_loss_of
-from dlion_mpi.learner.batches import Batch
+from dlion_mpi.learner.backend import Logs, Tensors, as_logs, summed_logs, training_loss_of, with_values
+from dlion_mpi.learner.batch import Batch, as_float32
 from dlion_mpi.learner.keras_model import KerasModel
 from dlion_mpi.learner.padding import Padding, padding_of
 from dlion_mpi.vector.gradient import Gradient
@@ -68,7 +68,7 @@ class _Functions:
         """See `backend.Evaluating`. Without compiling: this number of rows may never come again."""
         with self._compiling:
             frozen = _values(self._keras.non_trainable)
-            self._jax.eval_shape(self._tested, knowledge, frozen, self._counters, _arrays(batch))
+            self._jax.eval_shape(self._tested, knowledge, frozen, self._counters, batch.map(as_float32))
             self._jax.eval_shape(self._metric_results, self._counters)
         return tuple(dict.fromkeys([*self._names["tests"], *self._names["results"]]))
 
@@ -77,7 +77,7 @@ class _Functions:
         counters, logs = self._counters, []
         frozen = _values(self._keras.non_trainable)
         for batch in batches:
-            values, counters = self._call(self._test, knowledge, frozen, counters, _arrays(batch))
+            values, counters = self._call(self._test, knowledge, frozen, counters, batch.map(as_float32))
             logs.append((batch.rows, self._named("tests", values)))
         with self._compiling:
             return summed_logs(logs) | self._named("results", self._results(counters))
@@ -90,10 +90,8 @@ class _Functions:
         return self._logs("tests", logs), counters
 
     def _metric_results(self, counters: Tensors) -> Any:
-        import keras
-
         model = self._keras.model
-        with keras.StatelessScope(list(zip(model.metrics_variables, counters, strict=True))):
+        with with_values(model.metrics_variables, counters):
             return self._logs("results", model.get_metrics_result())
 
     def _trained(self, values: Tensors, state: Tensors, slots: Tensors, batch: Batch, rows: Any) -> Any:
@@ -143,8 +141,7 @@ class _Functions:
     def _logs(self, kind: str, logs: Any) -> Any:
         """The values of what a step returns as a vector; notes their names."""
         numpy = self._jax.numpy
-        logs = logs if isinstance(logs, dict) else {"loss": logs}
-        logs = {name: numpy.mean(numpy.asarray(v, "float32")) for name, v in logs.items() if v is not None}
+        logs = {name: numpy.mean(numpy.asarray(value, "float32")) for name, value in as_logs(logs).items()}
         self._names[kind] = list(logs)
         return numpy.stack(list(logs.values())) if logs else numpy.zeros(0)
 
@@ -153,7 +150,7 @@ class _Functions:
 
     def _prepared(self, batch: Batch) -> tuple[Batch, Any]:
         """The batch as functions take it, and the number of its real rows if it was padded."""
-        batch = _arrays(batch)
+        batch = batch.map(as_float32)
         return (batch, None) if self._padding is None or self._keras.eager else self._padding.padded(batch)
 
     def _jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,7 +201,7 @@ class InPlace(_Functions):
     def trace(self, kind: str) -> None:
         """See `backend.InPlace`. Without compiling: the example's number of rows may never come again."""
         with self._compiling:
-            self._jax.eval_shape(self._functions[kind], *self._values(), _arrays(self._keras.example), None)
+            self._jax.eval_shape(self._functions[kind], *self._values(), self._keras.example.map(as_float32), None)
 
     def movement(self, batch: Batch) -> Gradient:
         """See `backend.InPlace`."""
@@ -310,16 +307,6 @@ class Stateless(_Functions):
         """See `backend.Stateless`."""
         after, slots = self._update_at(weights, slots, gradient)
         return np.array(after), slots
-
-
-def _arrays(batch: Batch) -> Batch:
-    """The batch as arrays, float64 as float32, as Keras does it."""
-
-    def array(leaf: Any) -> Array:
-        found = np.asarray(leaf)
-        return found.astype(np.float32) if found.dtype == np.float64 else found
-
-    return batch.map(array)
 
 
 def _values(variables: Sequence[Any]) -> Tensors:

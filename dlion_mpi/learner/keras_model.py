@@ -6,13 +6,15 @@ whatever a model defines itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dlion_mpi.errors import UserError
 from dlion_mpi.learner.batch import Batch
+from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array
 
@@ -78,6 +80,10 @@ class KerasModel:
 
         optimizer = self.model.optimizer
         return optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else None
+
+    def is_overflow(self, found: Gradient) -> bool:
+        """Whether a gradient is not finite because the loss was scaled too far."""
+        return self.loss_scale is not None and math.isfinite(found.loss) and not found.finite
 
     def state(self, statistics: Sequence[Any], state: Sequence[Any]) -> list[Any]:
         """A state with these values of the statistics, and the others of ``state``."""
@@ -216,12 +222,20 @@ def _kind(variable: Any, moving: bool) -> str:
 
 
 def _optimizers(model: Any) -> list[Any]:
-    """The optimizer that the model was compiled with, and those that it keeps as attributes."""
+    """The optimizer that the model was compiled with, and those of its attributes, also in lists and dicts."""
     import keras
 
-    found = [model.optimizer, *vars(model).values()]
-    found = [item for item in found if isinstance(item, keras.optimizers.Optimizer)]
-    return list({id(item): item for item in found}.values())
+    found: dict[int, Any] = {}
+
+    def search(thing: Any) -> None:
+        if isinstance(thing, keras.optimizers.Optimizer):
+            found[id(thing)] = thing
+        elif isinstance(thing, Mapping | list | tuple):
+            for item in thing.values() if isinstance(thing, Mapping) else thing:
+                search(item)
+
+    search([model.optimizer, *vars(model).values()])
+    return list(found.values())
 
 
 def _words(thing: Any) -> str:

@@ -12,7 +12,7 @@ from dlion_mpi.learner import backend
 from dlion_mpi.learner.backend import Logs
 from dlion_mpi.learner.batch import Batch
 from dlion_mpi.learner.compiled import fitting
-from dlion_mpi.learner.keras_model import KerasModel, facts, flat, value_for_rank
+from dlion_mpi.learner.keras_model import KerasModel, facts, flat, numbers, value_for_rank
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, array
@@ -64,8 +64,16 @@ class Replica:
         self._backend.move(movement)
 
     def gradient(self, batch: Batch) -> Gradient:
-        """Loss and mean gradient over a batch; updates batch-norm statistics, not the weights."""
-        return self._backend.gradient(batch)
+        """Loss and mean gradient over a batch; updates batch-norm statistics, not the weights.
+
+        Zero if the loss was scaled too far: the next one is scaled by half.
+        """
+        found = self._backend.gradient(batch)
+        if not self._keras.is_overflow(found):
+            return found
+        scale = self._keras.loss_scale.dynamic_scale
+        scale.assign(numbers(scale) / 2)
+        return Gradient(found.loss, np.zeros_like(found.vector))
 
     def step_alone(self, batch: Batch) -> Gradient:
         """A training step, for a worker without peers.

@@ -15,8 +15,18 @@ import numpy as np
 import optree
 
 from dlion_mpi.errors import UserError
-from dlion_mpi.learner.backend import Logs, Tensors, light, quiet, summed_logs, training_loss_of
-from dlion_mpi.learner.batch import Batch
+from dlion_mpi.learner.backend import (
+    Logs,
+    Tensors,
+    as_logs,
+    light,
+    quiet,
+    summed_logs,
+    training_loss_of,
+    values_after,
+    with_values,
+)
+from dlion_mpi.learner.batch import Batch, as_float32
 from dlion_mpi.learner.keras_model import KerasModel, numbers
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Vector
@@ -75,7 +85,7 @@ class _OfBatches:
 
     def _leaves(self, batch: Batch) -> tuple[list[Any], Any]:
         leaves, structure = optree.tree_flatten(cast(Any, batch))
-        return [_as_float32(leaf) for leaf in leaves], structure
+        return [as_float32(leaf) for leaf in leaves], structure
 
     def _graph_of(self, leaves: Sequence[Any], structure: Any) -> Any:
         key = (structure, *((leaf.dtype, leaf.ndim) for leaf in leaves))
@@ -109,12 +119,6 @@ class _OfBatches:
             return self._function(*tensors[:count], optree.tree_unflatten(structure, tensors[count:]))
 
         return graph.get_concrete_function()
-
-
-def _as_float32(leaf: Any) -> Any:
-    """An array that TensorFlow takes; float64 as float32, as Keras does it."""
-    array = np.asarray(leaf)
-    return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 class _Graphs:
@@ -151,21 +155,15 @@ class _Graphs:
         """Logs of Keras's ``test_step`` for a batch, and its metrics' variables after it."""
         counters, batch = rest[:-1], rest[-1]
         values = [*self._split(knowledge, self._testing), *counters]
-        with self._scope([*self._testing, *self._counters], values) as scope:
+        with with_values([*self._testing, *self._counters], values) as scope:
             logs = self._keras.model.test_step(self._keras.data(batch))
         self._test_names, vector = self._logs(logs)
-        return vector, _after(scope, self._counters, counters)
+        return vector, values_after(scope, self._counters, counters)
 
     def _metric_results(self, *counters: Any) -> Any:
-        with self._scope(self._counters, counters):
+        with with_values(self._counters, counters):
             self._result_names, vector = self._logs(self._keras.model.get_metrics_result())
         return vector
-
-    def _scope(self, variables: Sequence[Any], values: Sequence[Any]) -> Any:
-        """In this scope these variables have other values; what is assigned to variables is kept by the scope."""
-        import keras
-
-        return keras.StatelessScope(list(zip(variables, values, strict=True)), collect_losses=True)
 
     def _train_step(self, batch: Batch) -> Any:
         """Run Keras's ``train_step``; its logs, of this batch alone, as a vector."""
@@ -176,10 +174,14 @@ class _Graphs:
     def _logs(self, logs: Any) -> tuple[list[str], Any]:
         """Names and values of what a step returns, the values as one vector."""
         tf = self._tf
-        logs = logs if isinstance(logs, dict) else {"loss": logs}
-        names = [name for name, value in logs.items() if value is not None]
-        values = [tf.reduce_mean(tf.cast(tf.convert_to_tensor(logs[name]), tf.float32)) for name in names]
-        return names, tf.stack(values) if values else tf.zeros((0,))
+        logs = as_logs(logs)
+        values = [tf.reduce_mean(tf.cast(tf.convert_to_tensor(value), tf.float32)) for value in logs.values()]
+        return list(logs), tf.stack(values) if values else tf.zeros((0,))
+
+    def _computed(self, logs: Any, vector: Vector) -> Gradient:
+        """The result of a training step, given its logs as `_train_step` returns them."""
+        named = dict(zip(self._log_names, np.asarray(logs).tolist(), strict=True))
+        return Gradient(training_loss_of(named), vector, named)
 
     def _of_batches(self, function: Callable[..., Any], *fixed: Any) -> _OfBatches:
         return _OfBatches(self._tf, function, fixed, eager=self._keras.eager)
@@ -280,10 +282,6 @@ class InPlace(_Graphs):
         """See `backend.InPlace`. No copy: TensorFlow writes to a copy while another reads the value."""
         return np.asarray(self._tf.convert_to_tensor(variable.value))
 
-    def _computed(self, logs: Any, vector: Vector) -> Gradient:
-        named = dict(zip(self._log_names, np.asarray(logs).tolist(), strict=True))
-        return Gradient(training_loss_of(named), vector, named)
-
     def _moved(self, batch: Batch) -> tuple[Any, Any]:
         """Run a training step, and put the weights back; the movement."""
         tf, keras_model = self._tf, self._keras
@@ -377,8 +375,7 @@ class Stateless(_Graphs):
             return Gradient(gradient.loss, moved - weights), after, slots
         with self._turn:
             logs, vector, *values = self._step([weights, *state, *slots], batch)
-        named = dict(zip(self._log_names, np.asarray(logs).tolist(), strict=True))
-        return Gradient(training_loss_of(named), np.asarray(vector)), values[: len(state)], values[len(state) :]
+        return self._computed(logs, np.asarray(vector)), values[: len(state)], values[len(state) :]
 
     def gradient(self, weights: Vector, state: Tensors, batch: Batch) -> tuple[Gradient, Tensors]:
         """See `backend.Stateless`."""
@@ -397,9 +394,9 @@ class Stateless(_Graphs):
         after: Tensors = []
 
         def loss() -> Any:
-            with self._scope(variables, [*self._split(weights, keras_model.trainable), *state]) as scope:
+            with with_values(variables, [*self._split(weights, keras_model.trainable), *state]) as scope:
                 found = keras_model.training_loss(batch)
-            after.extend(_after(scope, keras_model.non_trainable, state))
+            after.extend(values_after(scope, keras_model.non_trainable, state))
             return found
 
         value, (gradient,) = self._gradients(loss, [weights])
@@ -425,9 +422,3 @@ class Stateless(_Graphs):
         logs = self._train_step(batch)
         moved = self._flatten([v.value for v in keras_model.trainable]) - weights
         return [logs, moved, *(self._tf.identity(v.value) for v in kept)]
-
-
-def _after(scope: Any, variables: Sequence[Any], values: Sequence[Any]) -> Tensors:
-    """The values of these variables after a scope in which they began with ``values``."""
-    found = [scope.get_current_value(variable) for variable in variables]
-    return [value if new is None else new for new, value in zip(found, values, strict=True)]

@@ -9,8 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from dlion_mpi.learner.backend import Logs, Tensors, light, quiet, summed_logs, training_loss_of
-from dlion_mpi.learner.batches import Batch
+from dlion_mpi.learner.backend import (
+    Logs,
+    Tensors,
+    as_logs,
+    light,
+    quiet,
+    summed_logs,
+    training_loss_of,
+    values_after,
+    with_values,
+)
+from dlion_mpi.learner.batch import Batch, as_float32
 from dlion_mpi.learner.keras_model import KerasModel, numbers
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Vector
@@ -53,30 +63,22 @@ class _Testing:
         counters, logs = self._zero, []
         with self._torch.no_grad():
             for batch in batches:
-                with self._scope([*self._testing, *self._counters], [*values, *counters]) as scope:
+                with with_values([*self._testing, *self._counters], [*values, *counters]) as scope:
                     found = model.test_step(self._keras.data(self._tensors(batch)))
                 logs.append((batch.rows, _floats(found)))
-                after = [scope.get_current_value(variable) for variable in self._counters]
-                counters = [old if new is None else new for old, new in zip(counters, after, strict=True)]
-            with self._scope(self._counters, counters):
+                counters = values_after(scope, self._counters, counters)
+            with with_values(self._counters, counters):
                 return summed_logs(logs) | _floats(model.get_metrics_result())
-
-    def _scope(self, variables: Sequence[Any], values: Sequence[Any]) -> Any:
-        import keras
-
-        return keras.StatelessScope(list(zip(variables, values, strict=True)), collect_losses=True)
 
     def _tensors(self, batch: Batch) -> Batch:
         """The batch on the model's device."""
         return batch.map(self._tensor)
 
     def _tensor(self, value: Any) -> Any:
-        """An array as a tensor on the model's device; float64 as float32, as Keras does it."""
+        """An array as a tensor on the model's device."""
         import keras
 
-        array = np.asarray(value)
-        if array.dtype == np.float64:
-            array = array.astype(np.float32)
+        array = as_float32(value)
         return keras.ops.convert_to_tensor(array if array.flags.writeable else array.copy())
 
     def _parts(self, vector: Vector, variables: Sequence[Any]) -> Tensors:
@@ -265,7 +267,4 @@ def _floats(logs: Any) -> Logs:
     """The logs of a step, as numbers."""
     import keras
 
-    logs = logs if isinstance(logs, dict) else {"loss": logs}
-    return {
-        name: float(np.mean(keras.ops.convert_to_numpy(value))) for name, value in logs.items() if value is not None
-    }
+    return {name: float(np.mean(keras.ops.convert_to_numpy(value))) for name, value in as_logs(logs).items()}

@@ -131,9 +131,18 @@ class VirtualReplica:
         self._slots = shared.slots()
 
     def gradient(self, batch: Batch) -> Gradient:
-        """Loss and mean gradient over a batch; updates the statistics. May run in a thread, one per worker."""
+        """Loss and mean gradient over a batch; updates the statistics. May run in a thread, one per worker.
+
+        Zero if the loss was scaled too far: the next one is scaled by half.
+        """
         gradient, self._state = self._shared.gradient(self._weights, self._state, batch)
-        return gradient
+        if not self._shared.keras.is_overflow(gradient):
+            return gradient
+        scale, slots = self._shared.keras.loss_scale.dynamic_scale, self._shared.keras.slots
+        half = numbers(scale) / 2
+        scale.assign(half)
+        self._slots = [half if own is scale else value for own, value in zip(slots, self._slots, strict=True)]
+        return Gradient(gradient.loss, np.zeros_like(gradient.vector))
 
     def movement(self, batch: Batch) -> Gradient:
         """Loss and movement of a training step; optimizer and statistics as after it. May run in a thread.

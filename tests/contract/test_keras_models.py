@@ -187,6 +187,48 @@ def test_a_guarded_movement_that_is_not_finite_changes_nothing() -> None:
     assert np.abs(replica.weights() - before["weights/0"].ravel()[0]).max() > 0
 
 
+@pytest.mark.parametrize("kind", ["real", "virtual"])
+def test_a_loss_that_was_scaled_too_far_is_scaled_less(kind: str) -> None:
+    """Its gradient is zero, until the scale fits; then it is that of the plain loss, and so is its update."""
+    import keras
+
+    def model() -> Any:
+        return net(dense(8, dtype="mixed_float16"), dense(dtype="float32"))
+
+    def replica(optimizer: Any) -> Any:
+        found = ready(model(), ROWS, optimizer)
+        return Replica(found) if kind == "real" else VirtualReplica(SharedReplica(found), 0)
+
+    scaled = replica(keras.optimizers.LossScaleOptimizer(sgd(), initial_scale=2.0**24))
+    plain = replica(sgd())
+    found = [np.array(scaled.gradient(ROWS).vector) for _ in range(20)]
+    assert not found[0].any()
+    wanted = plain.gradient(ROWS).vector
+    np.testing.assert_allclose(found[-1], wanted, rtol=0.02, atol=1e-4)
+    for own in (scaled, plain):
+        own.apply(np.array(wanted))
+    np.testing.assert_allclose(scaled.weights(), plain.weights(), rtol=1e-5, atol=1e-6)
+
+
+def test_optimizers_that_a_model_keeps_in_a_list_are_found() -> None:
+    import keras
+
+    class Own(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net(dense())
+            self.several = [sgd(), keras.optimizers.Adam()]
+            self.by_name = {"third": keras.optimizers.Nadam()}
+
+        def call(self, x: Any) -> Any:
+            return self.inner(x)
+
+    model = Own()
+    model.compile(keras.optimizers.RMSprop(), "sparse_categorical_crossentropy")
+    names = [type(optimizer).__name__ for optimizer in ready(model, ROWS).optimizers]
+    assert names == ["RMSprop", "SGD", "Adam", "Nadam"]
+
+
 def test_ranks_with_other_models_are_refused_by_rank_and_difference() -> None:
     import keras
 

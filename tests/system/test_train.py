@@ -143,7 +143,7 @@ def test_a_signal_to_mpirun_ends_all_ranks_with_whole_metrics(tmp_path: Path, nu
     ended = end(process, 30)
     assert ended.code != 0
     assert "Traceback" not in ended.err
-    assert not processes_with(str(tmp_path))
+    wait_for(lambda: not processes_with(str(tmp_path)), 10)  # mpirun kills ranks that take long
     for rank in range(2):
         with h5py.File(tmp_path / "run" / f"metrics-{rank:05d}.h5", "r", swmr=True) as file:
             columns = {file[f"steps/{name}"].shape[0] for name in file["steps"]}
@@ -304,7 +304,7 @@ def test_a_handful_of_lines_beside_an_existing_keras_model(tmp_path: Path, ranks
 def test_fit_refuses_an_option_that_there_is_not() -> None:
     call = "import dlion_mpi; dlion_mpi.fit(None, (1, 2), (3, 4), lerning_rate=3)"
     ended = run(None, "python", "-c", call)
-    assert "UserError: fit() has no option lerning_rate" in ended.err
+    assert (ended.code, ended.err.startswith("dlion: fit() has no option lerning_rate")) == (1, True), ended.err
 
 
 def test_a_config_file_gives_the_options_and_the_command_line_comes_first(tmp_path: Path) -> None:
