@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, Literal, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -32,7 +33,7 @@ def size() -> int:
     return startup.world()[1]
 
 
-OF_KERAS = ("callbacks", "steps_per_epoch", "class_weight")
+OF_KERAS = ("callbacks", "epochs", "steps_per_epoch", "class_weight")
 """Arguments of `fit` that are no options of a run."""
 _COMPILED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 """By model that `fit` has compiled, the optimizer that it got: a later `fit` may compile it again."""
@@ -48,11 +49,11 @@ def _fit(model: Any, train: Any, validation: Any = None, **options: Any) -> dict
     from dlion_mpi.run import run
     from dlion_mpi.strategies.given import options_of_strategy
 
-    callbacks, steps_per_epoch, class_weight = (options.pop(name, None) for name in OF_KERAS)
+    callbacks, epochs, steps_per_epoch, class_weight = (options.pop(name, None) for name in OF_KERAS)
     options = {name: value for name, value in options.items() if value is not None}
 
     def planned() -> Any:
-        given = {**options, **options_of_strategy(options.get("strategy"))}
+        given = {**options, **options_of_strategy(options.get("strategy")), **_end_of(epochs, steps_per_epoch, options)}
         is_compiled = _check_compiled(model, given)
         if not given.get("resume"):  # a resumed run has these; its checkpoint knows whether the model fits
             name = re.sub(r"_\d+$", "", getattr(model, "name", type(model).__name__))  # Keras numbers what it has built
@@ -63,9 +64,13 @@ def _fit(model: Any, train: Any, validation: Any = None, **options: Any) -> dict
     if is_compiled and "learning_rate" in options:
         model.optimizer.learning_rate = config.learning_rate
     watched = None
-    if callbacks is not None or steps_per_epoch is not None:
-        rates = "learning_rate" not in options
-        watched = Watched(callbacks=callbacks, steps_per_epoch=steps_per_epoch, resume_rates=rates)
+    if any(given is not None for given in (callbacks, epochs, steps_per_epoch)):
+        watched = Watched(
+            callbacks=callbacks,
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            resume_rates="learning_rate" not in options,
+        )
     try:
         done = run(
             config,
@@ -85,6 +90,21 @@ def _fit(model: Any, train: Any, validation: Any = None, **options: Any) -> dict
     if done.exit_code:
         raise RunError(str(done.summary["stopped"]))
     return done.summary if watched is None else {**done.summary, "history": watched.history}
+
+
+def _end_of(epochs: Any, steps_per_epoch: Any, options: Mapping[str, Any]) -> dict[str, int]:
+    """The option ``steps`` for a number of epochs; a lower limit of it if the data says how long they are.
+
+    Raises UserError for what is no number of epochs or steps.
+    """
+    for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise UserError(f"{name} {value!r}: must be a whole number, at least 1")
+    if epochs is None:
+        return {}
+    if "steps" in options:
+        raise UserError("epochs and steps exclude each other: give one of them")
+    return {"steps": int(epochs) * int(steps_per_epoch or 1)}
 
 
 def _check_compiled(model: Any, options: Mapping[str, Any]) -> bool:
@@ -142,6 +162,7 @@ def fit(
     validation: Any = None,
     *,
     callbacks: Any = None,
+    epochs: int | None = None,
     steps_per_epoch: int | None = None,
     class_weight: Mapping[int, float] | None = None,
     strategy: str | Strategy | type[Strategy] = "dlion",
@@ -194,6 +215,7 @@ def fit(
     - ``validation``: the test data, in the same form. Without it nothing is tested.
     - ``callbacks``: Keras's callbacks. At the end of an epoch all ranks give them the same logs, so that they stop and
       set the learning rate on all ranks alike. Callbacks that write files act on rank 0.
+    - ``epochs``: epochs after which the run ends, in place of ``steps``.
     - ``steps_per_epoch``: steps of an epoch; by default the steps that take the training data of all ranks once.
     - ``class_weight``: the weight of each class in the loss, by its number.
     - ``strategy``: a name, a class at the top level of a module, or an instance with its own options, such as
@@ -202,8 +224,8 @@ def fit(
       are given here and may change.
 
     All others are the options of ``dlion train``. One that is left out, or None, has the default of the strategy.
-    Returns the JSON object of the run, the same on every rank; with callbacks or ``steps_per_epoch`` also ``history``:
-    by name the logs of all epochs. Raises UserError for a mistake in the options or the data, and RunError if the run
-    failed.
+    Returns the JSON object of the run, the same on every rank; with callbacks, ``epochs`` or ``steps_per_epoch`` also
+    ``history``: by name the logs of all epochs. Raises UserError for a mistake in the options or the data, and RunError
+    if the run failed.
     """
     raise NotImplementedError("the decorator calls _fit")

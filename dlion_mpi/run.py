@@ -138,6 +138,9 @@ def _build(
     pace = ranks.together(lambda: PaceClock.from_environ(ranks.rank, run_seconds=config.seconds))
     threads = config.threads or share_of_cores(ranks)
     shard = _shard(ranks, config, own_data)
+    samples = shard.train_samples_global
+    if watched is not None:
+        config = _with_epochs(config, watched, ranks.size, samples, loaded)
     replica = _replica(ranks, config, strategy, shard, model, threads)
     if config.checkpoint_every is not None:
         session.check(strategy, Plan(config=config, rank=ranks.rank, ranks=members.ranks, layout=replica.layout))
@@ -158,7 +161,7 @@ def _build(
         evaluator=evaluator,
         recorder=recorder,
         clock=Clock(exchange.clock.now_s, time.thread_time),
-        training_samples=shard.train_samples_global or 0,
+        training_samples=samples or 0,
         processors=threads,
         metrics=metrics,
         encoder=exchange.encoder,
@@ -166,7 +169,7 @@ def _build(
     )
     watch = None
     if watched is not None:
-        watch = Watch(ranks, watched, worker, replica.model, shard.train_samples_global)
+        watch = Watch(ranks, watched, worker, replica.model, samples or 0)
     if loaded is not None:
         ranks.together(partial(loaded.restore, worker))
     return _Built(
@@ -179,6 +182,14 @@ def _build(
         pace=pace,
         watch=watch,
     )
+
+
+def _with_epochs(
+    config: Config, watched: Watched, workers: int, samples: int | None, loaded: resume.Loaded | None
+) -> Config:
+    if loaded is None:
+        return watched.with_steps(config, workers, samples, 0, {})
+    return watched.with_steps(config, workers, samples, loaded.step, loaded.arrays)
 
 
 def _shard(ranks: Ranks, config: Config, own_data: Callable[[], Shard] | None) -> Shard:

@@ -36,6 +36,11 @@ class Loaded:
         """The step of this rank's own snapshot; -1 if it has none."""
         return -1 if self.moved else self.checkpoint.parts[self.rank].step
 
+    @property
+    def step(self) -> int:
+        """The step at which this rank resumes."""
+        return snapshot.step_of(self.arrays)
+
     def restore(self, w: Worker) -> None:
         """Set a new worker to its snapshot. Raises UserError for a checkpoint of another model."""
         path = self.checkpoint.path(self.checkpoint.best if self.moved else self.rank)

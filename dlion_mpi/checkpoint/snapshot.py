@@ -160,6 +160,10 @@ def restore(w: Worker, arrays: Mapping[str, Array], steps: Mapping[int, int]) ->
     w.batch_sizes.from_arrays(part(arrays, "status"), max(steps.values()))
     w.knowledge.from_arrays(part(arrays, "transfer"), w.replica.knowledge)
     w.statistics.from_arrays(part(arrays, "statistics"))
+    _restore_epochs(w, arrays)
+
+
+def _restore_epochs(w: Worker, arrays: Mapping[str, Array]) -> None:
     if w.epochs is not None:
         w.epochs.from_arrays(part(arrays, "epochs"))
 
@@ -188,6 +192,7 @@ def restore_elsewhere(w: Worker, arrays: Mapping[str, Array]) -> None:
     w.history.evaluated_s = number(arrays, "worker/evaluated_s")
     w.inbox.newest = dict.fromkeys(w.peers, w.step - 1)
     w.history.evaluations.extend(evaluations_of(part(arrays, "worker")))
+    _restore_epochs(w, arrays)
 
 
 def evaluations_of(saved: Mapping[str, Array]) -> Iterable[Evaluation]:

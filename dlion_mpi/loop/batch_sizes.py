@@ -8,7 +8,7 @@ everywhere; in `async`, when it is done.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -55,12 +55,13 @@ class BatchSizeRounds:
         self._record: list[float] = []
         self._asked_step = 0
         self._in_step = config.mode.bounded and not config.backup and self.adapts
-        self._schedule = growth(config, workers, training_samples)
         self.fit = ThroughputFit()
         self.started = 0
         self.tested = math.nan
         """The latest value of the metric of ``--target``."""
         self.target_reached = False
+        self.gbs_at = global_batch(config, workers, training_samples)
+        """The global batch size of a step, the same on all workers."""
         self.gbs = self.gbs_at(0)
         self._sizes = equal_lbs(self.gbs, workers)
         """The batch sizes of all workers."""
@@ -179,10 +180,16 @@ class BatchSizeRounds:
                 return
         self._sizes, self.lbs, self.gbs = sizes, sizes[self._rank], gbs
 
-    def gbs_at(self, step: int) -> int:
-        """The global batch size of a step, the same on all workers."""
-        gbs = self._schedule.at(step) if self._schedule else self._config.batch_size * self.workers
-        return min(gbs, (self._config.batch_size_max or NO_LIMIT) * self.workers)
+
+def global_batch(config: Config, workers: int, training_samples: int) -> Callable[[int], int]:
+    """Return the global batch size as a function of the step."""
+    schedule = growth(config, workers, training_samples)
+    most = (config.batch_size_max or NO_LIMIT) * workers
+
+    def at(step: int) -> int:
+        return min(schedule.at(step) if schedule else config.batch_size * workers, most)
+
+    return at
 
 
 def growth(config: Config, workers: int, training_samples: int) -> GlobalBatchSchedule | None:

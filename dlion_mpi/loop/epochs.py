@@ -7,7 +7,7 @@ what is to follow from them.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -86,7 +86,7 @@ class Epochs:
 
     def length(self, w: Worker, step: int) -> int:
         """Steps of the epoch that begins with ``step``."""
-        return self._steps or max(1, math.ceil(self._training_samples / w.batch_sizes.gbs_at(step)))
+        return self._steps or steps_of_epoch(self._training_samples, w.batch_sizes.gbs_at(step))
 
     def batch_begin(self, w: Worker) -> None:
         """Note that a step begins."""
@@ -154,7 +154,7 @@ class Epochs:
         self.epoch += 1
         self._begin()
         stops = watcher.stops()
-        if not stops:
+        if not stops and w.step < w.end_step:
             watcher.epoch_begin(self.epoch)
             stops = watcher.stops()
         rates = watcher.rates()
@@ -195,6 +195,18 @@ class Epochs:
         self.started += 1
         self._ticket = ticket = self._collectives.gather(EPOCHS, [*record, *np.zeros(WIDTH - len(record))])
         return ticket
+
+
+def steps_of_epoch(training_samples: int, gbs: int) -> int:
+    """Steps with this global batch that take the whole training set once."""
+    return max(1, math.ceil(training_samples / gbs))
+
+
+def last_step(epochs: int, step: int, training_samples: int, gbs_at: Callable[[int], int]) -> int:
+    """The step at which the last of ``epochs`` ends, each the training set once, if the first begins with ``step``."""
+    for _ in range(epochs):
+        step += steps_of_epoch(training_samples, gbs_at(step))
+    return step
 
 
 def _test(w: Worker) -> Logs:

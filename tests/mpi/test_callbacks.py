@@ -40,6 +40,13 @@ def fit(model: Any, world: MPI.Intracomm, **options: Any) -> dict[str, Any]:
     return dlion_mpi.fit(model, train, validation, **{k: v for k, v in options.items() if v != "left out"})
 
 
+def keras_callback() -> Any:
+    backend.start(1)
+    import keras
+
+    return keras.callbacks.Callback
+
+
 SUMMED: dict[str, Any] = {"strategy": "allreduce", "batching": "left out", "global_batch": "left out"}
 MODES: list[dict[str, Any]] = [{}, {"sync": "sync"}, {"sync": "async"}, {"strategy": "hop", "batching": "left out"}]
 MODES[3] |= {"global_batch": "left out"}
@@ -60,6 +67,31 @@ def test_the_history_is_the_same_on_all_ranks_and_keras_has_its_names(
     assert len(set(world.allgather(str(history)))) == 1
     assert history["loss"][-1] < history["loss"][0]
     assert 0.5 < history["val_accuracy"][-1] <= 1
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("options", [*MODES, SUMMED, {"steps_per_epoch": 5}])
+def test_a_number_of_epochs_ends_all_ranks_at_the_same_step(world: MPI.Intracomm, options: dict[str, Any]) -> None:
+    result = fit(compiled(), world, epochs=3, **options)
+    assert {len(values) for values in result["history"].values()} == {3}
+    assert result["stopped"] is None
+    assert set(world.allgather(result["steps"])) == {3 * options.get("steps_per_epoch", 8)}
+
+
+@pytest.mark.mpi
+def test_a_number_of_epochs_counts_from_the_start_of_a_resumed_run(world: MPI.Intracomm, shared_folder: Path) -> None:
+    begun: list[int] = []
+
+    class Spy(keras_callback()):  # type: ignore[misc]
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            begun.append(epoch)
+
+    kept: dict[str, Any] = {"out": str(shared_folder), "checkpoint_every": 100, "requeue": True, "sync": "sync"}
+    assert fit(compiled(), world, epochs=2, **kept)["steps"] == 16
+    result = fit(compiled(), world, epochs=4, callbacks=[Spy()], **kept)
+    assert (result["steps"], len(result["history"]["loss"]), begun) == (32, 2, [2, 3])
+    assert fit(compiled(), world, epochs=3, callbacks=[Spy()], **kept)["steps"] == 32
+    assert begun == [2, 3]
 
 
 @pytest.mark.mpi
@@ -184,7 +216,7 @@ def test_all_hooks_are_called_in_keras_s_order(world: MPI.Intracomm) -> None:
     fit(compiled(), world, steps=4, steps_per_epoch=2, callbacks=[Spy()])
     epoch = ["batch 0", "batch 0 end", "batch 1", "batch 1 end"]
     assert calls == [
-        *("train begin", "epoch 0", *epoch, "epoch 0 end", "epoch 1", *epoch, "epoch 1 end", "epoch 2", "train end"),
+        *("train begin", "epoch 0", *epoch, "epoch 0 end", "epoch 1", *epoch, "epoch 1 end", "train end"),
     ]
 
 
@@ -244,14 +276,17 @@ def test_a_resumed_run_continues_in_its_epoch(world: MPI.Intracomm, shared_folde
     ("options", "said"),
     [
         ({"callbacks": [3]}, "callbacks has a int, but must have Keras's callbacks"),
-        ({"steps_per_epoch": 0}, "steps_per_epoch 0: must be at least 1"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch 0: must be a whole number, at least 1"),
+        ({"steps": None, "steps_per_epoch": "3"}, "steps_per_epoch '3': must be a whole number"),
+        ({"epochs": 2}, "epochs and steps exclude each other"),
+        *(({"steps": None, "epochs": value}, f"epochs {value!r}: must be") for value in (0, -1, 2.5, "3", True)),
         ({"momentum": 0.9}, "momentum has no effect with a compiled model"),
         ({"optimizer": "adam"}, "optimizer has no effect with a compiled model"),
     ],
 )
 def test_mistakes_are_refused(world: MPI.Intracomm, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        fit(compiled(), world, steps=2, **options)
+        fit(compiled(), world, **{"steps": 2, **options})
 
 
 @pytest.mark.mpi

@@ -25,7 +25,7 @@ from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.given import options_of_strategy
 
 ARGUMENTS = ("model", "train", "validation")
-OF_KERAS = ("callbacks", "steps_per_epoch", "class_weight")
+OF_KERAS = ("callbacks", "epochs", "steps_per_epoch", "class_weight")
 OF_THE_DATA = ("data", "partition", "dirichlet_alpha")
 """Options that the arguments of `fit` take the place of, besides the model."""
 RESUMING = {"resume": None, "requeue": False, "resume_earlier": False}
