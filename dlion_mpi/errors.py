@@ -21,6 +21,10 @@ class RunError(Exception):
     """A failure of the run itself, for example a loss that is not finite. Exit code 1."""
 
 
+class DataError(RunError):
+    """A batch that no model can be trained or tested on."""
+
+
 def in_one_line() -> None:
     """Have Python print one of these in one line, without a traceback, if a program does not catch it."""
     shown = sys.excepthook

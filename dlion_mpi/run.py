@@ -19,7 +19,7 @@ from dlion_mpi.checkpoint import export, resume, rounds, session
 from dlion_mpi.checkpoint.preemption import EXIT_CODE
 from dlion_mpi.checkpoint.start import NEW, Start
 from dlion_mpi.config.options import Config
-from dlion_mpi.errors import RunError, UserError
+from dlion_mpi.errors import DataError, RunError, UserError
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
 from dlion_mpi.learner import backend, models
 from dlion_mpi.learner.batches import Batches
@@ -317,6 +317,8 @@ def _fail(worker: Worker, error: Exception) -> None:
     """Note why this rank has failed. The reason names the rank, since all ranks will say it."""
     reason = str(error)
     name = f"rank {worker.rank}"
+    if isinstance(error, DataError):
+        name += f", step {worker.step}"
     worker.stop_reason, worker.exit_code = reason if reason.startswith(name) else f"{name}: {reason}", 1
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dlion_mpi.errors import UserError
+from dlion_mpi.errors import DataError, UserError
 from dlion_mpi.learner.batch import Batch
 
 SURELY = 1e-3
@@ -53,6 +53,8 @@ def fitting(example: Batch) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except DataError as error:
+        raise UserError(str(error)) from None
     except Exception as error:
         raise UserError(f"the model does not fit the data: {reason(error)} (a row: {example.kind()})") from error
 
@@ -62,14 +64,11 @@ def check_labels(model: Any, example: Batch, classes: int | None) -> None:
 
     No backend says so: TensorFlow fails at some step, the others continue with NaN.
     """
-    import keras
-
-    loss = getattr(model, "loss", None)
-    is_sparse = isinstance(_loss(loss), keras.losses.SparseCategoricalCrossentropy)
-    if not is_sparse or classes is None or isinstance(loss, list | dict):
+    loss = of_labels(getattr(model, "loss", None))
+    if loss is None or classes is None or loss.ignore_class is not None:
         return
     with fitting(example):
-        outputs = _outputs(model, example.x)
+        outputs = outputs_of(model, example.x)
     width = outputs.shape[-1]
     if width < classes:
         raise UserError(
@@ -78,7 +77,7 @@ def check_labels(model: Any, example: Batch, classes: int | None) -> None:
         )
 
 
-def _outputs(model: Any, x: Any) -> Any:
+def outputs_of(model: Any, x: Any) -> Any:
     """The outputs as in a test, so that random layers draw nothing before the first step."""
     return model(x, training=False) if model._call_has_training_arg else model(x)
 
@@ -96,7 +95,7 @@ def _loss_for(model: Any, example: Batch, classes: int | None) -> Any:
     import keras
 
     with fitting(example):
-        outputs = _outputs(model, example.x)
+        outputs = outputs_of(model, example.x)
     targets, losses = example.y, keras.losses
     kind = getattr(getattr(targets, "dtype", None), "kind", "")
     if not kind or isinstance(outputs, list | tuple | dict):
@@ -123,6 +122,14 @@ def _loss_for(model: Any, example: Batch, classes: int | None) -> Any:
         f"the model is not compiled, and no loss fits outputs of {values.shape[1:]} and {targets.dtype} targets of "
         f"{targets.shape[1:]} a row: compile it with an optimizer and a loss"
     )
+
+
+def of_labels(loss: Any) -> Any:
+    """The loss of a classifier of labels as one of Keras's objects; None for another."""
+    import keras
+
+    found = _loss(loss)
+    return found if isinstance(found, keras.losses.SparseCategoricalCrossentropy) else None
 
 
 def _accuracy_of(loss: Any) -> Any:

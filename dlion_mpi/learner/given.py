@@ -82,7 +82,8 @@ def _rows_of(data: Any, where: str, class_weight: ClassWeight | None) -> Table |
         for place, array in batch.named().items():
             if not array.ndim:
                 raise UserError(f"{where}: {place} is a single number: give batches, as `dataset.batch(32)` does")
-        return converted(checked(batch, where))
+        lengths = {len(array) for array in batch.named().values()}
+        return batch if lengths == {0} else converted(checked(batch, where))
 
     if hasattr(data, "as_numpy_iterator"):
         return Repeated(data.as_numpy_iterator, convert, where, _batches_of_dataset(data))

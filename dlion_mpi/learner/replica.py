@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ from dlion_mpi.learner import backend
 from dlion_mpi.learner.backend import Logs
 from dlion_mpi.learner.batch import Batch
 from dlion_mpi.learner.compiled import fitting
+from dlion_mpi.learner.faults import check_numbers, labels_of
 from dlion_mpi.learner.keras_model import KerasModel, facts, flat, numbers, value_for_rank
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, array
+
+TRAINING = "the training data"
 
 
 class Replica:
@@ -33,11 +36,14 @@ class Replica:
         self._keras, self._guarded = keras_model, guarded
         for variable in keras_model.others:
             variable.assign(value_for_rank(variable, rank))
+        with fitting(keras_model.example):
+            self._labels = labels_of(keras_model)
         self._backend = backend.in_place(keras_model, guarded=guarded)
         self.layout: Layout = keras_model.layout
         self.metric_names: tuple[str, ...] = ()
         if tests is not None:
             with fitting(tests):
+                (tests,) = self._tests([tests])
                 self.metric_names = named_as_tests(self._backend.names(self.knowledge(), tests))
 
     @property
@@ -57,7 +63,7 @@ class Replica:
 
     def movement(self, batch: Batch) -> Gradient:
         """Loss and movement of a training step; weights as before, optimizer and statistics as after it."""
-        return self._backend.movement(batch)
+        return self._checked(batch, self._backend.movement)
 
     def move(self, movement: Vector) -> None:
         """Add a movement to the weights, (P,) float32."""
@@ -68,7 +74,7 @@ class Replica:
 
         Zero if the loss was scaled too far: the next one is scaled by half.
         """
-        found = self._backend.gradient(batch)
+        found = self._checked(batch, self._backend.gradient)
         if not self._keras.is_overflow(found):
             return found
         scale = self._keras.loss_scale.dynamic_scale
@@ -81,8 +87,8 @@ class Replica:
         A guarded step whose loss or movement is not finite is left out, and its loss is NaN. The vector is empty.
         """
         if not self._guarded:
-            return self._backend.step(batch)
-        moved = self._backend.movement(batch)
+            return self._checked(batch, self._backend.step)
+        moved = self._checked(batch, self._backend.movement)
         if moved.finite:
             self._backend.move(moved.vector)
         return moved.applied()
@@ -133,7 +139,22 @@ class Replica:
 
     def evaluate(self, knowledge: Vector, batches: Iterable[Batch]) -> Logs:
         """The metrics of a model with this knowledge on batches of test rows. The replica stays as it is."""
-        return as_tests(self._backend.evaluate(knowledge, batches))
+        return as_tests(self._backend.evaluate(knowledge, self._tests(batches)))
+
+    def _tests(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self._labels is not None:
+                self._labels.check(batch, "the test data")
+            yield batch
+
+    def _checked(self, batch: Batch, compute: Callable[[Batch], Gradient]) -> Gradient:
+        """The result of a batch. Raises DataError if the batch is at fault that there is none."""
+        if self._labels is not None:
+            self._labels.check(batch, TRAINING)
+        found = compute(batch)
+        if not found.finite and not self._guarded:
+            check_numbers(batch, TRAINING)
+        return found
 
     def finish(self) -> None:
         """After the last step: put in the weights what the optimizer keeps for the end, such as their averages."""

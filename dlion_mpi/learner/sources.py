@@ -67,7 +67,8 @@ class Indexed:
     def example(self) -> Batch:
         """See `stream.Stream`."""
         if self._first is None:
-            self._first = _first(lambda: iter([self._data[0]]), self._convert, self.where)
+            numbers = range(self._batches() or 1)
+            self._first = _first(lambda: (self._data[number] for number in numbers), self._convert, self.where)
         return self._first
 
     def pieces(self, order: np.random.Generator, skip: int) -> Iterator[Batch]:
@@ -118,12 +119,13 @@ def _first(start: Callable[[], Iterator[Any]], convert: Callable[[Any], Batch], 
     """The first batch. Raises UserError if there is none, or reading it fails."""
     try:
         for element in start():
-            return convert(element)
+            if (batch := convert(element)).rows:
+                return batch
     except UserError:
         raise
     except Exception as error:
         raise UserError(failure(where, error)) from error
-    raise UserError(f"{where} has no batches: give at least one")
+    raise UserError(f"{where} has no rows: give at least one")
 
 
 def _without(pieces: Iterator[Batch], skip: int) -> Iterator[Batch]:

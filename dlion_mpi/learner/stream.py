@@ -102,11 +102,11 @@ class Prefetcher:
         """Read one epoch. Returns whether another is wanted."""
         found = skip
         order = np.random.default_rng(epoch_seed(self._seed, self._rank, epoch))
-        for piece in self._stream.pieces(order, skip):
+        for piece in with_rows(self._stream.pieces(order, skip)):
             if (kind := piece.kind()) != self._kind:
                 raise RunError(f"{self._stream.where} has rows of {kind} after rows of {self._kind}: make all alike")
             found += piece.rows
-            if piece.rows and not self._put(epoch, piece):
+            if not self._put(epoch, piece):
                 return False
         if not found:
             raise RunError(
@@ -142,11 +142,16 @@ def epoch_seed(seed: int, rank: int, epoch: int) -> np.random.SeedSequence:
     return np.random.SeedSequence(seed, spawn_key=(rank, epoch))
 
 
+def with_rows(pieces: Iterator[Batch]) -> Iterator[Batch]:
+    """The pieces without those that are empty: a source may give one, for example where it filters rows."""
+    return (piece for piece in pieces if piece.rows)
+
+
 def in_chunks(pieces: Iterator[Batch], size: int, most: int | None) -> Iterator[Batch]:
     """The rows of the pieces in batches of ``size``; the last may be smaller. At most ``most`` rows."""
     waiting: list[Batch] = []
     rows, left = 0, most
-    for piece in pieces:
+    for piece in with_rows(pieces):
         if left is not None:
             piece = piece.part(0, min(left, piece.rows))
             left -= piece.rows

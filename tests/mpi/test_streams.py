@@ -118,6 +118,70 @@ def test_a_stream_is_resumed_where_it_was(world: MPI.Intracomm, source: str, sha
     np.testing.assert_array_equal(np.concatenate([np.ravel(w) for w in made.get_weights()]), expected)
 
 
+def classifier() -> Any:
+    backend.start(1)
+    import keras
+
+    made = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
+    made.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    return made
+
+
+def labelled(rank: int, x: Any = 1.0, y: int = 0) -> Iterator[Any]:
+    """Two good batches, one without rows, and one with a row that holds ``x`` and ``y``."""
+    numbers, labels = np.ones((8, 3), np.float32), np.arange(8) % 4
+    yield numbers, labels
+    yield numbers[:0], labels[:0]
+    yield numbers, labels
+    numbers, labels = numbers.copy(), labels.copy()
+    numbers[5, 1], labels[5] = x, y
+    yield numbers, labels
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("strategy", ["dlion", "allreduce"])
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"y": 12}, r"the training data has the label 12, but the model has outputs for 0 to 3"),
+        ({"y": -1}, r"the training data has the label -1, but the model has outputs for 0 to 3"),
+        ({"x": np.nan}, r"the training data: x row \d has NaN, infinity or .*: clean the data"),
+    ],
+)
+def test_a_row_that_is_wrong_ends_its_rank_with_a_line(
+    world: MPI.Intracomm, odd: dict[str, Any], said: str, strategy: str
+) -> None:
+    last = world.Get_size() - 1
+    values = odd if world.Get_rank() == last else {}
+    with pytest.raises(RunError, match=rf"^rank {last}, step \d+: {said}"):
+        fit(
+            classifier(),
+            lambda: labelled(0, **values),
+            strategy=strategy,
+            steps=50,
+            batch_size=4,
+            progress_every=0,
+        )
+
+
+@pytest.mark.mpi
+def test_a_wrong_label_of_the_tests_ends_its_rank_with_a_line(world: MPI.Intracomm) -> None:
+    with pytest.raises(RunError, match=r"^rank \d, step \d+: the test data has the label 9, but"):
+        fit(classifier(), lambda: labelled(0), lambda: labelled(0, y=9), steps=20, progress_every=0, evaluate_every=5)
+
+
+@pytest.mark.mpi
+def test_a_batch_without_rows_is_skipped_wherever_it_is(world: MPI.Intracomm) -> None:
+    def empty_first() -> Iterator[Any]:
+        yield np.ones((0, 3)), np.ones(0, np.int64)
+        yield from labelled(0)
+        yield np.ones((0, 3), np.float32), np.ones(0)
+
+    result = fit(classifier(), empty_first, empty_first, steps=20, progress_every=0)
+    assert result["steps"] == 20
+    assert result["accuracy_mean"] is not None
+
+
 @pytest.mark.mpi
 def test_a_source_that_fails_ends_its_rank_with_a_line(world: MPI.Intracomm) -> None:
     def broken() -> Iterator[Any]:

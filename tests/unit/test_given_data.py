@@ -305,7 +305,7 @@ def test_test_rows_that_cannot_be_read_are_one_line() -> None:
         ((X, Y), endless(), "validation data is a generator, which can be read only once"),
         ((X, Y), (X[:, :2], Y), r"x has int64 rows of \(3,\) for training, int64 rows of \(2,\) for tests"),
         ((X, Y), X, r"y has float32 rows of \(\) for training, no data for tests"),
-        (lambda: iter([]), None, "the training data has no batches: give at least one"),
+        (lambda: iter([]), None, "the training data has no rows: give at least one"),
         (lambda: iter([(X[0], Y[0])]), None, "y is a single number: give batches"),
         (lambda: iter([(X, object())]), None, "has object where an array is wanted"),
     ],
