@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import re
@@ -19,6 +20,7 @@ from dlion_mpi import api, own_loop
 from dlion_mpi.config.fields import Every, type_name
 from dlion_mpi.config.options import FIELDS
 from dlion_mpi.errors import UserError
+from dlion_mpi.learner import backend
 from dlion_mpi.strategies.baseline import Baseline
 from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.gaia import Gaia
@@ -111,6 +113,13 @@ def test_importing_the_package_is_light() -> None:
     assert sorted(json.loads(done.stdout)) == ["dlion_mpi", "dlion_mpi.errors"]
     with pytest.raises(AttributeError, match="no attribute 'fits'"):
         _ = dlion_mpi.fits  # type: ignore[attr-defined]
+
+
+def test_garbage_is_collected_again_after_keras_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "keras", types.ModuleType("keras"))
+    with backend.light():
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 def test_a_type_checker_sees_its_types(tmp_path: Path) -> None:
