@@ -1,7 +1,7 @@
 """Start jobs that train rows on two ranks: `python -m tests.keras_rows.runner [ROW...]` prints how each went.
 
 All rows share one job, because a rank takes seconds to start. A row that ends the job is named, and another job
-continues with the rows after it.
+continues with the rows after it. If the ranks were at work on different rows, each of these gets a job of its own.
 """
 
 from __future__ import annotations
@@ -35,15 +35,21 @@ class Result(NamedTuple):
 def results(names: Sequence[str], folder: Path, timeout_s: float) -> dict[str, Result]:
     """Train the rows, in as many jobs as it takes, within a time limit for all."""
     found: dict[str, Result] = {}
+    suspects: list[str] = []
     end = time.monotonic() + timeout_s
     for job in range(JOBS):
         left = [name for name in names if name not in found]
-        if not left:
+        if not left or time.monotonic() > end:
             break
+        rows = suspects[:1] or left
         place = folder / str(job)
         place.mkdir()
-        text = _job(left, place, end - time.monotonic())
-        found |= _read(place, text)
+        printed = _job(rows, place, end - time.monotonic())
+        ended, at_work = _read(place)
+        found |= ended
+        if len(at_work) == 1 or not (ended or at_work):
+            found[(at_work or rows)[0]] = Result(f"ended the job: {_last(printed)}")
+        suspects = suspects[1:] or (at_work if len(at_work) > 1 else [])
     return found | {name: Result("not reached") for name in names if name not in found}
 
 
@@ -66,22 +72,17 @@ def _job(names: Sequence[str], folder: Path, timeout_s: float) -> str:
         return printed.read()
 
 
-def _read(folder: Path, printed: str) -> dict[str, Result]:
-    """The results in the files of all ranks; a row that not all ranks have ended has ended the job."""
+def _read(folder: Path) -> tuple[dict[str, Result], list[str]]:
+    """The results of the rows that all ranks have ended, and the rows that ranks were at work on at the job's end."""
     of_rank: list[dict[str, dict[str, Any]]] = []
-    started: list[str] = []
+    at_work: list[str] = []
     for rank in range(RANKS):
         path = folder / f"{rank}.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        started += [line["row"] for line in lines if "started" in line]
-        of_rank.append({line["row"]: line for line in lines if "started" not in line})
-    found = {}
-    for name in dict.fromkeys(started):
-        if all(name in ended for ended in of_rank):
-            found[name] = _merged([ended[name] for ended in of_rank])
-        else:
-            found[name] = Result(f"ended the job: {_last(printed)}")
-    return found
+        at_work += [line["row"] for line in lines[-1:] if line.get("state") == "started"]
+        of_rank.append({line["row"]: line for line in lines if "state" not in line})
+    ended = [name for name in of_rank[0] if all(name in lines for lines in of_rank)]
+    return {name: _merged([lines[name] for lines in of_rank]) for name in ended}, list(dict.fromkeys(at_work))
 
 
 def _merged(lines: Sequence[dict[str, Any]]) -> Result:
