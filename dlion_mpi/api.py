@@ -88,7 +88,7 @@ def _fit(model: Any, train: Any, validation: Any = None, **options: Any) -> dict
     if not is_compiled:
         _COMPILED[model] = model.optimizer
     if done.exit_code:
-        raise RunError(str(done.summary["stopped"]))
+        raise RunError(str(done.summary["stopped"]), quiet=done.rank != 0, exit_code=done.exit_code)
     return done.summary if watched is None else {**done.summary, "history": watched.history}
 
 

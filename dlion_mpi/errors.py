@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from types import TracebackType
 
@@ -18,7 +19,14 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A failure of the run itself, for example a loss that is not finite. Exit code 1."""
+    """A failure of the run itself, for example a loss that is not finite. Exit code 1, or ``exit_code``.
+
+    ``quiet``: another rank reports it already.
+    """
+
+    def __init__(self, message: str, *, quiet: bool = False, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.quiet, self.exit_code = quiet, exit_code
 
 
 class DataError(RunError):
@@ -26,7 +34,10 @@ class DataError(RunError):
 
 
 def in_one_line() -> None:
-    """Have Python print one of these in one line, without a traceback, if a program does not catch it."""
+    """Have Python print one of these in one line, without a traceback, if a program does not catch it.
+
+    The program then ends with the exit code of the run, even if signals are repeated meanwhile.
+    """
     shown = sys.excepthook
     if getattr(shown, "is_ours", False):
         return
@@ -34,8 +45,13 @@ def in_one_line() -> None:
     def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if not isinstance(error, UserError | RunError):
             shown(kind, error, traceback)
-        elif not getattr(error, "quiet", False):
+            return
+        if not error.quiet:
             print(f"dlion: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, RunError) and error.exit_code != 1:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            raise SystemExit(error.exit_code)
 
     show.is_ours = True  # type: ignore[attr-defined]
     sys.excepthook = show

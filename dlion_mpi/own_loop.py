@@ -44,6 +44,10 @@ class Options(TypedDict, total=False):
     transfer_merge: float | None
 
 
+class _Ended(RunError):
+    """A step after the end of the run."""
+
+
 class Exchange:
     """Exchange what your own training loop moves, on all MPI ranks.
 
@@ -99,7 +103,7 @@ class Exchange:
         ``metrics``: results of a test, if there was one since the last step. Raises RunError.
         """
         if self._run is None or self._run.request is None:
-            raise RunError("the run has ended: call step only while exchange.running")
+            raise _Ended("the run has ended: call step only while exchange.running")
         self._guarded(self._run.complete, samples, float(loss), metrics or {})
 
     def __enter__(self) -> Exchange:
@@ -117,10 +121,13 @@ class Exchange:
         """Leave the run together with all ranks."""
         if self._run is None or self._is_lost or isinstance(error, KeyboardInterrupt):
             return
+        if isinstance(error, _Ended) and self._run.is_cut:
+            error = None
         done = self._guarded(self._run.leave, error)
         self.result = done.summary
-        if done.exit_code and error is None:
-            raise RunError(str(done.summary["stopped"]))
+        if done.exit_code and error is None:  # of a failure, the rank that has failed speaks itself
+            quiet = done.exit_code == 1 or done.rank != 0
+            raise RunError(str(done.summary["stopped"]), quiet=quiet, exit_code=done.exit_code) from None
 
     def _guarded(self, action: Any, *arguments: Any) -> Any:
         """Call an action. An error that other ranks cannot know of ends all ranks at once."""

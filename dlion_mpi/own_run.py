@@ -89,6 +89,11 @@ class OwnRun:
         self._train = train(self._worker)
         self._shown, self._joined = ExitStack(), ExitStack()
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether a signal, a failure or a target has ended the run, and not its last step."""
+        return self._worker.stop_reason is not None
+
     def begin(self) -> None:
         """Start the clock, and wait for the first step."""
         ranks, worker, exchange = self._ranks, self._worker, self._exchange

@@ -301,6 +301,62 @@ def test_a_handful_of_lines_beside_an_existing_keras_model(tmp_path: Path, ranks
     assert ended.code == 0, ended.err
 
 
+ENDLESS = """
+import numpy as np, keras, dlion_mpi, sys
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+model.compile("sgd", "mse")
+x, y = np.zeros((64, 4), "float32"), np.zeros((64, 2), "float32")
+
+def batches():
+    yield x, y
+    if sys.argv[2] == "fails" and dlion_mpi.rank() == 1:
+        raise OSError("the disk is gone")
+    print("steps", flush=True)
+    while True:
+        yield x, y
+
+if sys.argv[1] == "fit":
+    dlion_mpi.fit(model, batches, steps=10**9, progress_every=0)
+source = batches()
+with dlion_mpi.Exchange(model, steps=10**9, progress_every=0) as exchange:
+    while exchange.running or sys.argv[1] == "for":
+        try:
+            model.train_on_batch(*next(source))
+        except OSError as error:
+            raise dlion_mpi.RunError(f"the training data fails: OSError: {error}")
+        exchange.step()
+"""
+
+
+def ours(ended: Ended) -> list[str]:
+    assert "Traceback" not in ended.err, ended.err
+    return [line for line in ended.err.splitlines() if line.startswith("dlion: ")]
+
+
+@pytest.mark.parametrize(("how", "number"), [("fit", signal.SIGINT), ("while", signal.SIGINT), ("for", signal.SIGTERM)])
+def test_a_signal_ends_a_script_with_its_number(tmp_path: Path, how: str, number: signal.Signals) -> None:
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS, encoding="utf-8")
+    process = start(None, "dlion", "launch", "-n", "2", str(script), how, "goes on")
+    out = process.stdout
+    assert out is not None
+    wait_for(lambda: out.readline().startswith("steps"), 60)
+    time.sleep(2)
+    process.send_signal(number)
+    ended = end(process, 60)
+    assert ended.code == 128 + number, ended.err
+    assert ours(ended).count(f"dlion: {number.name}") == 1
+
+
+@pytest.mark.parametrize("how", ["fit", "while"])
+def test_a_failure_in_a_script_is_said_once(tmp_path: Path, how: str) -> None:
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS, encoding="utf-8")
+    ended = run(None, "dlion", "launch", "-n", "2", str(script), how, "fails")
+    assert ended.code == 1
+    assert sum("the disk is gone" in line for line in ours(ended)) == 1, ended.err
+
+
 def test_fit_refuses_an_option_that_there_is_not() -> None:
     call = "import dlion_mpi; dlion_mpi.fit(None, (1, 2), (3, 4), lerning_rate=3)"
     ended = run(None, "python", "-c", call)
