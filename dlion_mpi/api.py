@@ -47,12 +47,13 @@ def _fit(model: Any, train: Any, validation: Any = None, **options: Any) -> dict
     from dlion_mpi.mpi.ranks import agreed
     from dlion_mpi.mpi.watching import Watched
     from dlion_mpi.run import run
-    from dlion_mpi.strategies.given import options_of_strategy
+    from dlion_mpi.strategies.given import options_of_strategy, refuse_texts
 
     callbacks, epochs, steps_per_epoch, class_weight = (options.pop(name, None) for name in OF_KERAS)
     options = {name: value for name, value in options.items() if value is not None}
 
     def planned() -> Any:
+        refuse_texts(options)
         given = {**options, **options_of_strategy(options.get("strategy")), **_end_of(epochs, steps_per_epoch, options)}
         is_compiled = _check_compiled(model, given)
         if not given.get("resume"):  # a resumed run has these; its checkpoint knows whether the model fits

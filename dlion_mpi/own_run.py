@@ -31,7 +31,7 @@ from dlion_mpi.mpi.startup import library
 from dlion_mpi.provenance import versions
 from dlion_mpi.result import Finish, Result, sum_up
 from dlion_mpi.signals import stopped_by_signals
-from dlion_mpi.strategies.given import config_of, options_of_strategy
+from dlion_mpi.strategies.given import config_of, options_of_strategy, refuse_texts
 from dlion_mpi.strategies.registry import check_gradients, resolve
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.view.live import show_progress, title_of
@@ -47,6 +47,7 @@ class OwnRun:
         self.request: Compute | None = None
         self._ranks = ranks = Ranks()
         given = {"model": "variables", "data": "a loop", **options}
+        ranks.together(lambda: refuse_texts(options))
         config = ranks.together(lambda: config_of({**given, **options_of_strategy(options.get("strategy"))}))
         facts = {**versions(), "metrics": ", ".join(metrics)}
         ranks.agree("\n".join([*(f"{name} = {fact}" for name, fact in facts.items()), config.to_toml()]))

@@ -46,3 +46,8 @@ def normalised(input_shape: Sequence[int], classes: int) -> Any:
             keras.layers.Dense(classes, activation="softmax"),
         ]
     )
+
+
+def failing(input_shape: Any, classes: int) -> Any:
+    """A function that fails."""
+    raise ValueError("no such width")

@@ -65,6 +65,8 @@ def _classes(*parts: Any) -> int | None:
 
 def _rows_of(data: Any, where: str, class_weight: ClassWeight | None) -> Table | Stream:
     """The rows of data of any kind. Raises UserError."""
+    if _are_parts(data):
+        raise UserError(f"{where} is ((x, y), (x, y)): give (x, y) as train, and the other as validation")
     if _is_arrays(data):
         batch = checked(_batch(data, where, class_weight), where)
         for place, array in batch.named().items():
@@ -96,6 +98,14 @@ def _rows_of(data: Any, where: str, class_weight: ClassWeight | None) -> Table |
     if callable(data):
         return Repeated(lambda: iter(data()), convert, where)
     raise UserError(f"{where} is {type(data).__name__}: {TAKEN}")
+
+
+def _are_parts(data: Any) -> bool:
+    """Whether this is training and validation data together: two pairs of arrays, each with its own number of rows."""
+    if not (isinstance(data, tuple) and len(data) == 2 and all(isinstance(p, tuple) and len(p) == 2 for p in data)):
+        return False
+    rows = [{a.shape[0] if getattr(a, "shape", ()) else None for a in part} for part in data]
+    return all(len(part) == 1 and None not in part for part in rows) and rows[0] != rows[1]
 
 
 def _is_arrays(data: Any) -> bool:

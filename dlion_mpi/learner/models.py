@@ -85,7 +85,8 @@ def build(spec: str, shard: Shard, seed: int) -> Any:
     if built_in:
         return built_in(shard.example(), shard.input_shape, shard.classes)
     assert own is not None
-    model = own(shard.input_shape, shard.classes) if inspect.signature(own).parameters else own()
+    arguments = (shard.input_shape, shard.classes) if inspect.signature(own).parameters else ()
+    model = plugins.call("--model", spec, own, *arguments)
     if not isinstance(model, keras.Model):
         raise UserError(f"--model {spec}: returned {type(model).__name__}, but must return a keras.Model")
     return model

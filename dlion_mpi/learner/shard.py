@@ -133,4 +133,6 @@ def check_alike(kinds: Sequence[str]) -> None:
     """Raise UserError unless the samples of all ranks are of the same kind (structure, shape and type)."""
     for rank, kind in enumerate(kinds):
         if kind != kinds[0]:
-            raise UserError(f"--data: rank {rank} has samples of {kind}, rank 0 of {kinds[0]}: they must be alike")
+            raise UserError(
+                f"the training data: rank {rank} has samples of {kind}, rank 0 of {kinds[0]}: they must be alike"
+            )

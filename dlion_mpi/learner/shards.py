@@ -21,7 +21,6 @@ from dlion_mpi.learner.shard import Shard as Shard
 from dlion_mpi.learner.shard import check_alike as check_alike
 from dlion_mpi.learner.shard import merge_facts as merge_facts
 from dlion_mpi.learner.source import Source, may_be_classes
-from dlion_mpi.learner.stream import failure
 from dlion_mpi.learner.windows import Windows, memory_bytes
 
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -76,7 +75,7 @@ def _load(
         if method != "iid":
             raise UserError(f"data {spec!r} is divided by its function: leave out the partition {method!r}")
         function = plugins.load("--data", spec, built_in=NAMES, kind="function")
-        return [_shard_of_function(function, rank, ranks, f"--data {spec}") for rank in wanted]
+        return [_shard_of_function(function, rank, ranks, spec) for rank in wanted]
     source = _open(spec)
     if source.labels is None and method == "dirichlet":
         raise UserError(f"data {spec!r} has no classes and no groups to deal by: use --partition iid")
@@ -95,20 +94,27 @@ def _open(spec: str) -> Source:
     return open_path(path, os.path.basename(path.rstrip(os.sep)))
 
 
-def _shard_of_function(function: Any, rank: int, ranks: int, option: str) -> Shard:
+def _shard_of_function(function: Any, rank: int, ranks: int, spec: str) -> Shard:
     """The shard that a user's function returns. Raises UserError, also for what the function raises."""
-    try:
-        data = function(rank, ranks)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(failure(option, error)) from error
+    data = plugins.call("--data", spec, function, rank, ranks)
+    if _are_x_and_y(data):
+        raise UserError(f"--data {spec}: returned (x, y): return (train, validation), as ((x, y), None)")
     if isinstance(data, tuple) and len(data) == 2:
         data = dict(zip(PARTS, data, strict=False))
     if not isinstance(data, Mapping) or "train" not in data or not set(data) <= set(PARTS):
-        raise UserError(f"{option}: returned {type(data).__name__}: return (train, validation), or a dict of {PARTS}")
+        raise UserError(
+            f"--data {spec}: returned {type(data).__name__}: return (train, validation), or a dict of {PARTS}"
+        )
     shard = shard_of_fit(**data)
-    return replace(shard, name=option.removeprefix("--data "))
+    return replace(shard, name=spec)
+
+
+def _are_x_and_y(data: Any) -> bool:
+    """Whether these are two arrays with rows that differ, which cannot be training and validation data."""
+    if not (isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data)):
+        return False
+    first, second = (tuple(part.shape) for part in data)
+    return first[1:] != second[1:]
 
 
 def _shard(source: Source, rows: RowNumbers, memory: int) -> Shard:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlion_mpi.config import toml
-from dlion_mpi.config.fields import Field, convert, declared
+from dlion_mpi.config.fields import Field, convert, declared, type_name
 from dlion_mpi.config.options import FIELDS, TABLES, Config
 from dlion_mpi.config.renamed import refusal
 from dlion_mpi.errors import UserError
@@ -48,6 +48,15 @@ def values_of(options: Mapping[str, Any], *, strategy: str = Config.strategy) ->
 def config_of(options: Mapping[str, Any]) -> Config:
     """Return the Config of parsed options and their file. Raises UserError."""
     return Config.of(values_of(options))
+
+
+def refuse_texts(options: Mapping[str, Any]) -> None:
+    """Raise UserError for a text where a program is to give a number."""
+    kinds = {"int": "a whole number", "float": "a number"}
+    for name, value in options.items():
+        kind = kinds.get(type_name(FIELDS[name])) if name in FIELDS else None
+        if kind is not None and isinstance(value, str):
+            raise UserError(f"{name} {value!r}: must be {kind}")
 
 
 def options_of_strategy(strategy: Any) -> dict[str, Any]:

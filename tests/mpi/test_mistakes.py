@@ -35,6 +35,7 @@ def refused(world: MPI.Intracomm, **options: Any) -> str:
     [
         ({"model": "nowhere.nets:build"}, "nowhere"),
         ({"model": "tests.nets:missing"}, "missing"),
+        ({"model": "tests.nets:failing"}, r"fails: ValueError: no such width (/"),
         ({"data": "missing.h5"}, "missing.h5"),
         ({"data": "shard-{rank}.h5"}, "shard-"),
         ({"out": "/proc/run"}, "/proc/run"),
@@ -78,6 +79,7 @@ def test_fewer_samples_than_ranks(world: MPI.Intracomm, shared_folder: Path) -> 
     ("options", "compiled", "names"),
     [
         ({"steps": "many"}, False, "must be a whole number"),
+        ({"steps": "40"}, False, "steps '40': must be a whole number"),
         ({"momentum": 0.1}, True, "compiled model"),
         ({"resume": "/nowhere/run"}, False, "holds no run"),
     ],

@@ -302,6 +302,10 @@ def no_data(rank: int, ranks: int) -> Any:
     return AGE
 
 
+def only_x_and_y(rank: int, ranks: int) -> Any:
+    return AGE, np.ones((len(AGE), 2))
+
+
 def failing(rank: int, ranks: int) -> Any:
     raise FileNotFoundError(f"no part {rank}")
 
@@ -322,7 +326,8 @@ def test_a_function_gives_each_rank_its_data() -> None:
     ("spec", "message"),
     [
         (f"{__name__}:no_data", r"returned ndarray: return \(train, validation\), or a dict"),
-        (f"{__name__}:failing", "--data .*:failing fails: FileNotFoundError: no part 0"),
+        (f"{__name__}:only_x_and_y", r"returned \(x, y\): return \(train, validation\)"),
+        (f"{__name__}:failing", rf"--data .*:failing fails: FileNotFoundError: no part 0 \({__file__}, line \d+\)"),
         (f"{__name__}:missing", "has no function missing"),
         ("nowhere.to_be:found", "cannot import nowhere.to_be"),
     ],

@@ -85,6 +85,12 @@ IN_ORDER: dict[str, Callable[[], Any]] = {
 }
 
 
+def test_training_and_validation_data_in_one_are_refused() -> None:
+    parts = tuple((np.zeros((rows, 3)), np.zeros(rows)) for rows in (8, 4))
+    with pytest.raises(UserError, match=r"the training data is \(\(x, y\), \(x, y\)\): give \(x, y\) as train"):
+        shard_of_fit(parts)
+
+
 @pytest.mark.parametrize("kind", IN_ORDER)
 def test_a_stream_gives_its_rows_in_order_in_batches_of_any_size(kind: str) -> None:
     wanted = [number % ROWS for number in range(sum(SIZES))]
