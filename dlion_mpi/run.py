@@ -324,12 +324,14 @@ def _fail(worker: Worker, error: Exception) -> None:
 
 def _evaluate_last(worker: Worker, evaluator: BackgroundEvaluator, seconds: float, watch: Watch | None) -> None:
     """Evaluate the last weights. If the time limit ends the run, it has no time for that, except for a first."""
-    if worker.exit_code == EXIT_CODE and worker.history.evaluations:
+    abandoned = worker.exit_code == EXIT_CODE and bool(worker.history.evaluations)
+    if not abandoned:
+        worker.replica.finish()
+    if watch is not None:
+        watch.end(abandoned=abandoned)
+    if abandoned:
         evaluator.close(abandon=True)
         return
-    worker.replica.finish()
-    if watch is not None:
-        watch.end()
     if worker.metrics:
         evaluator.submit(worker.step, seconds, worker.replica.knowledge())
     try:

@@ -99,6 +99,8 @@ class Epochs:
         logs = computed.logs or {"loss": computed.loss}
         if w.config.non_finite == "stop" or all(map(math.isfinite, logs.values())):
             self._add(logs, samples)
+        else:
+            self._add(dict.fromkeys(logs, 0.0), 0)  # all ranks have the same names
         self._watcher.batch_end(self._batch, self._means(self._sums, self._samples))
         self._batch += 1
         if self._watcher.stops():

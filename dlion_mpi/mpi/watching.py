@@ -86,7 +86,7 @@ class Watch:
         if not self._worker.cut_short():
             self._callbacks.epoch_begin(self._epochs.epoch)
 
-    def end(self) -> None:
-        """End the training."""
-        self._callbacks.train_end()
+    def end(self, *, abandoned: bool) -> None:
+        """End the training. ``abandoned``: this rank has no time for callbacks."""
+        self._ranks.together(lambda: None if abandoned else self._callbacks.train_end())
         self._watched.history = self._callbacks.history

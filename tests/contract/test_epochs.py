@@ -175,6 +175,24 @@ def test_a_step_that_was_left_out_does_not_count_in_the_logs(policy: str) -> Non
             run(settings, [replica], rows(1), prepare=prepare)
 
 
+def test_a_worker_that_leaves_out_a_whole_epoch_has_the_logs_of_the_others() -> None:
+    class Lossy(Quadratic):
+        loss = 2.0
+
+        def gradient(self, batch: npt.NDArray[Any]) -> Gradient:
+            return Gradient(self.loss, super().gradient(batch).vector)
+
+    replicas = [Lossy(own.layout, own.curvature, 0.05) for own in specialists(2)]
+    replicas[1].loss = float("nan")
+    watchers = [Watcher(), Watcher()]
+
+    def prepare(worker: Worker) -> None:
+        worker.epochs = Epochs(watchers[worker.rank], 10, 0, worker.collectives)
+
+    run(config("baseline", "sync", steps=10, non_finite="skip"), replicas, rows(2), prepare=prepare)
+    assert [watcher.logs for watcher in watchers] == [[{"loss": 2.0}]] * 2
+
+
 def test_a_resumed_worker_has_its_epoch_and_its_learning_rate() -> None:
     whole = Epochs(Watcher(), 10, 0, collectives=None)  # type: ignore[arg-type]
     whole.epoch, whole._end, whole._watcher.rate = 4, 50, 0.125  # type: ignore[attr-defined]

@@ -302,7 +302,9 @@ def test_a_learning_rate_is_that_of_a_compiled_model_too(world: MPI.Intracomm) -
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_epoch_end", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    "hook", ["on_train_begin", "on_epoch_begin", "on_epoch_end", "on_train_batch_end", "on_train_end"]
+)
 def test_a_mistake_that_a_callback_of_one_rank_finds_ends_all(world: MPI.Intracomm, hook: str) -> None:
     model = compiled()
     import keras
@@ -313,8 +315,8 @@ def test_a_mistake_that_a_callback_of_one_rank_finds_ends_all(world: MPI.Intraco
 
     callback = keras.callbacks.Callback()
     setattr(callback, hook, fail)
-    begins = hook in ("on_train_begin", "on_epoch_begin")
-    with pytest.raises(UserError if begins else dlion_mpi.RunError, match=r"^rank 1: mine"):
+    alike = hook in ("on_train_begin", "on_epoch_begin", "on_train_end")
+    with pytest.raises(UserError if alike else dlion_mpi.RunError, match=r"^rank 1: mine"):
         fit(model, world, callbacks=[callback], steps=6, steps_per_epoch=3)
 
 
