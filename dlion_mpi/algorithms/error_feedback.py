@@ -25,7 +25,7 @@ import numpy as np
 from dlion_mpi.algorithms.selection import Ranking, Selection, Selector
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, number, numbers, part, under, vector, vectors_by_rank
-from dlion_mpi.wire import ValueType, bytes_for_count, encoded_bytes, rounded
+from dlion_mpi.wire import ValueType, bytes_for_count, encoded_bytes, rounded_entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +102,11 @@ class Residuals:
         """Add ``weight`` times a gradient, (P,) float32."""
         self._largest = self._selector.measure(self.common, add=gradient, weight=weight)
 
-    def take(self, budgets: Mapping[int, Budget | None]) -> dict[int, Choice]:
+    def take(self, budgets: Mapping[int, Budget | None], left: Sequence[int] = ()) -> dict[int, Choice]:
         """Take out and return the entries for each link: the largest that its budget pays for, or all within a fixed N.
 
-        ``budgets``: of every live link; None for one that takes no message now. When no link is left, entries keep
-        leaving `common` as they did for the last one.
+        ``budgets``: of every live link; None for one that takes no message now. ``left``: peers that have left;
+        their residuals get what leaves `common`. When no link remains, entries keep leaving `common` as for the last.
         """
         self.sent = None
         widest = max((budget.wanted_bytes for budget in budgets.values() if budget is not None), default=None)
@@ -120,7 +120,9 @@ class Residuals:
         indices = shared.entries.indices
         shared_bytes = encoded_bytes(indices, self.layout.size, self.rules.value_type)
         choices: dict[int, Choice] = {}
-        for peers, allotted in self._groups(_allotted(budgets, shared_bytes, self.rules.max_n is not None)):
+        for peers, allotted in self._groups(
+            _allotted(budgets, shared_bytes, self.rules.max_n is not None) | dict.fromkeys(left)
+        ):
             if peers[0] not in self.by_peer and allotted == math.inf:
                 choices |= dict.fromkeys(peers, shared)
                 continue
@@ -193,13 +195,15 @@ class Residuals:
         """Take the selected entries out of a memory, as the receiver will see them; rounding errors stay in it."""
         places = slice(None) if selection.indices is None else selection.indices.astype(np.intp)
         values = memory[places]
-        received = rounded(values, self.rules.value_type)
-        if received is values:
-            received = values.copy() if selection.indices is None else values
+        entries = Entries(self.layout.size, values, selection.indices)
+        received = rounded_entries(entries, self.rules.value_type)
+        if received is entries:
+            if selection.indices is None:
+                received = Entries(self.layout.size, values.copy())
             memory[places] = 0
         else:
-            memory[places] = values - received
-        return Choice(Entries(self.layout.size, received, selection.indices), selection.quality)
+            memory[places] = values - received.values
+        return Choice(received, selection.quality)
 
     def _largest_shared(self, residual: Vector, shared: Entries, budget_bytes: float, count: int) -> Choice:
         """Take out the largest of the shared entries, with their residual; about ``count`` of them fit."""
@@ -210,11 +214,11 @@ class Residuals:
         values += shared.values
         ranking = Ranking(shared.indices, self._selector.relative(places, np.abs(values)))
         chosen, least = ranking.fit(count, budget_bytes, 1 - rules.n_min / 100, size, rules.value_type)
-        sent = values.take(chosen)
-        received = rounded(sent, rules.value_type)
-        values[chosen] = 0 if received is sent else sent - received
+        sent = Entries(size, values.take(chosen), shared.indices.take(chosen))
+        received = rounded_entries(sent, rules.value_type)
+        values[chosen] = 0 if received is sent else sent.values - received.values
         residual[places] = values
-        return Choice(Entries(size, received, shared.indices.take(chosen)), 100 * (1 - least))
+        return Choice(received, 100 * (1 - least))
 
 
 @dataclass(slots=True)
@@ -241,7 +245,7 @@ class NoResiduals:
         """Replace the gradient, (P,) float32, by ``weight`` times this one."""
         self._gradient = gradient if weight == 1.0 else gradient * np.float32(weight)
 
-    def take(self, budgets: Mapping[int, Budget | None]) -> dict[int, Choice]:
+    def take(self, budgets: Mapping[int, Budget | None], left: Sequence[int] = ()) -> dict[int, Choice]:
         """Return the entries for each link; see `Residuals.take`."""
         rules, gradient, selector = self.rules, self._gradient, self._selector
         ready = {peer: budget.wanted_bytes for peer, budget in budgets.items() if budget is not None}

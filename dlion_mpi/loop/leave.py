@@ -1,8 +1,12 @@
-"""The end of a run: all workers leave together, so that no message, collective or transfer is cut off."""
+"""The end of a run: all workers leave together, so that nothing is cut off, and nothing that was computed is lost."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Generator
 from functools import partial
+
+import numpy as np
 
 from dlion_mpi.loop.exchange import finish_encoding
 from dlion_mpi.loop.ports import Loop, Until
@@ -11,15 +15,16 @@ from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.wire import Kind
 
 CLOSING = "closing"
+UNSENT = "unsent"
 
 
 def leave(w: Worker) -> Loop:
     """Leave the run in order.
 
     First every worker reports that it has ended and how many rounds it has joined, and joins those that it missed. Then
-    no worker sends, so the messages in flight can be counted and drained. After that no rank needs another one. If the
-    strategy sums, every worker joins a last sum without a vector, which shows a worker that waits in a sum that this
-    one has left.
+    no worker sends, so the messages in flight can be counted and drained. Then all workers get what is still unsent.
+    After that no rank needs another one. If the strategy sums, every worker joins a last sum without a vector, which
+    shows a worker that waits in a sum that this one has left.
     """
     yield from finish_encoding(w)
     with w.timed(Phase.LEAVE):
@@ -46,8 +51,22 @@ def leave(w: Worker) -> Loop:
         yield Until(lambda: sent.done, serve)
         expected = [int(count) for count in sent.table[:, w.rank]]
         yield Until(lambda: w.links.received_counts() == expected, serve)
-        drained = w.collectives.gather(CLOSING, [0.0])
-        yield Until(lambda: drained.done)
+        _serve(w)
+        yield from _exchange_unsent(w)
+
+
+def _exchange_unsent(w: Worker) -> Generator[Until, None, None]:
+    """Bring all workers to equal weights, with all movements of all workers. Not if one of them was interrupted."""
+    lacking = w.strategy.lacking(w.state) if w.exit_code == 0 and not w.alone else None
+    if lacking is not None:
+        lacking += w.replica.weights()
+    complete = lacking is not None and bool(np.isfinite(lacking).all())
+    drained = w.collectives.gather(CLOSING, [float(complete)])
+    yield Until(lambda: drained.done)
+    if drained.table.all():
+        total = w.collectives.reduce(UNSENT, lacking)
+        yield Until(lambda: total.done)
+        w.replica.set_weights(total.vector / np.float32(len(drained.table)))
 
 
 def _rounds(w: Worker) -> list[float]:
@@ -63,10 +82,12 @@ def _is_settled(w: Worker) -> bool:
 
 
 def _serve(w: Worker) -> None:
-    """Serve the workers that have not ended: empty the inbox, continue a knowledge transfer."""
+    """Serve the workers that have not ended: apply what arrives, continue a knowledge transfer."""
     w.collect()
     if w.checkpoints is None or w.checkpoints.over:
-        w.inbox.held.clear()
+        movement = w.strategy.late(w.state, w.inbox.take(math.inf))
+        if movement is not None:
+            w.replica.move(movement)
     else:  # what has arrived belongs to the last checkpoint
         w.checkpoints.serve(w)
     w.knowledge.serve(w.replica.knowledge)

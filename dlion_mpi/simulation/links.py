@@ -164,9 +164,8 @@ class VirtualLinks(Links[VirtualParcel]):
             return self._no_entries, HEADER_BYTES
         if message.kind is Kind.INDICES:
             entries = Entries(entries.size, np.empty(0, np.float32), entries.indices)
-        values = wire.rounded(entries.values, message.value_type)
-        if values is entries.values:
-            values = values.copy()
+        received = wire.rounded_entries(entries, message.value_type)
+        values = received.values.copy() if received is entries else received.values
         indices = None if entries.indices is None else entries.indices.copy()
         size_bytes = wire.encoded_bytes(indices, entries.size, message.value_type, message.kind)
         return Entries(entries.size, values, indices), size_bytes

@@ -11,6 +11,7 @@ from dlion_mpi.strategies import state as state_as_arrays
 from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State
 from dlion_mpi.strategies.types import Effect, Inbox, LinkViews, LocalUpdate, Outbox, Plan, Sums, Weights
+from dlion_mpi.vector.layout import Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays
 from dlion_mpi.wire import Message
 
@@ -112,6 +113,18 @@ class Strategy:
         """Return what else to do to the replica between this step, which has been applied, and the next.
 
         Like `incoming`, it may be a generator.
+        """
+        return None
+
+    def late(self, state: Any, messages: Sequence[Message]) -> Vector | None:
+        """Return the movement that messages make after the last step, (P,) float32. By default they are dropped."""
+        return None
+
+    def lacking(self, state: Any) -> Vector | None:
+        """Return what peers lack of this worker's movements after the last step: the sum over all workers that lack it.
+
+        (P,) float32, a new vector: the loop exchanges it once, so that nothing is lost. By default None: all end with
+        the weights that they have.
         """
         return None
 

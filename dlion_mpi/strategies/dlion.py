@@ -161,7 +161,7 @@ class Dlion(Strategy):
         messages = {peer: Outgoing() for peer in reached}
         state.residuals.add(local.vector, self._weight_when_sent(local))
         value_type = config.value_type or "float32"
-        for peer, choice in state.residuals.take(budgets).items():
+        for peer, choice in state.residuals.take(budgets, self._left(state, links)).items():
             messages[peer] = Outgoing(entries=choice.entries, quality=choice.quality, value_type=value_type)
         return messages
 
@@ -189,6 +189,33 @@ class Dlion(Strategy):
         for _, entries, scale in sorted(addends, key=lambda addend: addend[0]):
             entries.add_to(state.effective, scale)
         return Effect(movement=state.effective)
+
+    def late(self, state: DlionState, messages: Sequence[Message]) -> Vector | None:
+        """The sum of what has arrived, if its senders have weighed it."""
+        if not messages or self._weighs_at_receipt:
+            return None
+        state.effective.fill(0)
+        for message in messages:
+            message.entries.add_to(state.effective, 1.0)
+        return state.effective
+
+    def lacking(self, state: DlionState) -> Vector | None:
+        """The sum of what each peer was not sent and of what this worker has not applied."""
+        if not isinstance(state.residuals, Residuals) or self._weighs_at_receipt:
+            return None
+        own = self.applies_as_sent(state.plan.config)
+        lacking = state.residuals.common * np.float32(len(state.plan.ranks) - (not own))
+        for residual in state.residuals.by_peer.values():
+            lacking += residual
+        return lacking
+
+    def _left(self, state: DlionState, links: LinkViews) -> list[int]:
+        """The peers that have left. What they lack is kept for the end."""
+        return [peer for peer in state.plan.ranks if peer != state.plan.rank and peer not in links]
+
+    @property
+    def _weighs_at_receipt(self) -> bool:
+        return bool(self.options.weighting == "paper")
 
     def _weight_when_sent(self, local: LocalUpdate) -> float:
         """A movement is weighed by the batch that computed it, however much later it is sent.

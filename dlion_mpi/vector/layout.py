@@ -57,11 +57,14 @@ class Entries:
     """Some entries of a flat vector of ``size`` entries, or all of them.
 
     ``values``: (K,) float32. ``indices``: (K,) uint32, strictly ascending, or None for all entries (K = size).
+    ``stream``: the values as `wire` writes them, if it has rounded them to few bits. Rounding them again could change
+    them, because the step depends on them.
     """
 
     size: int
     values: Vector
     indices: Indices | None = None
+    stream: npt.NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return len(self.values)

@@ -18,7 +18,7 @@ from dlion_mpi.wire.format import (
     capacity_bytes,
     encoded_bytes,
 )
-from dlion_mpi.wire.values import rounded
+from dlion_mpi.wire.values import rounded, rounded_entries
 
 __all__ = [
     "HEADER_BYTES",
@@ -37,4 +37,5 @@ __all__ = [
     "encode_again",
     "encoded_bytes",
     "rounded",
+    "rounded_entries",
 ]

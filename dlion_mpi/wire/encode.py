@@ -58,6 +58,8 @@ def encode(header: Header, entries: Entries | None, out: Bytes, value_type: Valu
         slots = out[HEADER_BYTES:split].view(dtype)
         slots.fill(0)
         slots[indices] = some
+    elif stored and entries is not None and entries.stream is not None:
+        out[HEADER_BYTES:split] = entries.stream
     elif stored:
         to_wire(values, out[HEADER_BYTES:split], value_type)
     _write_indices(plan, indices, parameters, out[split:total])

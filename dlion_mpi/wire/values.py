@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dlion_mpi.vector.layout import Vector, blocks
+from dlion_mpi.vector.layout import Entries, Vector, blocks
 from dlion_mpi.wire import quantize
 from dlion_mpi.wire.format import BLOCK, VALUE_DTYPE, Bytes, ValueType, values_bytes
 from dlion_mpi.wire.quantize import BITS
@@ -24,6 +24,18 @@ def rounded(values: Vector, value_type: ValueType) -> Vector:
     stream = np.empty(values_bytes(len(values), value_type), np.uint8)
     to_wire(values, stream, value_type)
     return from_wire(stream, len(values), value_type, copy=True)
+
+
+def rounded_entries(entries: Entries, value_type: ValueType) -> Entries:
+    """Return the entries as the receiver decodes them, whichever way they are sent; ``entries`` itself for float32."""
+    if value_type not in BITS:
+        values = rounded(entries.values, value_type)
+        return entries if values is entries.values else Entries(entries.size, values, entries.indices)
+    if entries.stream is not None:
+        return entries
+    stream = np.empty(values_bytes(len(entries), value_type), np.uint8)
+    to_wire(entries.values, stream, value_type)
+    return Entries(entries.size, from_wire(stream, len(entries), value_type, copy=True), entries.indices, stream)
 
 
 def to_wire(values: Vector, stream: Bytes, value_type: ValueType) -> None:

@@ -305,7 +305,7 @@ def test_replicas_that_get_everything_in_time_stay_the_same(tmp_path: Path, work
     assert all(weights.tobytes() == first.tobytes() for weights in others)
 
 
-@pytest.mark.parametrize(("unsent", "tests"), [("accumulate", 2), ("accumulate-whole", 6)])
+@pytest.mark.parametrize(("unsent", "tests"), [("accumulate", 3), ("accumulate-whole", 7)])
 def test_what_workers_have_in_common_is_tested_once(
     unsent: str, tests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -246,6 +246,18 @@ def test_rounded_is_what_the_receiver_sees(values: list[float], value_type: Valu
     np.testing.assert_array_equal(bits(received), bits(sent))
 
 
+@given(values=st.lists(FINITE, min_size=1, max_size=50), value_type=st.sampled_from(wire.VALUE_TYPES))
+@example(values=[1.0, -2.0, 3.0, 40.0], value_type="int4")
+@example(values=[1.0, -2.0, 3.0, 40.0], value_type="int2")
+def test_what_was_rounded_arrives_as_it_is(values: list[float], value_type: ValueType) -> None:
+    """Whoever has kept the error of rounding owes no more than that: a message must not round once more."""
+    entries = Entries(100, np.array(values, np.float32), np.arange(len(values), dtype=np.uint32) * 2)
+    sent = wire.rounded_entries(entries, value_type)
+    received = wire.decode(encoded(sent, value_type), size=100).entries
+    np.testing.assert_array_equal(added(received), added(sent))
+    assert wire.rounded_entries(sent, value_type).values.tobytes() == sent.values.tobytes()
+
+
 @pytest.mark.parametrize(
     ("value_type", "least", "most"), [("int8", 0, 1e-3), ("int4", 0.01, 0.04), ("int2", 0.1, 0.22)]
 )
