@@ -143,9 +143,9 @@ run_part() {
         unit | contract) run_pytest "$part" "tests/$part" --numprocesses auto --dist worksteal "$@" ;;
         system)
             get_browser
-            # Two at a time: one computes while the other starts or waits. The tests of a group (xdist_group) stay in one
-            # process, because they share a run, or because emulations would see each other's links.
-            run_pytest system tests/system --numprocesses 2 --dist loadgroup "$@"
+            # Two at a time: one computes while the other starts or waits. The tests of a file stay in one process, because
+            # they share runs, and because emulations would see each other's links.
+            run_pytest system tests/system --numprocesses 2 --dist loadfile "$@"
             ;;
         jax | torch)
             (

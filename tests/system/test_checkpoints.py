@@ -90,7 +90,6 @@ def _loads_in_plain_keras(model: Path, accuracy: float) -> None:
     assert abs(float(ended.out.split()[-1]) - accuracy) < 1e-6
 
 
-of_kept = pytest.mark.xdist_group("kept")
 """Tests of one run stay together where tests run side by side, so that it is made once."""
 
 
@@ -110,7 +109,6 @@ def copy_of(run_: Path, target: Path) -> Path:
     return target
 
 
-@of_kept
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken_if_asked(kept: Path, tmp_path: Path) -> None:
     out = copy_of(kept, tmp_path / "run")
     path = out / "checkpoints" / "step-00000120" / "rank-00001.h5"
@@ -129,7 +127,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken_if_asked(kept
     assert [len(rank.steps["step"]) for rank in runs.load(out).ranks] == [140, 140]
 
 
-@of_kept
 def test_another_number_of_ranks_goes_on_from_the_best_of_the_old(kept: Path, tmp_path: Path) -> None:
     out = copy_of(kept, tmp_path / "run")
     ended = run(3, "dlion", "train", "--resume", str(out), "--steps", "160")
@@ -144,7 +141,6 @@ def test_another_number_of_ranks_goes_on_from_the_best_of_the_old(kept: Path, tm
     assert whole.ended
 
 
-@of_kept
 @pytest.mark.parametrize(
     ("options", "names"),
     [

@@ -28,7 +28,6 @@ ROOT = Path(__file__).parents[2]
 LIMIT_S = 60
 
 pytestmark = [
-    pytest.mark.xdist_group("emulations"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make network namespaces"),
     pytest.mark.skipif(
         any(shutil.which(tool) is None for tool in netns.TOOLS),

@@ -22,7 +22,7 @@ MORE |= {
 }
 ALL = os.environ.get("DLION_TEST_ROWS") == "all"
 ON_TENSORFLOW = os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow"
-pytestmark = [pytest.mark.timeout(TIME_LIMIT_S + 60), pytest.mark.xdist_group("keras_rows")]
+pytestmark = pytest.mark.timeout(TIME_LIMIT_S + 60)
 
 
 @pytest.fixture(scope="module")

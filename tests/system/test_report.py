@@ -19,7 +19,7 @@ from tests.system.launch import run
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install 'dlion-mpi[dev]'")
 WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("report")]
+pytestmark = pytest.mark.timeout(300)
 BROWSERS = ("chromium", "google-chrome", "chromium-browser", "chrome")
 SMALL = ("--data", "digits", "--model", "tests.nets:dense", "--progress-every", "0", "--evaluate-every", "10")
 NAMES = ["dlion", "baseline", "real"]
