@@ -90,9 +90,6 @@ def _loads_in_plain_keras(model: Path, accuracy: float) -> None:
     assert abs(float(ended.out.split()[-1]) - accuracy) < 1e-6
 
 
-"""Tests of one run stay together where tests run side by side, so that it is made once."""
-
-
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks in `sync` with checkpoints at 40, 80 and 120 steps."""
