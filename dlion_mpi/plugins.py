@@ -29,7 +29,7 @@ def load(option: str, spec: str, *, built_in: str, kind: str) -> Any:
     except ImportError as error:
         raise UserError(f"{option} {spec}: cannot import {module_name} ({error})") from None
     except Exception as error:
-        raise UserError(f"{option} {spec}: cannot import {module_name} ({_described(error)})") from error
+        raise UserError(f"{option} {spec}: cannot import {module_name} ({described(error)})") from error
     finally:
         sys.path.pop(0)
     found = getattr(module, name, None)
@@ -45,10 +45,10 @@ def call(option: str, spec: str, function: Callable[..., Any], *arguments: Any) 
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{option} {spec} fails: {_described(error)}") from error
+        raise UserError(f"{option} {spec} fails: {described(error)}") from error
 
 
-def _described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     """Type, first line and place of an exception: the last line of the user's that it came from."""
     first = (str(error).strip() or "no message").splitlines()[0]
     others = (str(Path(__file__).parent), sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], "<")

@@ -120,9 +120,8 @@ class Residuals:
         indices = shared.entries.indices
         shared_bytes = encoded_bytes(indices, self.layout.size, self.rules.value_type)
         choices: dict[int, Choice] = {}
-        for peers, allotted in self._groups(
-            _allotted(budgets, shared_bytes, self.rules.max_n is not None) | dict.fromkeys(left)
-        ):
+        allotments = _allotted(budgets, shared_bytes, self.rules.max_n is not None) | dict.fromkeys(left)
+        for peers, allotted in self._groups(allotments):
             if peers[0] not in self.by_peer and allotted == math.inf:
                 choices |= dict.fromkeys(peers, shared)
                 continue

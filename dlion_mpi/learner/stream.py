@@ -11,7 +11,7 @@ import numpy as np
 
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.learner.batch import Batch, joined
-from dlion_mpi.learner.source import first_line
+from dlion_mpi.plugins import described
 
 AHEAD = 2
 """Batches, and pieces, that wait ready."""
@@ -133,7 +133,7 @@ class Prefetcher:
 
 def failure(where: str, error: BaseException) -> str:
     """One line on an exception that reading the source has raised."""
-    return f"{where} fails: {type(error).__name__}: {first_line(error)}"
+    return f"{where} fails: {described(error)}"
 
 
 def epoch_seed(seed: int, rank: int, epoch: int) -> np.random.SeedSequence:

@@ -174,7 +174,7 @@ class Dlion(Strategy):
         config, workers = state.plan.config, len(state.plan.ranks)
 
         def weight(lbs: int, gbs: int) -> float:
-            if self.options.weighting == "global":
+            if not self._weighs_at_receipt:
                 return 1.0  # its sender has weighed it
             return coefficient("paper", lbs, gbs, own_lbs=local.lbs, workers=workers)
 
@@ -215,6 +215,7 @@ class Dlion(Strategy):
 
     @property
     def _weighs_at_receipt(self) -> bool:
+        """Whether a movement is weighed by its receiver, and not by its sender."""
         return bool(self.options.weighting == "paper")
 
     def _weight_when_sent(self, local: LocalUpdate) -> float:
@@ -222,7 +223,7 @@ class Dlion(Strategy):
 
         With ``weighting="paper"`` the weight depends on the receiver, and on the batch of the step that sends.
         """
-        if self.options.weighting == "paper":
+        if self._weighs_at_receipt:
             return 1.0
         return coefficient("global", local.lbs, local.gbs, own_lbs=local.lbs, workers=1)
 

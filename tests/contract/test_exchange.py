@@ -62,7 +62,7 @@ def dense(message: Outgoing) -> Vector:
 
 @every_message_mode
 def test_what_a_link_gets_when_it_takes_no_message(name: str, mode: str) -> None:
-    """In async nothing; else at least a header, since somebody may wait for this worker's step."""
+    """In async nothing; else at least a header, since a rank may wait for this worker's step."""
     messages = first_messages(config(name, mode), {1: LinkView(False, 1e9), 2: LinkView(True, 1e9)})
     assert messages[2].entries is not None
     assert (1 in messages) == (mode != "async")
@@ -145,7 +145,7 @@ def test_who_is_left_alone_goes_on_as_with_the_last_of_its_links() -> None:
 
 @given(seed=st.integers(0, 1000), offers=OFFERS)
 def test_an_entry_is_sent_whole_or_kept_whole(seed: int, offers: list[Any]) -> None:
-    """Of any numbers: what leaves the common memory at a step reaches every link, or is owed to it, to the last bit."""
+    """Of any numbers: what leaves the common memory in a step reaches each link or its residual, to the last bit."""
     strategy, state = start_dlion(unsent="accumulate")
     nothing = np.zeros(SIZE, np.float32)
     for step, (gradient, offer) in enumerate(zip(gradients(seed, len(offers), whole=False), offers, strict=True)):
@@ -183,7 +183,7 @@ def test_with_16_bit_values_the_rounding_error_is_kept(value_type: ValueType, se
             np.testing.assert_allclose(sent[peer] + state.residuals.of(peer), total, rtol=0, atol=rounding)
 
 
-def test_a_link_that_was_blocked_gets_all_it_is_owed_of_what_is_sent_next() -> None:
+def test_a_link_that_was_blocked_gets_all_its_residual_of_what_is_sent_next() -> None:
     strategy, state = start_dlion(unsent="accumulate", max_n=100.0)
     own = gradients(3, 3, whole=True)
     blocked, open_ = LinkView(False, 1e9), LinkView(True, 1e9)
@@ -193,7 +193,7 @@ def test_a_link_that_was_blocked_gets_all_it_is_owed_of_what_is_sent_next() -> N
     np.testing.assert_array_equal(dense(messages[1]), own[0] + own[1] + own[2])
 
 
-def test_a_slow_link_beside_a_fast_one_gets_the_largest_of_what_it_is_owed() -> None:
+def test_a_slow_link_next_to_a_fast_one_gets_the_largest_of_its_residual() -> None:
     """Over many steps nothing starves: what a slow link has not been sent stays a few steps' worth."""
     strategy, state = start_dlion(unsent="accumulate")
     links = {1: LinkView(True, 140.0), 2: LinkView(True, 400.0)}
@@ -279,7 +279,7 @@ def test_every_link_gets_its_own_n_and_a_slower_one_a_subset(budgets: tuple[floa
 
 @pytest.fixture
 def any_size_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the smallest message told how fast its link is: else none of so small a model would be small enough."""
+    """With a smallest message that measures its link: else none of so small a model would be small enough."""
     for module in (budget, dlion):
         monkeypatch.setattr(module, "MEASURABLE_BYTES", 1)
 
@@ -345,7 +345,7 @@ def test_messages_are_made_neither_very_small_nor_very_large_where_links_have_ro
 def test_messages_are_large_enough_to_tell_how_fast_a_link_is(
     budget_bytes: float, least_bytes: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those of a small model: what has less than SMALL_BYTES counts neither as measured nor as under way."""
+    """Also those of a small model: what has less than SMALL_BYTES counts neither as measured nor as in flight."""
     monkeypatch.setattr(dlion, "N_MIN", 1e-6)
     layout = Layout.of([(5_000,)])
     gradient = np.random.default_rng(3).normal(size=5_000).astype(np.float32)
@@ -390,7 +390,7 @@ DECODING_S = 0.05
 
 
 def decodes_slowly(worker: Worker) -> None:
-    """Taking in a gradient takes the loop DECODING_S of its time and of a processor's."""
+    """Receiving a gradient takes the loop DECODING_S of its time and of a processor's."""
     now_s, poll, spent_s = worker.clock.now_s, worker.links.poll, [0.0]
 
     def slow_poll() -> list[Message]:
@@ -417,7 +417,7 @@ def test_decoding_is_no_waiting(mode: str) -> None:
 
 
 def test_decoding_is_charged_to_the_exchange() -> None:
-    """A tenth of 8 ms of computing is granted per step, and taking in the others' messages takes 100 ms."""
+    """A tenth of 8 ms of computing is granted per step, and receiving the others' messages takes 100 ms."""
     settings = config("dlion", "async", steps=60, exchange_share=0.1, batching="fixed", transfer="none")
     for own in trained(settings, prepare=decodes_slowly).sent:
         steps = [i for i, step in enumerate(own) if any(entries is not None for _, entries in step.values())]
@@ -526,14 +526,14 @@ def test_in_sync_a_late_acknowledgement_puts_no_gradient_off(unsent: str) -> Non
         np.testing.assert_array_equal(dense(outgoing), OPTIMUM * np.float32(8 / 24))
 
 
-def test_baseline_takes_the_mean_of_everyone() -> None:
+def test_baseline_takes_the_mean_of_all_workers() -> None:
     a, b, c = gradients(2, 3, whole=True)
     arrived = [arrival(1, b, lbs=8), arrival(2, c, lbs=8)]
     effective = applied(config("baseline", "sync"), local(a), arrived)
     np.testing.assert_allclose(effective, (a + b + c) / 3, rtol=1e-5, atol=1e-3)
 
 
-def test_baseline_sends_everyone_everything() -> None:
+def test_baseline_sends_everything_to_all_workers() -> None:
     messages = first_messages(config("baseline", "sync"), {1: LinkView(False, 0), 2: LinkView(True, 90)})
     for outgoing in messages.values():
         np.testing.assert_array_equal(dense(outgoing), OPTIMUM)

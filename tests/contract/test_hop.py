@@ -90,7 +90,7 @@ def test_the_neighbours_are_those_of_the_graph(graph: str, rank: int, ranks: int
 @pytest.mark.parametrize("graph", ["all", "ring"])
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 def test_in_sync_it_is_decentralised_sgd_over_the_graph(graph: str, workers: int) -> None:
-    """``x_{k+1} = mean over the neighbourhood of x_k - eta g(x_k)``, whoever is late."""
+    """``x_{k+1} = mean over the neighbourhood of x_k - eta g(x_k)``, whichever rank is late."""
     generator = np.random.default_rng(4)
     curvature = generator.uniform(0.5, 2, SIZE).astype(np.float32)
     data = [generator.normal(size=(8 * 25, SIZE)).astype(np.float32) for _ in range(workers)]
@@ -144,12 +144,12 @@ def test_no_delay_makes_the_gap_exceed_its_bound(
     gaps = Gaps(30)
     settings = config("hop", "bounded", steps=30, staleness=20, backup=backup, graph=graph, max_gap=max_gap, skip=skip)
     result = trained(settings, workers=4, weather=weather, on_step=gaps)
-    assert gaps.largest == max_gap, "and they go as far as they may, or nobody would need the bound"
+    assert gaps.largest == max_gap, "and they go as far as they may, or no rank would need the bound"
     assert {worker.step for worker in result.workers} == {30}
 
 
 def test_a_header_is_a_token_too() -> None:
-    """Who cannot send its parameters does not hold its neighbours up by that alone."""
+    """A rank that cannot send its parameters does not delay its neighbours by that alone."""
     strategy, state = start(ranks=2, staleness=9, backup=0, max_gap=3)
     for reached, may in ((1, True), (0, False)):
         inbox = Inbox({1: -1})
@@ -160,7 +160,7 @@ def test_a_header_is_a_token_too() -> None:
 # ---- backup workers
 
 
-def test_backup_workers_are_waited_for_by_nobody_but_the_tokens() -> None:
+def test_no_rank_waits_for_backup_workers_except_for_tokens() -> None:
     strategy, state = start(ranks=5, staleness=0, backup=2, max_gap=4)
 
     def may(step: int, *reached: int) -> bool:
@@ -202,8 +202,8 @@ def test_without_anything_new_only_the_own_movement_acts() -> None:
 
 
 @pytest.mark.parametrize("staleness", [0, 3])
-def test_nobody_goes_on_with_parameters_that_are_too_old(staleness: int) -> None:
-    """Once used they still count as known: what may not be older than s is the newest that has come."""
+def test_no_rank_continues_with_parameters_that_are_too_old(staleness: int) -> None:
+    """Once used they still count as known: what may not be older than s is the newest that has arrived."""
     strategy, state = start(ranks=2, staleness=staleness, backup=0, max_gap=99)
     inbox = Inbox({1: -1})
     inbox.put(parameters(1, 4, OPTIMUM))
@@ -229,7 +229,7 @@ def test_a_link_gets_the_newest_parameters_when_it_is_free_and_a_token_meanwhile
 
 
 def test_a_worker_that_waits_sends_as_soon_as_a_link_is_free() -> None:
-    """Asked again in the same iteration: its parameters once to everyone, and no token twice."""
+    """Asked again in the same iteration: its parameters once to all, and no token twice."""
     strategy, state = start(ranks=3)
     messages = strategy.before_compute(state, 4, lambda: filled(4), {1: FREE, 2: BUSY})
     assert [messages[peer].entries is None for peer in (1, 2)] == [False, True]
@@ -240,7 +240,7 @@ def test_a_worker_that_waits_sends_as_soon_as_a_link_is_free() -> None:
     assert messages[1].entries.values[0] == 5
 
 
-def test_in_sync_nobody_waits_for_an_acknowledgement() -> None:
+def test_in_sync_no_rank_waits_for_an_acknowledgement() -> None:
     strategy, state = start(ranks=2, sync="sync")
     for step in range(3):
         messages = strategy.before_compute(state, step, OPTIMUM.copy, {1: BUSY})
@@ -262,7 +262,7 @@ def test_links_that_are_hardly_ever_free_do_not_end_in_a_deadlock(graph: str, st
 @pytest.mark.parametrize(
     ("foremost", "slowest", "skip", "max_gap", "skipped"),
     [
-        (15, 12, 10, 8, 0),  # 4 behind after this step: nobody is about to wait
+        (15, 12, 10, 8, 0),  # 4 behind after this step: no rank is about to wait
         (16, 12, 10, 8, 5),  # to where the foremost is
         (30, 28, 10, 99, 10),  # no further than asked for
         (30, 12, 99, 8, 9),  # no further than the slowest neighbour's tokens go: 12 + 8 = 11 + 9
@@ -280,7 +280,7 @@ def test_a_laggard_skips_as_far_as_it_may(foremost: int, slowest: int, skip: int
 
 
 def test_after_a_skip_parameters_count_as_at_the_iteration_it_leads_to() -> None:
-    """From 10 on to 31, so that 30 is the last one: s = 3 leaves the own out, and weighs 30 with 4, 28 with 2."""
+    """From 10 on to 31, so that 30 is the last one: s = 3 leaves its own out, and weighs 30 with 4, 28 with 2."""
     messages = [parameters(1, 31, filled(5)), parameters(2, 30, filled(10)), parameters(3, 28, filled(100))]
     effect = completed(10, 1e6, *messages, staleness=3, skip=99, max_gap=99)
     assert effect.skipped == 20

@@ -18,7 +18,7 @@ from tests.contract.test_simulated_runs import cloud, config
 
 
 class Observed:
-    """What the workers of a run computed, what they lacked at the end, and their first and last weights."""
+    """The movements that the workers of a run computed, those lacking at the end, and the first and last weights."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.workers: list[Worker] = []
@@ -64,7 +64,7 @@ class Observed:
     ],
     ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
 )
-def test_all_end_with_what_anybody_has_computed(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_end_with_the_movements_of_all(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal weights, which differ from the first ones by the sum of LBS / GBS u over all steps of all workers."""
     seen = Observed(monkeypatch)
     simulate(config(**options), cloud((24.0, 12.0, 4.0), mbit=2.0), report=False)

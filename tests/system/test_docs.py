@@ -38,7 +38,7 @@ def follow(page: str, folder: Path) -> list[Ended]:
 
 
 def accuracy(ended: Ended) -> float:
-    """What a run's JSON object says."""
+    """The accuracy in a run's JSON object."""
     return float(json.loads(ended.out.splitlines()[-1])["accuracy_mean"])
 
 
@@ -61,7 +61,7 @@ def test_your_own_strategy(folder: Path) -> None:
 
 
 def stated_accuracy(ended: Ended) -> float:
-    """What one rank of a script prints."""
+    """The accuracy that one rank of a script prints."""
     assert ended.code == 0, ended.err
     found = re.findall(r"test accuracy (\d\.\d+)$", ended.out, re.M)
     assert len(found) == 1, ended.out
@@ -104,7 +104,7 @@ from turns import Turns
 
 
 class Raises(Turns):
-    BESIDE
+    BACKGROUND
     def outgoing(self, state, local, links):
         if dlion_mpi.rank() == 1 and local.step == 3:
             raise ZeroDivisionError("of the strategy")
@@ -118,10 +118,10 @@ print("not reached")
 """
 
 
-@pytest.mark.parametrize("where", ["in the loop", "beside it"])
+@pytest.mark.parametrize("where", ["in the loop", "in the background"])
 def test_an_exception_in_a_users_strategy_on_one_rank_ends_all(folder: Path, where: str) -> None:
-    beside = "def selects_in_background(self, plan):\n        return True\n" if where == "beside it" else ""
-    (folder / "raises.py").write_text(RAISES.replace("BESIDE", beside), encoding="utf-8")
+    selects = "def selects_in_background(self, plan):\n        return True\n" if where == "in the background" else ""
+    (folder / "raises.py").write_text(RAISES.replace("BACKGROUND", selects), encoding="utf-8")
     ended = run(2, "python", "raises.py", cwd=folder)
     assert ended.code != 0
     assert "not reached" not in ended.out

@@ -61,7 +61,7 @@ def test_progress_has_a_line_per_rank_and_a_summary() -> None:
     ids=["before MPI starts", "after"],
 )
 def test_a_mistake_gets_one_line_and_code_2_on_all_ranks(options: list[str], names: str) -> None:
-    """Which mistakes there are: tests/unit/test_cli.py, tests/mpi/test_mistakes.py."""
+    """For the mistakes see tests/unit/test_cli.py, tests/mpi/test_mistakes.py."""
     ended = run(2, "dlion", "train", *SMALL[: 4 if "--model" not in options else 2], *options, "--steps", "5")
     assert ended.code == 2, ended.err
     lines = set(complaints(ended))
@@ -121,7 +121,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 
 
 def steps_in(folder: Path, rank: int) -> int:
-    """Steps that a reader finds in the metrics of a run that goes on, or went on until it was killed."""
+    """Steps that a reader finds in the metrics of a run that continues, or has been killed."""
     path = folder / f"metrics-{rank:05d}.h5"
     try:
         with h5py.File(path, "r", swmr=True) as file:
@@ -152,7 +152,7 @@ def test_a_signal_to_mpirun_ends_all_ranks_with_whole_metrics(tmp_path: Path, nu
 
 
 def test_a_signal_to_one_rank_ends_all_in_good_order(tmp_path: Path) -> None:
-    """What a batch system's `scancel --signal` to one task does: the run ends everywhere, and is summed up."""
+    """As a batch system's `scancel --signal` to one task: the run ends everywhere, and is summed up."""
     process = started_run(tmp_path / "run")
     os.kill(max(ranks_with(str(tmp_path))), signal.SIGTERM)
     ended = end(process, 60)
@@ -294,7 +294,7 @@ if len(sys.argv) > 1: print(json.dumps(result))
 
 
 @pytest.mark.parametrize("ranks", [None, 2])
-def test_a_handful_of_lines_beside_an_existing_keras_model(tmp_path: Path, ranks: int | None) -> None:
+def test_a_handful_of_lines_with_an_existing_keras_model(tmp_path: Path, ranks: int | None) -> None:
     script = tmp_path / "mine.py"
     script.write_text(FIT, encoding="utf-8")
     ended = run(ranks, "python", str(script), *(["0"] if ranks is None else []))

@@ -102,7 +102,7 @@ def test_a_kernel_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"qdisc kind is unknown.*dlion simulate") as raised:
         netns.shape("x", SHARED, SHARED.phases[0], verb="add")
     assert "\n" not in str(raised.value)
-    assert netns.delay("x", MATRIX) is False  # the caller says so, and goes on without latency
+    assert netns.delay("x", MATRIX) is False  # the caller says so, and continues without latency
     assert netns.delay("x", SHARED) is True
 
 
@@ -144,12 +144,12 @@ def test_an_mpirun_that_knows_no_agent_is_refused(tmp_path: Path, monkeypatch: p
 
 def test_commands_are_found_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    beside = tmp_path / "beside-python"
-    beside.write_text("", encoding="utf-8")
-    beside.chmod(0o755)
+    program = tmp_path / "next-to-python"
+    program.write_text("", encoding="utf-8")
+    program.chmod(0o755)
     monkeypatch.setattr(mpilaunch.sys, "executable", str(tmp_path / "python"))
     assert mpilaunch.find_command(["sh", "-c", "x"])[0].endswith("bin/sh")
-    assert mpilaunch.find_command(["beside-python"]) == [str(beside)]
+    assert mpilaunch.find_command(["next-to-python"]) == [str(program)]
     with pytest.raises(UserError, match="'no-such-program' not found"):
         mpilaunch.find_command(["no-such-program"])
     with pytest.raises(UserError, match="no command given"):

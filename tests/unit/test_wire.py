@@ -250,7 +250,7 @@ def test_rounded_is_what_the_receiver_sees(values: list[float], value_type: Valu
 @example(values=[1.0, -2.0, 3.0, 40.0], value_type="int4")
 @example(values=[1.0, -2.0, 3.0, 40.0], value_type="int2")
 def test_what_was_rounded_arrives_as_it_is(values: list[float], value_type: ValueType) -> None:
-    """Whoever has kept the error of rounding owes no more than that: a message must not round once more."""
+    """The sender keeps the error of one rounding: a message must not round once more."""
     entries = Entries(100, np.array(values, np.float32), np.arange(len(values), dtype=np.uint32) * 2)
     sent = wire.rounded_entries(entries, value_type)
     received = wire.decode(encoded(sent, value_type), size=100).entries
