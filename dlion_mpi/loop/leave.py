@@ -1,4 +1,4 @@
-"""The end of a run: all workers leave together, so that nothing is cut off, and nothing that was computed is lost."""
+"""The end of a run: all workers leave together, so that nothing is cut off, and with equal weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.wire import Kind
 
 CLOSING = "closing"
-UNSENT = "unsent"
+LACKING = "lacking"
 
 
 def leave(w: Worker) -> Loop:
     """Leave the run in order.
 
     First every worker reports that it has ended and how many rounds it has joined, and joins those that it missed. Then
-    no worker sends, so the messages in flight can be counted and drained. Then all workers get what is still unsent.
+    no worker sends, so the messages in flight can be counted and drained. Then all workers get equal weights.
     After that no rank needs another one. If the strategy sums, every worker joins a last sum without a vector, which
     shows a worker that waits in a sum that this one has left.
     """
@@ -52,11 +52,11 @@ def leave(w: Worker) -> Loop:
         expected = [int(count) for count in sent.table[:, w.rank]]
         yield Until(lambda: w.links.received_counts() == expected, serve)
         _serve(w)
-        yield from _exchange_unsent(w)
+        yield from _equalise(w)
 
 
-def _exchange_unsent(w: Worker) -> Generator[Until, None, None]:
-    """Bring all workers to equal weights, with all movements of all workers. Not if one of them was interrupted."""
+def _equalise(w: Worker) -> Generator[Until, None, None]:
+    """Bring all workers to equal weights, if the strategy says what they lack and none was interrupted."""
     lacking = w.strategy.lacking(w.state) if w.exit_code == 0 and not w.alone else None
     if lacking is not None:
         lacking += w.replica.weights()
@@ -64,7 +64,7 @@ def _exchange_unsent(w: Worker) -> Generator[Until, None, None]:
     drained = w.collectives.gather(CLOSING, [float(complete)])
     yield Until(lambda: drained.done)
     if drained.table.all():
-        total = w.collectives.reduce(UNSENT, lacking)
+        total = w.collectives.reduce(LACKING, lacking)
         yield Until(lambda: total.done)
         w.replica.set_weights(total.vector / np.float32(len(drained.table)))
 

@@ -18,7 +18,7 @@ from dlion_mpi.errors import RunError
 from dlion_mpi.loop.batch_sizes import BatchSizeRounds
 from dlion_mpi.loop.exchange import encodes_in_background, is_encoded, post, post_weights
 from dlion_mpi.loop.knowledge import KnowledgeRounds
-from dlion_mpi.loop.leave import CLOSING, UNSENT, leave
+from dlion_mpi.loop.leave import CLOSING, LACKING, leave
 from dlion_mpi.loop.ports import Compute, Computed, Loop, Until
 from dlion_mpi.loop.statistics import StatisticsRounds
 from dlion_mpi.loop.step import Step
@@ -28,7 +28,7 @@ from dlion_mpi.metrics.records import StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.strategies.types import Effect, LocalUpdate
 
-CHANNELS = (BatchSizeRounds.channel, KnowledgeRounds.channel, StatisticsRounds.channel, CLOSING, UNSENT, SUM)
+CHANNELS = (BatchSizeRounds.channel, KnowledgeRounds.channel, StatisticsRounds.channel, CLOSING, LACKING, SUM)
 """The channels of the collectives; see `mpi/collectives.py`."""
 SMOOTHING = 0.2
 """Weight of the newest step in the running mean of step times."""

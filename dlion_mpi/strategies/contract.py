@@ -123,8 +123,8 @@ class Strategy:
     def lacking(self, state: Any) -> Vector | None:
         """Return what peers lack of this worker's movements after the last step: the sum over all workers that lack it.
 
-        (P,) float32, a new vector: the loop exchanges it once, so that nothing is lost. By default None: all end with
-        the weights that they have.
+        (P,) float32, a new vector: the loop adds it to the weights and takes the mean of all workers, so that all end
+        with equal weights. By default None: all end with the weights that they have.
         """
         return None
 

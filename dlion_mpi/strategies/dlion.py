@@ -200,11 +200,14 @@ class Dlion(Strategy):
         return state.effective
 
     def lacking(self, state: DlionState) -> Vector | None:
-        """The sum of what each peer was not sent and of what this worker has not applied."""
+        """The sum of the residuals of links: what was sent to some peers and not to others.
+
+        The common residual stays out. No peer has applied it, so its gradients have pointed the same way for long: all
+        of it at once leads far beyond the optimum (docs/log.md).
+        """
         if not isinstance(state.residuals, Residuals) or self._weighs_at_receipt:
             return None
-        own = self.applies_as_sent(state.plan.config)
-        lacking = state.residuals.common * np.float32(len(state.plan.ranks) - (not own))
+        lacking = np.zeros(state.plan.layout.size, np.float32)
         for residual in state.residuals.by_peer.values():
             lacking += residual
         return lacking
