@@ -3,10 +3,10 @@
 #
 #   bash env/test.sh [unit|contract|mpi|mpich|system|jax|torch|slurm ...] [-- PYTEST OPTIONS]
 #
-# unit, contract and system run several tests at a time. mpi runs tests/mpi on 1 and 4 ranks (system tests start 2); mpich
-# on 2 ranks of MPICH, in a separate environment, with the tests of dlion launch. slurm runs on a cluster of
-# env/slurm/up.sh (root), in the background of the other parts, because it waits for Slurm most of the time. jax and torch
-# run the rows of docs/what-trains.md and the comparison of Keras's backends, each in a separate environment.
+# unit, contract, system and mpi on 1 rank run several tests at a time. mpi runs tests/mpi on 1 and 4 ranks (system tests
+# start 2); mpich on 2 ranks of MPICH, in a separate environment, with the tests of dlion launch. slurm runs on a cluster
+# of env/slurm/up.sh (root), in the background of the other parts, because it waits for Slurm most of the time. jax and
+# torch run the rows of docs/what-trains.md and the comparison of Keras's backends, each in a separate environment.
 # DLION_TEST_RANKS="1 2 4"   other numbers of ranks for mpi and mpich
 # DLION_TEST_MPICH=0         skip mpich
 # DLION_TEST_BACKENDS="jax"  other backends than jax and torch; empty: skip both
@@ -131,7 +131,14 @@ run_part() {
         return
     fi
     case "$part" in
-        mpi) for ranks in ${DLION_TEST_RANKS:-1 4}; do run_mpi mpi "$ranks" "$@"; done ;;
+        mpi)
+            for ranks in ${DLION_TEST_RANKS:-1 4}; do
+                case "$ranks" in
+                    1) run_pytest mpi-1 tests/mpi --with-mpi --numprocesses auto --dist worksteal "$@" ;;
+                    *) run_mpi mpi "$ranks" "$@" ;;
+                esac
+            done
+            ;;
         mpich)
             (
                 # shellcheck source=env/setup.sh

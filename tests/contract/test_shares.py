@@ -123,13 +123,14 @@ def test_workers_that_go_on_from_unequal_steps_share_again(
 ) -> None:
     """Of a round some may have taken the shares before the checkpoint, some not; nobody may wait for it."""
     share_every(monkeypatch, every)
-    options = {"strategy": "dlion", "checkpoint_every": "0.1s"}
+    options = {"strategy": "dlion"}
     weather = Weather(seed=seed, delay=30, slow=1, slowness=10)
-    train(checkpointed(tmp_path / "a", **options), weather)
+    train(checkpointed(tmp_path / "a", **options, checkpoint_every="0.1s"), weather)
     unequal = [c for c in checkpoints(tmp_path / "a") if len({part.step for part in c.parts}) > 1]
     for number, middle in enumerate(unequal):
         farthest = max(part.step for part in middle.parts)
-        resumed, _ = train(checkpointed(tmp_path / f"b{number}", **options, steps=90), weather, from_=middle)
+        settings = checkpointed(tmp_path / f"b{number}", **options, steps=90, checkpoint_every="1h")
+        resumed, _ = train(settings, weather, from_=middle)
         assert {worker.step for worker in resumed.workers} == {90}
         assert off_the_global_batch(resumed, farthest + 1) == []
     assert unequal

@@ -45,6 +45,8 @@ def trained(row: Row, batches: Sequence[Sequence[Batch]], data: Data) -> Trained
     """Train a copy of the model on the batches of each rank. ``data``: of any rank, for its validation data."""
     copies = [built(row) for _ in batches]
     for rank, model in enumerate(copies):
+        if keras.backend.backend() == "tensorflow":
+            model.run_eagerly = True  # for these few steps, graphs of each copy take twice as long
         _build(model, batches[rank][0])
         for variable in model.non_trainable_variables:
             variable.assign(value_for_rank(variable, rank))

@@ -17,6 +17,10 @@ from dlion_mpi.mpi.launcher import Launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+LIGHT = """import sys
+sys.modules.update(dict.fromkeys(("matplotlib", "pandas", "sklearn")))
+"""
+"""Begins a script that needs none of these. Keras imports them wherever they are installed, which takes seconds."""
 _started: list[subprocess.Popen[str]] = []
 
 

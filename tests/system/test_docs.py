@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.markdown import ROOT, blocks, write_files
-from tests.system.launch import Ended, run
+from tests.system.launch import LIGHT, Ended, run
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -121,7 +121,7 @@ print("not reached")
 @pytest.mark.parametrize("where", ["in the loop", "in the background"])
 def test_an_exception_in_a_users_strategy_on_one_rank_ends_all(folder: Path, where: str) -> None:
     selects = "def selects_in_background(self, plan):\n        return True\n" if where == "in the background" else ""
-    (folder / "raises.py").write_text(RAISES.replace("BACKGROUND", selects), encoding="utf-8")
+    (folder / "raises.py").write_text(LIGHT + RAISES.replace("BACKGROUND", selects), encoding="utf-8")
     ended = run(2, "python", "raises.py", cwd=folder)
     assert ended.code != 0
     assert "not reached" not in ended.out

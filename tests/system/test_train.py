@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.shards import write_shard
-from tests.system.launch import Ended, complaints, end, processes_with, ranks_with, run, start
+from tests.system.launch import LIGHT, Ended, complaints, end, processes_with, ranks_with, run, start
 
 pytestmark = pytest.mark.timeout(200)
 SMALL = ("--data", "digits", "--model", "tests.nets:dense", "--progress-every", "0")
@@ -336,7 +336,7 @@ def ours(ended: Ended) -> list[str]:
 @pytest.mark.parametrize(("how", "number"), [("fit", signal.SIGINT), ("while", signal.SIGINT), ("for", signal.SIGTERM)])
 def test_a_signal_ends_a_script_with_its_number(tmp_path: Path, how: str, number: signal.Signals) -> None:
     script = tmp_path / "endless.py"
-    script.write_text(ENDLESS, encoding="utf-8")
+    script.write_text(LIGHT + ENDLESS, encoding="utf-8")
     process = start(None, "dlion", "launch", "-n", "2", str(script), how, "goes on")
     out = process.stdout
     assert out is not None
@@ -351,7 +351,7 @@ def test_a_signal_ends_a_script_with_its_number(tmp_path: Path, how: str, number
 @pytest.mark.parametrize("how", ["fit", "while"])
 def test_a_failure_in_a_script_is_said_once(tmp_path: Path, how: str) -> None:
     script = tmp_path / "endless.py"
-    script.write_text(ENDLESS, encoding="utf-8")
+    script.write_text(LIGHT + ENDLESS, encoding="utf-8")
     ended = run(None, "dlion", "launch", "-n", "2", str(script), how, "fails")
     assert ended.code == 1
     assert sum("the disk is gone" in line for line in ours(ended)) == 1, ended.err

@@ -26,16 +26,17 @@ from dlion_mpi.metrics.records import LINKS, STEPS  # noqa: E402
 Captured = pytest.CaptureFixture[str]
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> list[Path]:
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
     baseline = Config(strategy="baseline", seconds=60.0).to_toml()
     return [
-        runfiles.make_run(tmp_path / "a", workers=3),
-        runfiles.make_run(tmp_path / "b", workers=2, steps=12, config=baseline),
+        runfiles.make_run(folder / "a", workers=3),
+        runfiles.make_run(folder / "b", workers=2, steps=12, config=baseline),
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def runs(folders: list[Path]) -> list[Run]:
     return analysis.load_all(folders)
 

@@ -40,13 +40,14 @@ SINGLE = [
 SINGLE += ["age-s", "age-steps", "transfers"]
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> list[Run]:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     """DLion with four workers' numbers, and a shorter Baseline with one worker less and one version newer."""
+    folder = tmp_path_factory.mktemp("runs")
     baseline = Config(strategy="baseline", seconds=60.0).to_toml()
     return [
-        load(runfiles.make_run(tmp_path / "a", workers=4)),
-        load(runfiles.make_run(tmp_path / "b", steps=20, config=baseline, versions='{"numpy": "2.1"}')),
+        load(runfiles.make_run(folder / "a", workers=4)),
+        load(runfiles.make_run(folder / "b", steps=20, config=baseline, versions='{"numpy": "2.1"}')),
     ]
 
 

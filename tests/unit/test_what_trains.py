@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dlion_mpi.learner.backend import light
+
+with light():
+    import keras  # noqa: F401
+
 from tests.keras_rows.row import BACKENDS, GROUPS
 from tests.keras_rows.rows import ROWS
 from tests.keras_rows.table import PAGE, filled
