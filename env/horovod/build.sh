@@ -74,7 +74,8 @@ fetch() {
         fail "pip could not get horovod $VERSION from PyPI: see above; check the network, the proxy and the disk"
     {
         tar -xzf "$work/horovod-$VERSION.tar.gz" -C "$work" &&
-            patch --directory="$work/horovod-$VERSION" --strip=1 <"$here/xla.patch"
+            patch --directory="$work/horovod-$VERSION" --strip=1 <"$here/xla.patch" &&
+            sed --in-place "s/'RelWithDebInfo'/'Release'/" "$work/horovod-$VERSION/setup.py" # a third less to compile
     } >"$log" 2>&1 || fail "the source of horovod $VERSION could not be unpacked and patched: see above"
 }
 

@@ -192,12 +192,14 @@ def test_a_gan_with_two_optimizers_and_batch_statistics(world: MPI.Intracomm, sh
     critic = keras.Sequential([keras.Input((1,)), layers.Dense(16, activation="relu"), layers.Dense(1)])
     optimizers = keras.optimizers.Adam(0.01), keras.optimizers.Adam(0.01)
     cross_entropy = keras.losses.BinaryCrossentropy(from_logits=True)
+    for model, optimizer in zip((critic, generator), optimizers, strict=True):
+        optimizer.build(model.trainable_variables)
     random = np.random.default_rng(rank)
 
-    def update(rows: int) -> float:
-        real = random.normal(3 + (rank % 2), 0.5, (rows, 1)).astype(np.float32)
+    @tf.function(reduce_retracing=True)
+    def update(real: Any, noise: Any) -> Any:
         with tf.GradientTape(persistent=True) as tape:
-            fake = generator(random.normal(size=(rows, 2)), training=True)
+            fake = generator(noise, training=True)
             scores, real_scores = critic(fake), critic(real)
             loss_of_critic = cross_entropy(tf.ones_like(real_scores), real_scores)
             loss_of_critic += cross_entropy(tf.zeros_like(scores), scores)
@@ -205,14 +207,18 @@ def test_a_gan_with_two_optimizers_and_batch_statistics(world: MPI.Intracomm, sh
         for model, optimizer, value in zip((critic, generator), optimizers, (loss_of_critic, loss), strict=True):
             variables = model.trainable_variables
             optimizer.apply(tape.gradient(value, [v.value for v in variables]), variables)
-        return float(loss)
+        return loss
+
+    def drawn(*shape: int) -> Any:
+        return tf.constant(random.normal(size=shape), tf.float32)
 
     with dlion_mpi.Exchange(
         [generator, critic], metrics=["mean"], steps=120, out=str(shared_folder), progress_every=0
     ) as exchange:
         while exchange.running:
-            loss = update(exchange.batch_size)
-            test = {"mean": float(np.mean(generator(random.normal(size=(64, 2)))))}
+            rows = exchange.batch_size
+            loss = float(update(3 + rank % 2 + 0.5 * drawn(rows, 1), drawn(rows, 2)))
+            test = {"mean": float(np.mean(generator(drawn(64, 2))))}
             exchange.step(loss=loss, metrics=test)
     assert 1.5 < exchange.result["mean_mean"] < 5.5
     assert len(exchange.result["mean_per_rank"]) == world.Get_size()

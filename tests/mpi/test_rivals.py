@@ -52,7 +52,7 @@ def test_it_learns_and_ends_in_good_order(world: MPI.Intracomm, options: dict[st
 @pytest.mark.mpi
 @pytest.mark.parametrize("strategy", ["ako", "gaia", "hop"])
 def test_a_time_limit_ends_all_ranks_together(world: MPI.Intracomm, strategy: str, shared_folder: Path) -> None:
-    result = train(strategy=strategy, steps=None, seconds=1.5, out=str(shared_folder)).summary
+    result = train(strategy=strategy, steps=None, seconds=1.0, out=str(shared_folder)).summary
     assert result["stopped"] is None
     assert result["seconds"] < 20
     world.Barrier()

@@ -101,7 +101,7 @@ def test_after_a_sum_all_replicas_are_equal_bit_for_bit(world: MPI.Intracomm) ->
 @pytest.mark.parametrize(
     "options",
     [
-        {"steps": None, "seconds": 1.5},
+        {"steps": None, "seconds": 1.0},
         {"steps": 2000, "target": Target("accuracy", ">=", 0.6), "evaluate_every": "10"},
         {"steps": 50, "learning_rate": 1e30},
     ],
@@ -288,7 +288,7 @@ def test_skip_leaves_such_a_gradient_out_and_goes_on(world: MPI.Intracomm) -> No
 @pytest.mark.parametrize("sync", ["sync", "bounded", "async"])
 def test_a_time_limit_ends_all_ranks_together(world: MPI.Intracomm, sync: str, shared_folder: Path) -> None:
     result = train(
-        steps=None, seconds=1.5, sync=sync, transfer_period=3, transfer="all", out=str(shared_folder)
+        steps=None, seconds=1.0, sync=sync, transfer_period=3, transfer="all", out=str(shared_folder)
     ).summary
     assert result["stopped"] is None
     assert result["seconds"] < 20
