@@ -12,10 +12,15 @@ import pytest
 from mpi4py import MPI
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "most_ranks(n): the test, or this case of it, runs on up to n ranks")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test without a limit of its own gets one that ends the process, not the test.
 
-    Files that build a model for each test say on how many ranks they run at most: more would take minutes.
+    Files that build a model for each test say on how many ranks they run at most: more would take minutes. So do cases
+    of a test of which another case runs on more.
     """
     ranks = MPI.COMM_WORLD.Get_size()
     for item in items:
@@ -24,6 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(100, method="thread"))
         most = getattr(getattr(item, "module", None), "MOST_RANKS", ranks)
+        if mark := item.get_closest_marker("most_ranks"):
+            (most,) = mark.args
         if ranks > most:
             item.add_marker(pytest.mark.skip(reason=f"builds many models: runs on up to {most} ranks"))
 

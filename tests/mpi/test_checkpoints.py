@@ -23,6 +23,8 @@ MODEL = "tests.nets:normalised"
 """With dropout and batch normalisation: generators and statistics count as well."""
 DLION = {"strategy": "dlion", "sync": "sync", "batching": "fixed", "max_n": 20, "transfer_period": 10, "momentum": 0.9}
 
+on_few = pytest.mark.most_ranks(3)
+
 
 def train(out: Path, start: Start = NEW, **options: Any) -> tuple[Result, np.ndarray]:
     """A run, and the weights and statistics it leaves in its model."""
@@ -38,9 +40,9 @@ def train(out: Path, start: Start = NEW, **options: Any) -> tuple[Result, np.nda
     "options",
     [
         DLION,
-        {"strategy": "baseline", "momentum": 0.9},
-        {"strategy": "allreduce", "optimizer": "adam", "learning_rate": 0.002},
-        {"strategy": "powersgd", "momentum": 0.9},
+        pytest.param({"strategy": "baseline", "momentum": 0.9}, marks=on_few),
+        pytest.param({"strategy": "allreduce", "optimizer": "adam", "learning_rate": 0.002}, marks=on_few),
+        pytest.param({"strategy": "powersgd", "momentum": 0.9}, marks=on_few),
         {"strategy": "diloco", "h": 7, "optimizer": "adam", "learning_rate": 0.002},
     ],
     ids=["dlion", "baseline", "allreduce", "powersgd", "diloco"],
@@ -63,6 +65,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(
     assert resumed.summary["steps"] == 40
 
 
+@on_few
 @pytest.mark.mpi
 def test_fit_goes_on_with_a_run_as_the_command_does(world: MPI.Intracomm, shared_folder: Path) -> None:
     """Also with a model that Keras has given another name."""

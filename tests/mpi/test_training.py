@@ -240,6 +240,7 @@ def test_gbs_grows_by_its_schedule(world: MPI.Intracomm, shared_folder: Path, mo
         assert list(file["steps/gbs"]) == expected
 
 
+@pytest.mark.most_ranks(3)
 @pytest.mark.mpi
 def test_adam_momentum_batch_norm_and_dropout_go_through_the_same_update(world: MPI.Intracomm) -> None:
     for options in ({"optimizer": "adam", "learning_rate": 0.003}, {"momentum": 0.9, "learning_rate": 0.02}):
