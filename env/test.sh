@@ -101,10 +101,14 @@ get_browser() {
         dlion_say "no headless browser: the tests of the report's page will be skipped"
 }
 
-# Start a part whose output is shown at the end. Its own process group, so that Ctrl-C reaches it through this script.
+# Start slurm, whose output is shown at the end, and before it get the browser that system needs. Its own process group,
+# so that Ctrl-C reaches it through this script.
 start_background() {
     set -m
-    run_part "$@" >"$results/background.log" 2>&1 &
+    {
+        [[ " ${parts[*]} " != *" system "* ]] || get_browser
+        run_part slurm "$@"
+    } >"$results/background.log" 2>&1 &
     set +m
     background=$!
 }
@@ -204,7 +208,7 @@ PYTHON
 }
 
 if [[ ${#parts[@]} -gt 1 && " ${parts[*]} " = *" slurm "* ]]; then
-    start_background slurm "$@"
+    start_background "$@"
 fi
 for part in "${parts[@]}"; do
     [[ $part = slurm && -n $background ]] || run_part "$part" "$@"
