@@ -142,7 +142,7 @@ bounded = pytest.mark.parametrize("name", in_mode["bounded"])
 @pytest.mark.parametrize("staleness", [0, 1, 4])
 def test_bounded_never_gets_further_ahead_than_it_may(name: str, weather: Weather, staleness: int) -> None:
     leads = Leads()
-    trained(config(name, "bounded", steps=60, staleness=staleness), weather=weather, on_step=leads)
+    trained(config(name, "bounded", steps=40, staleness=staleness), weather=weather, on_step=leads)
     assert leads.largest == staleness  # and it goes as far as it may, or nobody would need the bound
 
 
