@@ -37,7 +37,7 @@ from dlion_mpi.microcloud.environments import Environment
 ENVIRONMENTS = ("hetero-net-a", "hetero-net-b", "hetero-sys-a", "homo-b")
 WARM_UP_S = 10.0
 SETTLED_STEP = 20
-FULL = "--dlion.link-share 1 --patience 0 --dlion.unsent accumulate-whole"
+FULL = "--dlion.link-share 1 --patience 0 --value-type bfloat16"
 """Options that fill the links and do not wait for peers; not the default."""
 NAME = "links"
 """Name of the emulation."""

@@ -257,6 +257,7 @@ class Quadratic:
     """
 
     takes_gradients = True
+    normalises = False
     metric_names: tuple[str, ...] = ("accuracy",)
 
     def __init__(self, layout: Layout, curvature: Vector, learning_rate: float) -> None:

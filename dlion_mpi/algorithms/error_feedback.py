@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dlion_mpi.algorithms.forms import Terms, best, forms
 from dlion_mpi.algorithms.selection import Ranking, Selection, Selector
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, number, numbers, part, under, vector, vectors_by_rank
@@ -30,19 +31,29 @@ from dlion_mpi.wire import ValueType, bytes_for_count, encoded_bytes, rounded_en
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The entries for one link, with the values that the receiver will see, and their N in (0, 100]."""
+    """The entries for one link, with the values that the receiver will see, their N in (0, 100], their type."""
 
     entries: Entries
     quality: float
+    value_type: ValueType
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The rules of selection: a fixed N (``max_n``), or for each link its own N of at least ``n_min``."""
+    """The rules of selection: a fixed N (``max_n``), or for each link its own N of at least ``n_min``.
+
+    ``value_type``: None: the one that captures most. ``few_bytes``: the largest message that does not have all entries.
+    """
 
     max_n: float | None
     n_min: float
-    value_type: ValueType
+    value_type: ValueType | None
+    few_bytes: float = math.inf
+
+    @property
+    def usual_type(self) -> ValueType:
+        """The value type where none is chosen."""
+        return self.value_type or "bfloat16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +76,10 @@ class Residuals:
     rules: Rules
     common: Vector = field(init=False)
     by_peer: dict[int, Vector] = field(init=False, default_factory=dict)
-    sent: Entries | None = field(init=False, default=None)
-    """The entries that left `common` in the newest `take`, as the receivers see them; None if there were none."""
+    left: Entries | None = field(init=False, default=None)
+    """The entries that left `common` in the newest `take`, as receivers see them; None if there were none."""
     _selector: Selector = field(init=False)
     _largest: Vector = field(init=False)
-    _widest_bytes: float = math.inf
-    """The size of the widest link's message when one was last made."""
     _clustering: float = 1.0
     """Bytes of the last selection, relative to the same number of entries at random positions."""
 
@@ -106,19 +115,22 @@ class Residuals:
         """Take out and return the entries for each link: the largest that its budget pays for, or all within a fixed N.
 
         ``budgets``: of every live link; None for one that takes no message now. ``left``: peers that have left;
-        their residuals get what leaves `common`. When no link remains, entries keep leaving `common` as for the last.
+        their residuals get what leaves `common`: all of it when no link remains.
         """
-        self.sent = None
-        widest = max((budget.wanted_bytes for budget in budgets.values() if budget is not None), default=None)
+        self.left = None
         if not budgets:
-            widest = self._widest_bytes
+            self.left = Entries(self.layout.size, self.common.copy())
+            for peers, _ in self._groups(dict.fromkeys(left)):
+                residual = self._residual_of(peers)
+                residual += self.common
+            self.common.fill(0)
+        widest = max((budget.wanted_bytes for budget in budgets.values() if budget is not None), default=None)
         if widest is None:
             return {}
-        self._widest_bytes = widest
-        shared = self._take_out(self.common, self._select(widest))
-        self.sent = shared.entries
+        shared = self._take_largest(self.common, self._largest, widest)
+        self.left = shared.entries
         indices = shared.entries.indices
-        shared_bytes = encoded_bytes(indices, self.layout.size, self.rules.value_type)
+        shared_bytes = encoded_bytes(indices, self.layout.size, shared.value_type)
         choices: dict[int, Choice] = {}
         allotments = _allotted(budgets, shared_bytes, self.rules.max_n is not None) | dict.fromkeys(left)
         for peers, allotted in self._groups(allotments):
@@ -133,10 +145,10 @@ class Residuals:
                 choice = self._all_shared(residual, shared)
             elif indices is None:
                 residual += shared.entries.values
-                choice = self._largest_of_all(residual, allotted)
+                choice = self._take_largest(residual, self._selector.measure(residual), allotted)
             else:
                 count = int(len(indices) * allotted / shared_bytes)
-                choice = self._largest_shared(residual, shared.entries, allotted, count)
+                choice = self._largest_shared(residual, shared, allotted, count)
             choices |= dict.fromkeys(peers, choice)
         return choices
 
@@ -159,65 +171,54 @@ class Residuals:
         self.by_peer |= dict.fromkeys(peers, residual)
         return residual
 
-    def _select(self, budget_bytes: float) -> Selection:
-        """Select from `common` for the widest link."""
+    def _take_largest(self, memory: Vector, largest: Vector, budget_bytes: float) -> Choice:
+        """Take the largest entries out of a memory, in the form that captures most within a budget."""
         rules = self.rules
         if rules.max_n is not None:
-            return self._selector.max_n(self.common, self._largest, rules.max_n)
-        (selection,) = self._selector.nested(
-            self.common,
-            self._largest,
-            [budget_bytes],
-            n_min=rules.n_min,
-            value_type=rules.value_type,
-            clustering=self._clustering,
-        )
-        if selection.indices is not None and len(selection.indices):
-            random = bytes_for_count(len(selection.indices), self.layout.size, rules.value_type)
-            self._clustering = encoded_bytes(selection.indices, self.layout.size, rules.value_type) / random
-        return selection
+            return self._take_out(memory, self._selector.max_n(memory, largest, rules.max_n), rules.usual_type)
+        types = None if rules.value_type is None else (rules.value_type,)
+        terms = Terms(budget_bytes, rules.few_bytes, types, rules.n_min, self._clustering)
+        form = best(forms(self._selector, memory, largest, terms))
+        indices = form.selection.indices
+        if memory is self.common and indices is not None and len(indices):
+            random = bytes_for_count(len(indices), self.layout.size, form.value_type)
+            self._clustering = encoded_bytes(indices, self.layout.size, form.value_type) / random
+        return self._take_out(memory, form.selection, form.value_type)
 
     def _all_shared(self, residual: Vector, shared: Choice) -> Choice:
         """Take out the shared entries, each with all of its residual."""
         shared.entries.add_to(residual, 1.0)
-        return self._take_out(residual, Selection(shared.entries.indices, shared.quality))
+        return self._take_out(residual, Selection(shared.entries.indices, shared.quality), shared.value_type)
 
-    def _largest_of_all(self, residual: Vector, budget_bytes: float) -> Choice:
-        """Take out the largest of all entries, where the shared entries are all entries."""
-        rules, selector = self.rules, self._selector
-        (selection,) = selector.nested(
-            residual, selector.measure(residual), [budget_bytes], n_min=rules.n_min, value_type=rules.value_type
-        )
-        return self._take_out(residual, selection)
-
-    def _take_out(self, memory: Vector, selection: Selection) -> Choice:
+    def _take_out(self, memory: Vector, selection: Selection, value_type: ValueType) -> Choice:
         """Take the selected entries out of a memory, as the receiver will see them; rounding errors stay in it."""
         places = slice(None) if selection.indices is None else selection.indices.astype(np.intp)
         values = memory[places]
         entries = Entries(self.layout.size, values, selection.indices)
-        received = rounded_entries(entries, self.rules.value_type)
+        received = rounded_entries(entries, value_type)
         if received is entries:
             if selection.indices is None:
                 received = Entries(self.layout.size, values.copy())
             memory[places] = 0
         else:
             memory[places] = values - received.values
-        return Choice(received, selection.quality)
+        return Choice(received, selection.quality, value_type)
 
-    def _largest_shared(self, residual: Vector, shared: Entries, budget_bytes: float, count: int) -> Choice:
+    def _largest_shared(self, residual: Vector, choice: Choice, budget_bytes: float, count: int) -> Choice:
         """Take out the largest of the shared entries, with their residual; about ``count`` of them fit."""
+        shared, value_type = choice.entries, choice.value_type
         assert shared.indices is not None
         rules, size = self.rules, self.layout.size
         places = shared.indices.astype(np.intp)  # NumPy reads and writes through these much faster
         values = residual.take(places)
         values += shared.values
         ranking = Ranking(shared.indices, self._selector.relative(places, np.abs(values)))
-        chosen, least = ranking.fit(count, budget_bytes, 1 - rules.n_min / 100, size, rules.value_type)
+        chosen, least = ranking.fit(count, budget_bytes, 1 - rules.n_min / 100, size, value_type)
         sent = Entries(size, values.take(chosen), shared.indices.take(chosen))
-        received = rounded_entries(sent, rules.value_type)
+        received = rounded_entries(sent, value_type)
         values[chosen] = 0 if received is sent else sent.values - received.values
         residual[places] = values
-        return Choice(received, 100 * (1 - least))
+        return Choice(received, 100 * (1 - least), value_type)
 
 
 @dataclass(slots=True)
@@ -226,7 +227,6 @@ class NoResiduals:
 
     layout: Layout
     rules: Rules
-    sent: Entries | None = field(init=False, default=None)
     _gradient: Vector = field(init=False)
     _selector: Selector = field(init=False)
 
@@ -255,7 +255,7 @@ class NoResiduals:
             selections = [selector.max_n(gradient, largest, rules.max_n)] * len(ready)
         else:
             selections = selector.nested(
-                gradient, largest, list(ready.values()), n_min=rules.n_min, value_type=rules.value_type
+                gradient, largest, list(ready.values()), n_min=rules.n_min, value_type=rules.usual_type
             )
         return {peer: self._choice(selection) for peer, selection in zip(ready, selections, strict=True)}
 
@@ -263,7 +263,7 @@ class NoResiduals:
         indices = selection.indices
         # The whole gradient is copied too: a message must not change after it was made.
         values = self._gradient.copy() if indices is None else self._gradient[indices]
-        return Choice(Entries(self.layout.size, values, indices), selection.quality)
+        return Choice(Entries(self.layout.size, values, indices), selection.quality, self.rules.usual_type)
 
 
 def _allotted(budgets: Mapping[int, Budget | None], shared_bytes: float, fixed_n: bool) -> dict[int, float | None]:

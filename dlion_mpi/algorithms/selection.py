@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +45,8 @@ class Selector:
         self._size = layout.size
         positions = np.arange(0, layout.size, max(1, layout.size // SAMPLE))
         self._sampled = positions
-        stops = np.array([segment.stop for segment in self._segments])
-        self._sampled_variable = np.searchsorted(stops, positions, side="right")
+        self._stops = np.array([segment.stop for segment in self._segments])
+        self._sampled_variable = self.variables(positions)
         self._starts = np.array([segment.start for segment in self._segments], np.intp)
         self._scratch = np.empty(min(BLOCK, layout.size), np.float32)
         self._mask = np.empty(len(self._scratch), np.bool_)
@@ -94,10 +95,10 @@ class Selector:
         less).
         Source: DLion (HPDC 2021), per-link N.
         """
-        counts = [self._affordable(budget, value_type, clustering) for budget in budgets_bytes]
+        counts = [self.affordable(budget, value_type, clustering) for budget in budgets_bytes]
         least = 1 - n_min / 100
         partial = [count for count in counts if count < self._size]
-        ranking = Ranking(*self._candidates(vector, largest, max(partial), least)) if partial else None
+        ranking = Ranking(*self.candidates(vector, largest, max(partial), least)) if partial else None
         selections: dict[float, Selection] = {}
         for budget, count in sorted(set(zip(budgets_bytes, counts, strict=True))):
             if count >= self._size:
@@ -107,6 +108,20 @@ class Selector:
                 chosen, least = ranking.fit(count, budget, least, self._size, value_type)
                 selections[budget] = Selection(ranking.indices.take(chosen), 100 * (1 - least))
         return [selections[budget] for budget in budgets_bytes]
+
+    def sample(self, vector: Vector, largest: Vector) -> tuple[Vector, Vector, npt.NDArray[np.intp]]:
+        """Entries at even distances: their relative magnitudes, their magnitudes, and the places of their variables.
+
+        ``largest``: from `measure`.
+        """
+        magnitudes = np.abs(vector[self._sampled])
+        scales = largest[self._sampled_variable]
+        relative = np.divide(magnitudes, scales, out=np.zeros_like(scales), where=scales > 0)
+        return relative, magnitudes, self._sampled_variable
+
+    def variables(self, places: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
+        """The places of the variables that these entries are of."""
+        return np.searchsorted(self._stops, places, side="right")
 
     def relative(self, places: Places, magnitudes: Vector) -> Vector:
         """Divide magnitudes by the largest of their variable among the given entries.
@@ -142,7 +157,7 @@ class Selector:
         keep = relative >= np.float32(threshold) if threshold > 0 else relative > 0
         return (indices, relative) if keep.all() else (indices[keep], relative[keep])
 
-    def _affordable(self, budget_bytes: float, value_type: ValueType, clustering: float) -> int:
+    def affordable(self, budget_bytes: float, value_type: ValueType, clustering: float) -> int:
         """Return the number of entries expected to fit, by bisection, since bytes grow with the count."""
         if encoded_bytes(None, self._size, value_type) <= budget_bytes:
             return self._size
@@ -155,10 +170,12 @@ class Selector:
                 high = middle - 1
         return low
 
-    def _candidates(self, vector: Vector, largest: Vector, count: int, least: float) -> tuple[Indices, Vector]:
-        """Find at least the ``count`` largest nonzero entries, and all with a relative magnitude >= least."""
-        scales = largest[self._sampled_variable]
-        sample = np.divide(np.abs(vector[self._sampled]), scales, out=np.zeros_like(scales), where=scales > 0)
+    def candidates(self, vector: Vector, largest: Vector, count: int, least: float) -> tuple[Indices, Vector]:
+        """Find at least the ``count`` largest nonzero entries, and all with a relative magnitude >= least.
+
+        Returns indices, ascending, and relative magnitudes.
+        """
+        sample, _, _ = self.sample(vector, largest)
         wanted = count * MARGIN / self._size
         while True:
             kept = min(len(sample) - 1, int(wanted * len(sample)) + 4)

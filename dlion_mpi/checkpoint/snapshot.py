@@ -45,7 +45,7 @@ def take(w: Worker, spare: Arrays) -> Arrays:
         **under("data", integers(**w.batches.state())),
         **under("status", w.batch_sizes.to_arrays()),
         **under("transfer", w.knowledge.to_arrays()),
-        **under("statistics", w.statistics.to_arrays()),
+        **under("averages", w.averages.to_arrays()),
         **under("epochs", {} if w.epochs is None else w.epochs.to_arrays()),
     }
 
@@ -159,7 +159,7 @@ def restore(w: Worker, arrays: Mapping[str, Array], steps: Mapping[int, int]) ->
     w.inbox.held = messages_of(arrays, size, ranks)
     w.batch_sizes.from_arrays(part(arrays, "status"), max(steps.values()))
     w.knowledge.from_arrays(part(arrays, "transfer"), w.replica.knowledge)
-    w.statistics.from_arrays(part(arrays, "statistics"))
+    w.averages.from_arrays(part(arrays, "averages"))
     _restore_epochs(w, arrays)
 
 

@@ -176,7 +176,11 @@ class Config:
         None, "size of the global batch: grows every 500 steps, or stays", choices=("grow", "fixed")
     )
 
-    value_type: ValueType | None = _exchange(None, "type of the values in messages", choices=VALUE_TYPES)
+    value_type: ValueType | None = _exchange(
+        None,
+        "type of the values in messages (default: dlion chooses for each message)",
+        choices=VALUE_TYPES,
+    )
     exchange_share: float | None = _exchange(
         None,
         "most processor time of the exchange, as a share of computing: beyond it messages get smaller, then rarer; "

@@ -17,7 +17,7 @@ RENAMED = {
     "weighting": "--dlion.weighting",
     "max_n": "--dlion.max-n",
     "unsent": "--dlion.unsent",
-    "own_gradient": "--dlion.unsent (accumulate, accumulate-whole or drop)",
+    "own_gradient": "--dlion.unsent (accumulate or drop)",
     "link_share": "--dlion.link-share",
     "target_accuracy": "--target 'accuracy>=VALUE'",
     "message_limit": "--dlion.link-share (without a separate limit)",

@@ -18,6 +18,19 @@ from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array
 
+NORMALISING = (
+    "Adam",
+    "Adamax",
+    "Nadam",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "Adafactor",
+    "Lamb",
+    "Lion",
+    "Muon",
+)
+"""Keras's optimizers, and those derived from them, whose movement has about the same length whatever the gradient's."""
 SEEDS_APART = 1_000_003
 """Distance of the seeds of two ranks. torch adds a generator's seed and counter, so near seeds would give one rank the
 numbers that another has had some steps before."""
@@ -115,6 +128,15 @@ class KerasModel:
             return None
         plain = type(optimizer)(rate).get_config() | {"name": config["name"]}
         return np.float32(rate) if config == plain and not self.constrained and self._all_float32() else None
+
+    @property
+    def normalises(self) -> bool:
+        """Whether every optimizer is one of Keras's that divide a gradient by its usual size."""
+        import keras
+
+        kinds = tuple(getattr(keras.optimizers, name) for name in NORMALISING)
+        found = [part for optimizer in self.optimizers for part in _parts(optimizer)]
+        return bool(found) and all(isinstance(part, kinds) for part in found)
 
     @property
     def constrained(self) -> list[Any]:
@@ -236,6 +258,16 @@ def _optimizers(model: Any) -> list[Any]:
 
     search([model.optimizer, *vars(model).values()])
     return list(found.values())
+
+
+def _parts(optimizer: Any) -> Iterator[Any]:
+    """The optimizers inside one that wraps others, or itself."""
+    inside = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
+    wrapped = [inner for inner in inside if inner is not None]
+    if not wrapped:
+        yield optimizer
+    for inner in wrapped:
+        yield from _parts(inner)
 
 
 def _words(thing: Any) -> str:

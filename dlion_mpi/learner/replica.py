@@ -56,6 +56,11 @@ class Replica:
         """Whether the gradient can be had: not if the model has its own ``train_step``."""
         return not self._keras.own_step
 
+    @property
+    def normalises(self) -> bool:
+        """Whether the optimizer moves by about the same length whatever the noise of a batch, as Adam does."""
+        return self._keras.normalises
+
     def trace(self, kind: str) -> None:
         """Compile what computes "movements", "gradients" or a step "alone". Raises UserError if that fails."""
         with fitting(self._keras.example):

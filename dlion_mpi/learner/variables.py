@@ -23,6 +23,7 @@ class Variables:
     """
 
     takes_gradients = False
+    normalises = False  # what moves them is not known
 
     def __init__(self, given: Any, metric_names: Sequence[str] = ()) -> None:
         self._trainable, self._statistics = _variables_of(given)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dlion_mpi.errors import RunError
-from dlion_mpi.loop.exchange import post_weights
+from dlion_mpi.loop.exchange import finish_encoding, post_weights
 from dlion_mpi.loop.ports import Collectives, Computed, Ticket, Until
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.timeline import Phase
@@ -141,6 +141,7 @@ class Epochs:
         return {name: total / samples if samples else math.nan for name, total in sums.items()}
 
     def _end_epoch(self, w: Worker) -> Generator[Until, None, None]:
+        yield from finish_encoding(w)
         tests = _test(w)
         names = list(self._sums)
         table = yield from self._gathered(w, [self._samples, *self._sums.values(), *tests.values()])
@@ -215,7 +216,7 @@ def _test(w: Worker) -> Logs:
     """Test this worker's model now. Empty without validation data."""
     if not w.metrics:
         return {}
-    w.evaluator.submit(w.step, w.now_s(), w.replica.knowledge())
+    w.evaluator.submit(w.step, w.now_s(), w.shared_knowledge())
     w.take_tests(wait=True)
     return dict(w.last_test())
 

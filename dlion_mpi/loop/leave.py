@@ -36,11 +36,11 @@ def leave(w: Worker) -> Loop:
             yield Until(lambda: checkpoints.over, serve)
         ended = w.collectives.gather(CLOSING, _rounds(w))
         yield Until(lambda: ended.done and (last_sum is None or last_sum.done), serve)
-        rounds_of_batch_sizes, rounds_of_knowledge, rounds_of_statistics, rounds_of_epochs = (
+        rounds_of_batch_sizes, rounds_of_knowledge, rounds_of_averages, rounds_of_epochs = (
             int(most) for most in ended.table.max(axis=0)
         )
         w.batch_sizes.leave(rounds_of_batch_sizes)
-        w.statistics.leave(rounds_of_statistics)
+        w.averages.leave(rounds_of_averages)
         if w.epochs is not None:
             w.epochs.leave(rounds_of_epochs)
         if w.knowledge.started < rounds_of_knowledge:
@@ -56,7 +56,10 @@ def leave(w: Worker) -> Loop:
 
 
 def _equalise(w: Worker) -> Generator[Until, None, None]:
-    """Bring all workers to equal weights, if the strategy says what they lack and none was interrupted."""
+    """Leave out what was applied ahead of all peers. Bring all workers to equal weights, if none was interrupted."""
+    ahead = None if w.alone else w.strategy.ahead(w.state)
+    if ahead is not None:
+        w.replica.move(-ahead)
     lacking = w.strategy.lacking(w.state) if w.exit_code == 0 and not w.alone else None
     if lacking is not None:
         lacking += w.replica.weights()
@@ -71,13 +74,13 @@ def _equalise(w: Worker) -> Generator[Until, None, None]:
 
 def _rounds(w: Worker) -> list[float]:
     """The number of rounds of each kind that this worker has taken part in."""
-    rounds = [w.batch_sizes.started, w.knowledge.started, w.statistics.started]
+    rounds = [w.batch_sizes.started, w.knowledge.started, w.averages.started]
     return [*rounds, 0 if w.epochs is None else w.epochs.started]
 
 
 def _is_settled(w: Worker) -> bool:
     """Whether no round is in progress."""
-    usual = w.batch_sizes.settled() and w.knowledge.settled() and w.statistics.settled()
+    usual = w.batch_sizes.settled() and w.knowledge.settled() and w.averages.settled()
     return usual and (w.epochs is None or w.epochs.settled())
 
 

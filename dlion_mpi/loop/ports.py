@@ -201,6 +201,10 @@ class Replica(Protocol):
     @property
     def takes_gradients(self) -> bool: ...
 
+    @property
+    def normalises(self) -> bool:
+        """Whether the optimizer moves by about the same length whatever the noise of a batch."""
+
     def movement(self, batch: Any) -> Gradient:
         """Do a training step with the model's optimizer. Returns its loss and what it has added to the weights, (P,).
 

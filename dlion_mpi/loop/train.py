@@ -14,21 +14,23 @@ from functools import partial
 
 import numpy as np
 
+from dlion_mpi.algorithms.lengths import sampled
 from dlion_mpi.errors import RunError
+from dlion_mpi.loop.averages import AverageRounds
 from dlion_mpi.loop.batch_sizes import BatchSizeRounds
-from dlion_mpi.loop.exchange import encodes_in_background, is_encoded, post, post_weights
+from dlion_mpi.loop.exchange import encodes_in_background, finish_encoding, is_encoded, post, post_weights
 from dlion_mpi.loop.knowledge import KnowledgeRounds
 from dlion_mpi.loop.leave import CLOSING, LACKING, leave
 from dlion_mpi.loop.ports import Compute, Computed, Loop, Until
-from dlion_mpi.loop.statistics import StatisticsRounds
 from dlion_mpi.loop.step import Step
 from dlion_mpi.loop.sums import SUM, effect_of
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.records import StepRecord, Transfer
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.strategies.types import Effect, LocalUpdate
+from dlion_mpi.vector.layout import Vector
 
-CHANNELS = (BatchSizeRounds.channel, KnowledgeRounds.channel, StatisticsRounds.channel, CLOSING, LACKING, SUM)
+CHANNELS = (BatchSizeRounds.channel, KnowledgeRounds.channel, AverageRounds.channel, CLOSING, LACKING, SUM)
 """The channels of the collectives; see `mpi/collectives.py`."""
 SMOOTHING = 0.2
 """Weight of the newest step in the running mean of step times."""
@@ -52,16 +54,25 @@ def train(w: Worker) -> Loop:
         post_weights(w)
         computed = yield from compute(w)
         if computed.vector is not None:
-            local = LocalUpdate(vector=computed.vector, step=w.step, lbs=w.current.lbs, gbs=w.current.gbs)
+            local = LocalUpdate(
+                vector=computed.vector,
+                step=w.step,
+                lbs=w.current.lbs,
+                gbs=w.current.gbs,
+                shortened=w.averages.shortened,
+            )
             yield from post(w, local, computed)
             yield from wait_for_peers(w)
             yield from wait_for_batch_sizes(w)
             if w.cut_short():
+                movement = w.strategy.unfinished(w.state, local)
+                if movement is not None:
+                    w.replica.move(movement)
                 break
             completed = yield from complete(w, local)
             if not completed:
                 break
-        yield from average_statistics(w)
+        yield from average(w, computed)
         yield from rebalance_test_and_transfer(w, computed)
         samples = w.current.lbs
         finish_step(w, computed)
@@ -181,23 +192,29 @@ def _apply(w: Worker, effect: Effect) -> None:
         w.replica.apply(effect.gradient)
 
 
-def average_statistics(w: Worker) -> Generator[Until, None, None]:
-    """Continue the round of the statistics, or start one that is due."""
+def average(w: Worker, computed: Computed) -> Generator[Until, None, None]:
+    """Continue the round of averages, or start one that is due."""
     assert w.current is not None
-    if w.statistics.awaits():
-        yield from _agree(w, [Until(w.statistics.settled)])
-    replica, skipped = w.replica, w.current.skipped
-    w.statistics.advance(w.step + 1, w.current.lbs, replica.statistics, replica.set_statistics, skipped=skipped)
+    step, vector = w.step + 1, computed.vector
+    if w.averages.awaits():
+        yield from _agree(w, [Until(w.averages.settled)])
+
+    def sample() -> Vector:
+        assert vector is not None
+        return sampled(vector, step)
+
+    w.averages.advance(step, w.current.lbs, w.replica, sample, skipped=w.current.skipped)
 
 
 def rebalance_test_and_transfer(w: Worker, computed: Computed) -> Generator[Until, None, None]:
-    """Do what is not part of every step: share out the batch, test the replica, transfer knowledge."""
+    """Do what is not part of every step: share out the batch, test the weights, transfer knowledge."""
     assert w.current is not None
     step = w.step + 1  # schedules and periods count completed steps
     w.take_tests()
     if _evaluation_due(w, step):
+        yield from finish_encoding(w)
         w.history.evaluated_s = w.now_s()
-        w.evaluator.submit(step, w.now_s(), w.replica.knowledge())
+        w.evaluator.submit(step, w.now_s(), w.shared_knowledge())
     w.batch_sizes.observe(w.current.lbs, computed.seconds)
     w.knowledge.observe(computed.loss)
     yield from _agree(w, w.batch_sizes.advance(step, w.current.skipped))

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+from dlion_mpi.algorithms.lengths import Lengths
 from dlion_mpi.config.options import Config
+from dlion_mpi.loop.averages import AverageRounds
 from dlion_mpi.loop.batch_sizes import BatchSizeRounds
 from dlion_mpi.loop.budget import ExchangeBudget
 from dlion_mpi.loop.clock import Clock, Scope
@@ -17,13 +19,13 @@ from dlion_mpi.loop.links import Links
 from dlion_mpi.loop.membership import Membership
 from dlion_mpi.loop.parts import Checkpoints, Epochs, Evaluator, Recorder
 from dlion_mpi.loop.ports import BackgroundEncoder, Batches, Collectives, Reduce, Replica, Stamp
-from dlion_mpi.loop.statistics import StatisticsRounds
 from dlion_mpi.loop.step import Step
 from dlion_mpi.metrics.gauges import Totals
 from dlion_mpi.metrics.records import Evaluation, StepRecord
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.strategies.types import Inbox, LinkView, Plan
+from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import Kind
 
 
@@ -89,7 +91,7 @@ class Worker:
     budget: ExchangeBudget = field(init=False)
     batch_sizes: BatchSizeRounds = field(init=False)
     knowledge: KnowledgeRounds = field(init=False)
-    statistics: StatisticsRounds = field(init=False)
+    averages: AverageRounds = field(init=False)
     history: History = field(default_factory=History)
 
     def __post_init__(self, training_samples: int, processors: int) -> None:
@@ -105,7 +107,8 @@ class Worker:
         self.inbox = Inbox(dict.fromkeys(self.members.peers(self.rank), -1))
         self.batch_sizes = BatchSizeRounds(self.config, self.rank, workers, training_samples, self.collectives)
         self.knowledge = KnowledgeRounds(self.config, self.rank, workers, self.collectives, self.now_s)
-        self.statistics = StatisticsRounds(self.config, workers, len(self.replica.statistics()), self.collectives)
+        lengths = Lengths() if self.strategy.lengthens(self.config) and self.replica.normalises else None
+        self.averages = AverageRounds(self.config, workers, len(self.replica.statistics()), lengths, self.collectives)
         self.summing = self.strategy.sums() and not self.alone
         plan = Plan(config=self.config, rank=self.rank, ranks=self.members.ranks, layout=self.replica.layout)
         self.state = self.strategy.start(plan)
@@ -171,6 +174,17 @@ class Worker:
     def last_test(self) -> Mapping[str, float]:
         """The metrics of the newest evaluation, by name; empty before the first."""
         return self.history.evaluations[-1].metrics if self.history.evaluations else {}
+
+    def shared_knowledge(self) -> Vector:
+        """A copy of the knowledge (K,) float32, without what the strategy has applied ahead of all peers.
+
+        Nothing may be selected meanwhile.
+        """
+        knowledge = self.replica.knowledge()
+        ahead = None if self.alone else self.strategy.ahead(self.state)
+        if ahead is not None:
+            knowledge[: len(ahead)] -= ahead
+        return knowledge
 
     def take_tests(self, *, wait: bool = False) -> None:
         """Note the tests that are done; with ``wait``, all that were submitted."""

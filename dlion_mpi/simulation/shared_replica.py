@@ -39,7 +39,7 @@ class SharedReplica:
         self.gradient = self._functions.gradient
         self.plain_rate = keras_model.plain_rate()
         """The learning rate if the optimizer does no more than ``w - rate g``, else None."""
-        self.takes_gradients = not keras_model.own_step
+        self.takes_gradients, self.normalises = not keras_model.own_step, keras_model.normalises
         averages = {id(variable) for variable in keras_model.averages}
         self.averages_at = [k for k, variable in enumerate(keras_model.slots) if id(variable) in averages]
         self.metric_names: tuple[str, ...] = ()
@@ -125,6 +125,7 @@ class VirtualReplica:
     def __init__(self, shared: SharedReplica, rank: int) -> None:
         self.layout: Layout = shared.layout
         self.metric_names, self.takes_gradients = shared.metric_names, shared.takes_gradients
+        self.normalises = shared.normalises
         self._shared = shared
         self._weights = shared.weights()
         self._state = shared.state(rank)

@@ -76,6 +76,10 @@ class Strategy:
         """
         return {}
 
+    def lengthens(self, config: Config) -> bool:
+        """Whether it needs ``LocalUpdate.shortened``. All workers then measure it together, every 20 steps."""
+        return False
+
     def start(self, plan: Plan) -> State:
         """Return the state before the first step: a `State`, or a dataclass that inherits from it."""
         return State(plan)
@@ -113,6 +117,20 @@ class Strategy:
         """Return what else to do to the replica between this step, which has been applied, and the next.
 
         Like `incoming`, it may be a generator.
+        """
+        return None
+
+    def unfinished(self, state: Any, local: LocalUpdate) -> Vector | None:
+        """Return the movement, (P,) float32, of a step that has been sent and will not be completed.
+
+        By default None: the step leaves no trace here.
+        """
+        return None
+
+    def ahead(self, state: Any) -> Vector | None:
+        """Return what this worker's weights contain and no peer's weights ever will, unless it is sent: (P,) float32.
+
+        Tests, and what is saved after the last step, leave it out. By default None: nothing.
         """
         return None
 

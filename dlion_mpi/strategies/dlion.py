@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +11,7 @@ import numpy as np
 
 from dlion_mpi.algorithms.bandwidth import MEASURABLE_BYTES
 from dlion_mpi.algorithms.error_feedback import Budget, NoResiduals, Residuals, Rules
+from dlion_mpi.algorithms.lead import Lead
 from dlion_mpi.algorithms.weighting import coefficient
 from dlion_mpi.config.fields import Bounds, option
 from dlion_mpi.config.options import Config
@@ -23,16 +25,18 @@ from dlion_mpi.wire import Message
 
 @dataclass(slots=True)
 class DlionState(State):
-    """``residuals``: what was computed and not sent. ``effective``: (P,) float32, a buffer."""
+    """``residuals``: what was computed and not sent. ``lead``: how it counts. ``effective``: (P,) float32, a buffer."""
 
     residuals: Residuals | NoResiduals
+    lead: Lead
     effective: Vector = transient()
 
 
 LINK_SHARE = 0.05
 """Size of a message as a share of what its link can carry, if unsent entries are kept."""
-MESSAGE_LIMIT = 0.01
-"""Largest message then, as a share of the dense gradient. Larger messages cost more processor time than they gain."""
+FEW = 0.01
+"""Largest message then that does not have all entries, as a share of the dense gradient. To select more entries costs
+more processor time than they gain, and more than to send all."""
 N_MIN = 0.85
 """Smallest N of a link [recalled from the paper]. Other values change little (benchmarks/README.md)."""
 PATIENCE = 0.5
@@ -56,6 +60,7 @@ PAPER: Mapping[str, object] = {
     "weighting": "paper",
     "unsent": "drop",
     "link_share": 1.0,
+    "outer_learning_rate": 1.0,
 }
 """The defaults of ``--preset paper``. Source: DLion (HPDC 2021), as far as it is known."""
 
@@ -64,9 +69,9 @@ class Dlion(Strategy):
     """``w_k <- w_k + sum_j c_j u_j``, with the entries of the movement u_j that have arrived from worker j.
 
     Each link gets the largest entries that it can deliver within the step. The rest stays as a residual, which is sent
-    later. A worker applies entries of its movement when it sends them, so that all replicas stay equal.
+    later. A worker applies its own movement at once; without its residual, all workers have the same weights.
     Source: DLion (HPDC 2021), sections on weighted dynamic batching and per-link prioritized gradient exchange. The
-    residual, and applying entries as they are sent, follow Deep Gradient Compression (Lin et al. 2018).
+    residual follows Deep Gradient Compression (Lin et al. 2018).
     """
 
     name = "dlion"
@@ -78,7 +83,7 @@ class Dlion(Strategy):
         "patience": None,
         "backup": 0,
         **BATCHING,
-        "value_type": "bfloat16",
+        "value_type": None,
         "exchange_share": 0.15,
         **TRANSFER,
         "transfer": None,
@@ -91,9 +96,8 @@ class Dlion(Strategy):
 
         unsent: str = option(
             "accumulate",
-            "keep unsent entries as a residual, and apply the local movement as it is sent (accumulate; in async "
-            "whole); keep them, and apply the local movement whole (accumulate-whole); or drop them",
-            choices=("accumulate", "accumulate-whole", "drop"),
+            "keep unsent entries as a residual, to be sent later (accumulate), or drop them",
+            choices=("accumulate", "drop"),
         )
         link_share: float | None = option(
             None,
@@ -114,6 +118,13 @@ class Dlion(Strategy):
             "weight of the movement of worker j at worker k: LBS_j / GBS (global), or LBS_j / (n LBS_k) (paper)",
             choices=("global", "paper"),
         )
+        outer_learning_rate: float | None = option(
+            None,
+            "factor on all movements (default: what restores the length that averaging takes off, as measured, with "
+            "an optimizer that normalises, such as Adam; else 1)",
+            bounds=Bounds(1e-6, 100, "in (0, 100]"),
+            value="FACTOR",
+        )
 
     options: Options
 
@@ -132,10 +143,6 @@ class Dlion(Strategy):
         """The size of a message as a share of what its link can carry."""
         return LINK_SHARE if self.short else self.options.link_share or 1.0
 
-    def applies_as_sent(self, config: Config) -> bool:
-        """Whether a worker applies entries of its movement when it sends them, so that replicas stay equal."""
-        return self.options.unsent == "accumulate" and config.mode.reports_progress
-
     def derived(self, config: Config) -> Mapping[str, object]:
         """Wait for short messages. Transfer knowledge if unsent entries are dropped, or if an option asks for it."""
         asked = config.transfer_period is not None or config.transfer_merge is not None
@@ -145,13 +152,23 @@ class Dlion(Strategy):
         }
 
     def selects_in_background(self, plan: Plan) -> bool:
-        """Unless the step applies what it sends: then it has to be selected before."""
-        return not self.applies_as_sent(plan.config)
+        """Always: what a step applies depends on nothing that it sends."""
+        return True
+
+    def lengthens(self, config: Config) -> bool:
+        """Unless the factor is given. What a receiver weighs has no common length."""
+        return self.options.outer_learning_rate is None and not self._weighs_at_receipt
 
     def start(self, plan: Plan) -> DlionState:
-        rules = Rules(max_n=self.options.max_n, n_min=N_MIN, value_type=plan.config.value_type or "float32")
+        rules = Rules(
+            max_n=self.options.max_n,
+            n_min=N_MIN,
+            value_type=plan.config.value_type,
+            few_bytes=max(FEW * 4 * plan.layout.size, MEASURABLE_BYTES) if self.short else math.inf,
+        )
         memory = Residuals if self.remembers else NoResiduals
-        return DlionState(plan, memory(plan.layout, rules), np.empty(plan.layout.size, np.float32))
+        size = plan.layout.size
+        return DlionState(plan, memory(plan.layout, rules), Lead(size), np.empty(size, np.float32))
 
     def outgoing(self, state: DlionState, local: LocalUpdate, links: LinkViews) -> Outbox:
         """The largest entries that fit each ready link; on other links a header, if a peer may wait for this step."""
@@ -159,36 +176,42 @@ class Dlion(Strategy):
         budgets = {peer: self._budget(link, config, state.plan.layout.size) for peer, link in links.items()}
         reached = (p for p, budget in budgets.items() if budget is not None or config.mode.reports_progress)
         messages = {peer: Outgoing() for peer in reached}
-        state.residuals.add(local.vector, self._weight_when_sent(local))
-        value_type = config.value_type or "float32"
-        for peer, choice in state.residuals.take(budgets, self._left(state, links)).items():
-            messages[peer] = Outgoing(entries=choice.entries, quality=choice.quality, value_type=value_type)
+        weight, residuals = self._outer_rate(local) * self._weight_when_sent(local), state.residuals
+        if isinstance(residuals, Residuals):
+            state.lead.follow(local.step, self._factor(state, local), residuals.common)
+        residuals.add(local.vector, weight)
+        for peer, choice in residuals.take(budgets, self._left(state, links)).items():
+            messages[peer] = Outgoing(entries=choice.entries, quality=choice.quality, value_type=choice.value_type)
+        if isinstance(residuals, Residuals) and residuals.left is not None:
+            state.lead.sent(local.step, residuals.left)
         return messages
 
     def incoming(self, state: DlionState, local: LocalUpdate, weights: Weights, messages: Sequence[Message]) -> Effect:
-        """The weighted sum of what has arrived, and of the local movement or what was sent of it.
-
-        Sent entries are added in the order of ranks, those of this worker in its place: so workers that have the same
-        entries get the same float32 sum.
-        """
-        config, workers = state.plan.config, len(state.plan.ranks)
+        """The weighted sum of the local movement and of what has arrived, in the order of ranks."""
+        weighting, workers = self.options.weighting, len(state.plan.ranks)
 
         def weight(lbs: int, gbs: int) -> float:
-            if not self._weighs_at_receipt:
-                return 1.0  # its sender has weighed it
-            return coefficient("paper", lbs, gbs, own_lbs=local.lbs, workers=workers)
+            return coefficient(weighting, lbs, gbs, own_lbs=local.lbs, workers=workers)
 
-        addends = [(m.header.sender, m.entries, weight(m.header.lbs, m.header.gbs)) for m in messages]
-        if self.applies_as_sent(config):
-            state.effective.fill(0)
-            if state.residuals.sent is not None:
-                addends.append((state.plan.rank, state.residuals.sent, weight(local.lbs, local.gbs)))
-        else:
-            own = coefficient(self.options.weighting, local.lbs, local.gbs, own_lbs=local.lbs, workers=workers)
-            np.multiply(local.vector, np.float32(own), out=state.effective)
-        for _, entries, scale in sorted(addends, key=lambda addend: addend[0]):
-            entries.add_to(state.effective, scale)
+        own = self._factor(state, local) * self._outer_rate(local) * weight(local.lbs, local.gbs)
+        np.multiply(local.vector, np.float32(own), out=state.effective)
+        state.lead.settle(local.step, state.effective)
+        for message in sorted(messages, key=lambda message: message.header.sender):
+            header = message.header
+            message.entries.add_to(state.effective, weight(header.lbs, header.gbs) if self._weighs_at_receipt else 1.0)
         return Effect(movement=state.effective)
+
+    def unfinished(self, state: DlionState, local: LocalUpdate) -> Vector | None:
+        """The local movement: it is in the residual, or with the peers."""
+        return self.incoming(state, local, lambda: state.effective, []).movement
+
+    def ahead(self, state: DlionState) -> Vector | None:
+        """The lead: what the worker has applied of its movements and sent to no peer."""
+        if not isinstance(state.residuals, Residuals):
+            return None
+        if self._weighs_at_receipt:
+            return state.residuals.common / np.float32(len(state.plan.ranks))
+        return state.lead.over(state.residuals.common)
 
     def late(self, state: DlionState, messages: Sequence[Message]) -> Vector | None:
         """The sum of what has arrived, if its senders have weighed it."""
@@ -221,6 +244,16 @@ class Dlion(Strategy):
         """Whether a movement is weighed by its receiver, and not by its sender."""
         return bool(self.options.weighting == "paper")
 
+    def _outer_rate(self, local: LocalUpdate) -> float:
+        """The factor on a movement."""
+        return self.options.outer_learning_rate or 1 / (local.shortened or 1.0)
+
+    def _factor(self, state: DlionState, local: LocalUpdate) -> float:
+        """Return the factor of the lead: with Adam an own movement counts whole, if its batch is at least the mean."""
+        if local.shortened is None or not self.remembers:
+            return 1.0
+        return min(local.gbs / local.lbs, len(state.plan.ranks)) * local.shortened
+
     def _weight_when_sent(self, local: LocalUpdate) -> float:
         """A movement is weighed by the batch that computed it, however much later it is sent.
 
@@ -245,7 +278,5 @@ class Dlion(Strategy):
             can_bytes = min(link.budget_bytes, link.room_bytes)
         gradient_bytes = 4 * size
         wanted_bytes = max(self.link_share * can_bytes, min(LEAST * gradient_bytes, MOST * can_bytes))
-        if self.short:
-            wanted_bytes = min(wanted_bytes, MESSAGE_LIMIT * gradient_bytes)
         wanted_bytes = min(max(wanted_bytes, min(MEASURABLE_BYTES, can_bytes)), link.affordable_bytes)
         return Budget(wanted_bytes, min(SLACK * wanted_bytes, can_bytes))

@@ -50,13 +50,16 @@ class LocalUpdate:
     """The result of this worker's step, from ``lbs`` of the ``gbs`` samples of all workers.
 
     ``vector``: (P,) float32, the mean gradient, or the movement of the weights by the worker's own optimizer, as
-    `Strategy.exchanges` says. Read-only, and valid until the next step's `outgoing` begins.
+    `Strategy.exchanges` says. Read-only, and valid until the next step's `outgoing` begins. ``shortened``: the length
+    of the mean of all workers' movements as a share of one worker's, as measured, 1 at first; None if the optimizer
+    does not normalise, or `Strategy.lengthens` does not ask for it.
     """
 
     vector: Vector
     step: int
     lbs: int
     gbs: int
+    shortened: float | None = None
 
 
 Weights = Callable[[], Vector]

@@ -12,7 +12,7 @@ from tests.contract.test_simulated_runs import cloud, recorded
 
 def test_full_links_stand_still_for_no_acknowledgement_and_do_not_queue(tmp_path: Path) -> None:
     """Acknowledgements wait as long as a message takes, behind what goes the other way."""
-    full = {"link_share": 1.0, "patience": 0.0, "unsent": "accumulate-whole", "exchange_share": 0.0}
+    full = {"link_share": 1.0, "patience": 0.0, "exchange_share": 0.0, "value_type": "bfloat16"}
     _, ranks = recorded(tmp_path, cloud(mbit=0.25), batching="fixed", steps=100, **full)
     for own in ranks:
         seconds = own["steps/time_s"][-1] - own["steps/time_s"][49]

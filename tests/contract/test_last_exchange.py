@@ -54,29 +54,25 @@ class Observed:
 @pytest.mark.parametrize(
     "options",
     [
-        {"steps": 25},
-        {"steps": 25, "unsent": "accumulate-whole", "value_type": "int4", "patience": 0.0},
-        {"seconds": 6.0},
+        {"steps": 25, "value_type": "bfloat16"},
+        {"steps": 25, "value_type": "int4", "patience": 0.0},
+        {"seconds": 6.0, "value_type": "sign"},
         {"steps": 25, "value_type": "int2"},
         {"steps": 25, "value_type": "sign", "max_n": 100},
-        {"seconds": 6.0, "sync": "async"},
-        {"steps": 20, "sync": "sync"},
+        {"seconds": 6.0, "sync": "async", "value_type": "int2"},
+        {"steps": 20, "sync": "sync", "value_type": "int4"},
     ],
     ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
 )
 def test_all_end_with_every_movement_that_was_sent(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal weights: the first ones plus LBS / GBS u of all steps of all workers, without the common residuals.
-
-    With movements that are applied whole, each worker has its own common residual, so that a third of it remains.
-    """
+    """Equal weights: the first ones plus LBS / GBS u of all steps of all workers, without the common residuals."""
     seen = Observed(monkeypatch)
     simulate(config(**options), cloud((24.0, 12.0, 4.0), mbit=2.0), report=False)
     first, *others = seen.last
     assert all(weights.tobytes() == first.tobytes() for weights in others)
     common = np.sum([worker.state.residuals.common for worker in seen.workers], axis=0, dtype=np.float64)
     assert np.abs(common).max() > 1e-4, "everything was sent"
-    is_whole = options.get("unsent") == "accumulate-whole" or options.get("sync") == "async"
-    wanted = np.sum(seen.computed, axis=0) - common * (2 / 3 if is_whole else 1)
+    wanted = np.sum(seen.computed, axis=0) - common
     np.testing.assert_allclose(first - seen.first[0], wanted, atol=2e-5)
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from dlion_mpi.errors import RunError
-from dlion_mpi.loop import statistics
+from dlion_mpi.loop import averages
 from dlion_mpi.loop.statistics import average, mean, weighted
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.vector.gradient import Gradient
@@ -26,7 +26,7 @@ some_modes = pytest.mark.parametrize(("name", "mode"), MODES)
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "PERIOD", 5)
+    monkeypatch.setattr(averages, "PERIOD", 5)
 
 
 class Normalised(Quadratic):
@@ -67,7 +67,7 @@ def test_they_stay_near_the_mean_while_workers_train(name: str, mode: str) -> No
     """By themselves they would be 0, 3 and 6; a worker that moves between two rounds leaves the mean by 5 steps."""
     replicas, result = trained(name, mode)
     levels = [replica.s[0] for replica in replicas]
-    assert len(result.collectives.calls["statistics"]) >= 30
+    assert len(result.collectives.calls["averages"]) >= 30
     np.testing.assert_allclose(np.mean(levels), 3, atol=0.4)
     assert max(levels) - min(levels) < 4.5
     np.testing.assert_allclose([replica.s[1] for replica in replicas], 1, atol=0.01), "and count every step once"
@@ -77,7 +77,7 @@ def test_they_stay_near_the_mean_while_workers_train(name: str, mode: str) -> No
 def test_after_the_run_all_rounds_are_complete(name: str, mode: str) -> None:
     """Also where a worker is much slower, and steps are left out."""
     _, result = trained(name, mode, weather=Weather(seed=3, delay=60, slow=1, slowness=15), steps=60)
-    calls = result.collectives.calls["statistics"]
+    calls = result.collectives.calls["averages"]
     assert calls
     assert all(len(call.parts) == 3 for call in calls)
 
@@ -115,9 +115,9 @@ def test_a_signal_near_a_round_ends_all(name: str, mode: str) -> None:
 def test_without_statistics_nothing_is_sent() -> None:
     replicas = [Quadratic(LAYOUT, np.ones(LAYOUT.size, np.float32), 0.05) for _ in range(2)]
     result = run(config("dlion", "bounded", steps=60), replicas, rows(2))
-    assert "statistics" not in result.collectives.calls
+    assert "averages" not in result.collectives.calls
     alone = run(config("dlion", "bounded", steps=60), [Normalised(1)], rows(1))
-    assert "statistics" not in alone.collectives.calls
+    assert "averages" not in alone.collectives.calls
 
 
 def test_statistics_that_are_not_finite_stay_with_nobody() -> None:

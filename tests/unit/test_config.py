@@ -96,6 +96,7 @@ REAL: dict[str, tuple[float, float]] = {
     "diloco.outer_momentum": (0, 0.999),
     "dlion.max_n": (1e-3, 100),
     "dlion.link_share": (1e-3, 1),
+    "dlion.outer_learning_rate": (1e-6, 100),
     "patience": (0, 1e300),
     "exchange_share": (0, 1e30),
     "transfer_merge": (0, 1),
@@ -390,7 +391,6 @@ def test_what_is_given_comes_before_the_default() -> None:
     [
         ({}, "none"),
         ({"unsent": "drop"}, "all"),
-        ({"unsent": "accumulate-whole"}, "none"),
         ({"transfer_period": 20}, "all"),
         ({"transfer_merge": 0.5}, "all"),
         ({"unsent": "drop", "transfer": "worst"}, "worst"),
@@ -410,7 +410,6 @@ def test_knowledge_is_transferred_where_gradients_are_dropped_or_it_is_asked_for
     [
         ({}, 0.05, True),
         ({"sync": "sync"}, 0.05, True),
-        ({"unsent": "accumulate-whole"}, 0.05, True),
         ({"unsent": "drop"}, 1.0, False),
         ({"unsent": "drop", "link_share": 0.1}, 0.1, False),
         ({"link_share": 0.05}, 0.05, False),
@@ -431,35 +430,37 @@ def test_messages_are_short_unless_gradients_are_dropped_or_it_is_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("options", "as_sent", "patience"),
+    ("options", "patience"),
     [
-        ({}, True, 0.5),
-        ({"sync": "sync"}, True, None),
-        ({"sync": "async", "unsent": "accumulate-whole"}, False, None),
-        ({"sync": "async"}, False, None),
-        ({"unsent": "drop"}, False, 0.0),
-        ({"unsent": "drop", "link_share": 0.1}, False, 0.5),
-        ({"link_share": 1.0}, True, 0.0),
-        ({"max_n": 10.0}, True, 0.0),
-        ({"preset": "paper"}, False, 0.0),
-        ({"preset": "paper", "unsent": "accumulate-whole"}, False, 0.0),
-        ({"preset": "paper", "link_share": 0.1}, False, 0.0),
-        ({"max_n": 10.0, "patience": 2.0}, True, 2.0),
+        ({}, 0.5),
+        ({"sync": "sync"}, None),
+        ({"sync": "async"}, None),
+        ({"unsent": "drop"}, 0.0),
+        ({"unsent": "drop", "link_share": 0.1}, 0.5),
+        ({"link_share": 1.0}, 0.0),
+        ({"max_n": 10.0}, 0.0),
+        ({"preset": "paper"}, 0.0),
+        ({"preset": "paper", "unsent": "accumulate"}, 0.0),
+        ({"preset": "paper", "link_share": 0.1}, 0.0),
+        ({"max_n": 10.0, "patience": 2.0}, 2.0),
     ],
 )
-def test_the_own_gradient_is_applied_as_sent_where_the_rest_is_remembered(
-    options: dict[str, Any], as_sent: bool, patience: float | None
+def test_workers_wait_for_messages_that_do_not_fill_their_links(
+    options: dict[str, Any], patience: float | None
 ) -> None:
-    strategy, resolved = resolve(named.config(**options))
-    assert isinstance(strategy, Dlion)
-    assert (strategy.applies_as_sent(resolved), resolved.patience) == (as_sent, patience)
+    assert resolve(named.config(**options))[1].patience == patience
 
 
 def test_the_paper_s_preset_stands_behind_what_is_given() -> None:
     paper = resolve(Config(preset="paper"))[1]
     assert (paper.batching, paper.transfer, paper.transfer_period) == ("proportional", "all", 100)
     assert (paper.patience, paper.value_type, paper.exchange_share) == (0.0, "float32", 0.0)
-    assert paper.strategy_options == {"dlion.unsent": "drop", "dlion.link_share": 1.0, "dlion.weighting": "paper"}
+    assert paper.strategy_options == {
+        "dlion.unsent": "drop",
+        "dlion.link_share": 1.0,
+        "dlion.weighting": "paper",
+        "dlion.outer_learning_rate": 1.0,
+    }
     assert paper.transfer_merge == 0.75
     given = resolve(named.config(preset="paper", unsent="accumulate", transfer="none"))[1]
     assert (own(given, "dlion.unsent"), given.transfer, given.transfer_merge) == ("accumulate", "none", None)
