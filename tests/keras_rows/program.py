@@ -47,7 +47,7 @@ def fitted(row: Row, model: Any) -> dict[str, Any]:
         data.train,
         data.validation,
         **data.options,
-        strategy=Dlion(max_n=100.0),
+        strategy=Dlion(max_n=100.0, outer_learning_rate=1.0),
         sync="sync",
         batching="fixed",
         global_batch="fixed",
