@@ -1,8 +1,8 @@
 """The form of a message: few entries or all, and how many bits for each value. Pure numpy.
 
 Of the forms that fit a budget, the best leaves the least of the vector's energy behind. A vector with few large entries
-leads to few entries with many bits; a flat one, such as Adam's movements, to signs of more entries; a wide link to all
-entries with as many bits as it carries. What few entries bring is computed from these, what all bring is predicted from
+leads to few entries with 16 bits; a flatter one to signs of more entries; a wide link to all entries with as many bits
+as it carries. What few entries bring is computed from these, what all bring is predicted from
 a sample. Source: ours; every top-k and quantisation scheme is one of the forms.
 """
 
@@ -19,8 +19,11 @@ from dlion_mpi.vector.layout import Vector
 from dlion_mpi.wire import ValueType, encoded_bytes, rounded
 from dlion_mpi.wire.quantize import BITS, PER_MAGNITUDE
 
-FEW: tuple[ValueType, ...] = ("sign", "int4", "int8", "bfloat16")
-"""Value types for few entries. Their positions take about 8 bits each."""
+FEW: tuple[ValueType, ...] = ("sign", "bfloat16")
+"""Value types for few entries, the usual one first. Their positions take about 8 bits each."""
+USUAL = 1.5
+"""How much more another type has to bring than the usual one. Signs also keep outliers from moving the weights far at
+once: values of 4 and 8 bits brought more of the energy, and less accuracy (docs/log.md)."""
 ALL: tuple[ValueType, ...] = ("sign", "int2", "int4", "int8", "bfloat16")
 """Value types for all entries."""
 EXACT: ValueType = "bfloat16"
@@ -77,13 +80,15 @@ def forms(selector: Selector, vector: Vector, largest: Vector, terms: Terms) -> 
     top = vector.take(ranking.indices)
     pool = _Pool.of(selector, vector, largest, ranking)
     energy = pool.energy
-    found = []
+    few = []
     for kind, count in sparse.items():
         chosen, n = ranking.fit(count, few_bytes, least, size, kind)
         values = top.take(chosen)
         brought = _energy(values) - _energy(values - rounded(values, kind))
         selection = Selection(ranking.indices.take(chosen), 100 * (1 - n))
-        found.append(Form(selection, kind, few_bytes, _share(brought, energy)))
+        few.append(Form(selection, kind, few_bytes, _share(brought, energy)))
+    found = few[:1]
+    found += [form for form in few[1:] if form.captured > USUAL * few[0].captured]
     for kind in terms.types or ALL:
         size_bytes = encoded_bytes(None, size, kind)
         if size_bytes <= terms.budget_bytes:

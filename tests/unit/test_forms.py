@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlion_mpi.algorithms.error_feedback import Budget, Residuals, Rules
-from dlion_mpi.algorithms.forms import ALL, FEW, Form, Terms, best, forms
+from dlion_mpi.algorithms.forms import ALL, FEW, USUAL, Form, Terms, best, forms
 from dlion_mpi.algorithms.selection import Selection, Selector
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.wire import ValueType, encoded_bytes
@@ -62,11 +62,11 @@ def test_what_a_message_brings_is_predicted_within_a_tenth(
 
 @pytest.mark.parametrize("share", [0.003, 0.01, 0.04, 0.1, 0.3])
 @pytest.mark.parametrize("kind", VECTORS)
-def test_no_other_form_brings_more(kind: str, share: float) -> None:
+def test_no_other_form_brings_much_more(kind: str, share: float) -> None:
     vector, budget_bytes = VECTORS[kind], share * 4 * LAYOUT.size
     _, chosen = sent(vector, None, budget_bytes)
     for value_type in {*FEW, *ALL}:
-        assert sent(vector, value_type, budget_bytes)[1] <= chosen + 0.03
+        assert sent(vector, value_type, budget_bytes)[1] <= USUAL * chosen + 0.03
 
 
 def test_flat_vectors_go_as_signs_and_a_few_large_entries_as_they_are() -> None:
@@ -76,7 +76,7 @@ def test_flat_vectors_go_as_signs_and_a_few_large_entries_as_they_are() -> None:
     large = np.zeros(LAYOUT.size, np.float32)
     large[::1000] = np.random.default_rng(1).lognormal(0, 3, len(large[::1000]))
     exact, brought = sent(large, None, budget_bytes)
-    assert exact.value_type in ("int8", "bfloat16")
+    assert exact.value_type == "bfloat16"
     assert exact.selection.indices is not None
     assert brought > 0.999
 
