@@ -2,8 +2,8 @@
 
 Of the forms that fit a budget, the best leaves the least of the vector's energy behind. A vector with few large entries
 leads to few entries with 16 bits; a flatter one to signs of more entries; a wide link to all entries with as many bits
-as it carries. What few entries bring is computed from these, what all bring is predicted from
-a sample. Source: ours; every top-k and quantisation scheme is one of the forms.
+as it carries. What few entries bring is computed from these, what all bring is predicted from a sample. Source: ours;
+every top-k and quantisation scheme is one of the forms.
 """
 
 from __future__ import annotations
