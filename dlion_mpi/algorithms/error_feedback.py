@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dlion_mpi.algorithms.forms import Terms, best, forms
+from dlion_mpi.algorithms.forms import EXACT, Terms, best, forms
 from dlion_mpi.algorithms.selection import Ranking, Selection, Selector
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, number, numbers, part, under, vector, vectors_by_rank
@@ -53,7 +53,7 @@ class Rules:
     @property
     def usual_type(self) -> ValueType:
         """The value type where none is chosen."""
-        return self.value_type or "bfloat16"
+        return self.value_type or EXACT
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ FEW: tuple[ValueType, ...] = ("sign", "bfloat16")
 USUAL = 1.5
 """How much more another type has to bring than the usual one. Signs also keep outliers from moving the weights far at
 once: values of 4 and 8 bits brought more of the energy, and less accuracy (docs/log.md)."""
-ALL: tuple[ValueType, ...] = ("sign", "int2", "int4", "int8", "bfloat16")
-"""Value types for all entries."""
+ALL: tuple[ValueType, ...] = ("sign", "int2", "int4", "int8")
+"""Value types for all entries, where `EXACT` does not fit."""
 EXACT: ValueType = "bfloat16"
 """The value type that leaves nearly nothing, and that costs the processor least. It is taken wherever it fits."""
 LEVEL = 0.001
@@ -46,7 +46,7 @@ class Form:
 class Terms:
     """The limits of a message: its bytes, and its bytes if it does not have all entries.
 
-    ``types``: of values, to choose from; None: those of `FEW` and `ALL`. ``n_min``, ``clustering``: see
+    ``types``: of values, to choose from; None: those of `FEW`, `ALL` and `EXACT`. ``n_min``, ``clustering``: see
     `Selector.nested`.
     """
 
@@ -134,10 +134,8 @@ class _Pool:
         return float((self.counts * np.square(self.magnitudes)).sum())
 
     def brought(self, kind: ValueType) -> float:
-        """The energy that all entries bring, rounded. A variable stands for its blocks."""
-        bits = BITS.get(kind)
-        if bits is None:
-            return self.energy
+        """The energy that all entries bring, rounded to few bits. A variable stands for its blocks."""
+        bits = BITS[kind]
         if bits == 8:
             steps = np.zeros(int(self.variables.max()) + 1)
             np.maximum.at(steps, self.variables, self.magnitudes / 127.5)

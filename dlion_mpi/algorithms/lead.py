@@ -64,7 +64,7 @@ class Lead:
         due = np.zeros(self._size, np.float32)
         for change in chain(*self._due.values()):
             change.add_to(due, 1.0)
-        return {"due": due, **numbers(factor=self.factor)} if self.factor != 1 else {}
+        return {"due": due, **numbers(factor=self.factor)} if self.factor != 1 or self._due else {}
 
     def from_arrays(self, arrays: Mapping[str, Array], name: str, ranks: Iterable[int]) -> None:
         """Restore what `to_arrays` gave, stored under ``name``. Raises StateError."""

@@ -69,7 +69,7 @@ class Dlion(Strategy):
     """``w_k <- w_k + sum_j c_j u_j``, with the entries of the movement u_j that have arrived from worker j.
 
     Each link gets the largest entries that it can deliver within the step. The rest stays as a residual, which is sent
-    later. A worker applies its own movement at once; without its residual, all workers have the same weights.
+    later. A worker applies its own movement at once; without its lead (`ahead`), all workers have the same weights.
     Source: DLion (HPDC 2021), sections on weighted dynamic batching and per-link prioritized gradient exchange. The
     residual follows Deep Gradient Compression (Lin et al. 2018).
     """
@@ -101,8 +101,8 @@ class Dlion(Strategy):
         )
         link_share: float | None = option(
             None,
-            "size of a message as a share of what its link can carry in a step (default: 0.05, at most 1 % of a "
-            "gradient; with drop 1)",
+            "size of a message as a share of what its link can carry in a step (default: 0.05, "
+            "with few entries at most 1 % of a gradient; with drop 1)",
             bounds=Bounds(1e-6, 1, "a share in (0, 1]"),
             idle={"max_n": ()},
             value="SHARE",
@@ -121,7 +121,7 @@ class Dlion(Strategy):
         outer_learning_rate: float | None = option(
             None,
             "factor on all movements (default: what restores the length that averaging takes off, as measured, with "
-            "an optimizer that normalises, such as Adam; else 1)",
+            "an optimizer that normalises, such as Adam, whose own movements then count whole until sent; else 1)",
             bounds=Bounds(1e-6, 100, "in (0, 100]"),
             value="FACTOR",
         )

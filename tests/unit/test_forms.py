@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlion_mpi.algorithms.error_feedback import Budget, Residuals, Rules
-from dlion_mpi.algorithms.forms import ALL, FEW, USUAL, Form, Terms, best, forms
+from dlion_mpi.algorithms.forms import ALL, EXACT, FEW, USUAL, Form, Terms, best, forms
 from dlion_mpi.algorithms.selection import Selection, Selector
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.wire import ValueType, encoded_bytes
@@ -51,7 +51,7 @@ def sent(
 
 
 @pytest.mark.parametrize("share", [0.003, 0.01, 0.04, 0.1, 0.3])
-@pytest.mark.parametrize("value_type", [*ALL, None])
+@pytest.mark.parametrize("value_type", [*ALL, EXACT, None])
 @pytest.mark.parametrize("kind", VECTORS)
 def test_what_a_message_brings_is_predicted_within_a_tenth(
     kind: str, value_type: ValueType | None, share: float
