@@ -76,7 +76,7 @@ class Residuals:
     rules: Rules
     common: Vector = field(init=False)
     by_peer: dict[int, Vector] = field(init=False, default_factory=dict)
-    left: Entries | None = field(init=False, default=None)
+    taken: Entries | None = field(init=False, default=None)
     """The entries that left `common` in the newest `take`, as receivers see them; None if there were none."""
     _selector: Selector = field(init=False)
     _largest: Vector = field(init=False)
@@ -117,9 +117,9 @@ class Residuals:
         ``budgets``: of every live link; None for one that takes no message now. ``left``: peers that have left;
         their residuals get what leaves `common`: all of it when no link remains.
         """
-        self.left = None
+        self.taken = None
         if not budgets:
-            self.left = Entries(self.layout.size, self.common.copy())
+            self.taken = Entries(self.layout.size, self.common.copy())
             for peers, _ in self._groups(dict.fromkeys(left)):
                 residual = self._residual_of(peers)
                 residual += self.common
@@ -128,7 +128,7 @@ class Residuals:
         if widest is None:
             return {}
         shared = self._take_largest(self.common, self._largest, widest)
-        self.left = shared.entries
+        self.taken = shared.entries
         indices = shared.entries.indices
         shared_bytes = encoded_bytes(indices, self.layout.size, shared.value_type)
         choices: dict[int, Choice] = {}

@@ -182,8 +182,8 @@ class Dlion(Strategy):
         residuals.add(local.vector, weight)
         for peer, choice in residuals.take(budgets, self._left(state, links)).items():
             messages[peer] = Outgoing(entries=choice.entries, quality=choice.quality, value_type=choice.value_type)
-        if isinstance(residuals, Residuals) and residuals.left is not None:
-            state.lead.sent(local.step, residuals.left)
+        if isinstance(residuals, Residuals) and residuals.taken is not None:
+            state.lead.sent(local.step, residuals.taken)
         return messages
 
     def incoming(self, state: DlionState, local: LocalUpdate, weights: Weights, messages: Sequence[Message]) -> Effect:

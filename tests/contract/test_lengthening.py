@@ -96,8 +96,8 @@ def test_common_weights_are_the_first_ones_and_all_that_was_sent(
         messages = outgoing(strategy, state, local, links)
         total = sent.setdefault(state.plan.rank, np.zeros(local.vector.size, np.float32))
         assert isinstance(state.residuals, Residuals)
-        if state.residuals.left is not None:
-            state.residuals.left.add_to(total, 1.0)
+        if state.residuals.taken is not None:
+            state.residuals.taken.add_to(total, 1.0)
         return messages
 
     made: list[Worker] = []
