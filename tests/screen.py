@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import select
 import struct
@@ -12,6 +13,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyte
 
@@ -76,6 +78,12 @@ class Screen:
     def shows(self, text: str) -> bool:
         """Whether some line has this text."""
         return any(text in line for line in self.lines())
+
+    def result(self) -> dict[str, Any]:
+        """The JSON of a run. MPICH may put standard output between two pieces of a line of standard error."""
+        written = self.raw.decode()
+        result, _ = json.JSONDecoder().raw_decode(written, written.index('{"strategy"'))
+        return dict(result)
 
     def close(self) -> None:
         """Both ends."""

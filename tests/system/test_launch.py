@@ -147,7 +147,7 @@ def test_ctrl_c_in_a_terminal_ends_a_run_in_order(tmp_path: Path) -> None:
         screen.read_to_end()
         assert process.wait(30) == 128 + signal.SIGINT
     assert screen.shows("stopped early: SIGINT")
-    result = json.loads(next(line for line in screen.raw.decode().splitlines() if line.startswith('{"strategy"')))
+    result = screen.result()
     assert (result["ranks"], result["stopped"]) == (2, "SIGINT")
     for rank in range(2):
         with h5py.File(out / f"metrics-{rank:05d}.h5", "r") as file:

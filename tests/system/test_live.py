@@ -62,7 +62,7 @@ def test_a_run_under_mpirun_is_drawn_in_its_terminal_watched_and_written_for_ten
     lines = screen.lines()
     assert not any(line.split() == HEAD for line in lines)
     assert sum(line.split() == SUMMARY for line in lines) == 1
-    result = json.loads(next(line for line in screen.raw.decode().splitlines() if line.startswith('{"strategy"')))
+    result = screen.result()
     assert result["ranks"] == 2
     assert b"\x1b[?25l" not in screen.raw
     assert b"samples/s  ->" not in screen.raw  # no rank prints its lines into the view
