@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dlion_mpi import wire
+from dlion_mpi.algorithms.ring import ring_sum
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError
 from dlion_mpi.loop import compute
@@ -36,7 +37,7 @@ from dlion_mpi.strategies.types import LinkView, Outgoing
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, vector
-from dlion_mpi.wire import Bytes
+from dlion_mpi.wire import Bytes, ValueType
 
 STUCK = 20_000
 """Ticks without any worker moving after which it is a deadlock."""
@@ -93,7 +94,7 @@ class MemoryCollectives:
                 ticket.table = np.array(parts, dtype=np.float64)
             elif call.what == "reduce":
                 if all(part is not None for part in parts):
-                    ticket.vector = np.sum(parts, axis=0, dtype=np.float32)
+                    ticket.vector = ring_sum([vector for vector, _ in parts], parts[0][1])
             else:
                 ticket.vector[:] = call.parts[int(call.what.removeprefix("broadcast from "))]
             ticket.done = True
@@ -112,8 +113,8 @@ class RankCollectives:
     def broadcast(self, channel: str, root: int, vector: Vector) -> MemoryTicket:
         return self._join(channel, f"broadcast from {root}", vector)
 
-    def reduce(self, channel: str, vector: Vector | None) -> MemoryTicket:
-        return self._join(channel, "reduce", vector)
+    def reduce(self, channel: str, vector: Vector | None, value_type: ValueType = "float32") -> MemoryTicket:
+        return self._join(channel, "reduce", None if vector is None else (vector, value_type))
 
     def _join(self, channel: str, what: str, part: Any) -> MemoryTicket:
         number = self._joined.get(channel, 0)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dlion_mpi.vector.gradient import Gradient
 from dlion_mpi.vector.layout import Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays
-from dlion_mpi.wire import Bytes
+from dlion_mpi.wire import Bytes, ValueType
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +125,14 @@ class Ticket(Protocol):
     vector: Vector
 
 
-Reduce = Callable[[Vector | None], Ticket]
-"""Sums all workers' vectors. None: this worker has ended; then every worker's sum is empty, and this was the last one.
-See `mpi.collectives.Collectives.reduce`."""
+class Reduce(Protocol):
+    """Computes a strategy's sums; see `mpi.collectives.Collectives.reduce`."""
+
+    def __call__(self, vector: Vector | None, value_type: ValueType = "float32") -> Ticket:
+        """Sum all workers' vectors.
+
+        None: this worker has ended. Then every worker's sum is empty, and this was the last one.
+        """
 
 
 class Collectives(Protocol):
@@ -139,7 +144,7 @@ class Collectives(Protocol):
     def broadcast(self, channel: str, root: int, vector: Vector) -> Ticket:
         """Send the root's vector to all ranks."""
 
-    def reduce(self, channel: str, vector: Vector | None) -> Ticket:
+    def reduce(self, channel: str, vector: Vector | None, value_type: ValueType = "float32") -> Ticket:
         """Sum the vectors of all ranks on all ranks. The sum is empty if a rank gives None."""
 
 

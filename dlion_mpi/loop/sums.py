@@ -7,7 +7,7 @@ from collections.abc import Generator
 from dlion_mpi.loop.ports import Until
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.timeline import Phase
-from dlion_mpi.strategies.types import Effect, Sums
+from dlion_mpi.strategies.types import Effect, Sum, Sums
 from dlion_mpi.vector.layout import Vector
 
 SUM = "sum"
@@ -27,7 +27,7 @@ def effect_of(w: Worker, answer: Effect | Sums[Effect | None] | None) -> Generat
         try:
             request = next(answer)
             while True:
-                vector = yield from _sum(w, request.vector)
+                vector = yield from _sum(w, request)
                 if vector is None:
                     answer.close()
                     return None
@@ -37,12 +37,12 @@ def effect_of(w: Worker, answer: Effect | Sums[Effect | None] | None) -> Generat
     return answer or Effect()
 
 
-def _sum(w: Worker, vector: Vector) -> Generator[Until, None, Vector | None]:
+def _sum(w: Worker, request: Sum) -> Generator[Until, None, Vector | None]:
     """Sum the vectors of all workers. Returns None if a worker has ended; then no worker gets another sum."""
-    if not len(vector):
-        return vector
+    if not len(request.vector):
+        return request.vector
     with w.timed(Phase.WAIT):
-        ticket = w.reduce(vector)
+        ticket = w.reduce(request.vector, request.value_type)
         if not ticket.done:
             yield Until(lambda: ticket.done)
     if not len(ticket.vector):

@@ -18,6 +18,9 @@ import numpy.typing as npt
 from dlion_mpi.algorithms.ring import chunk_bounds, chunk_sent
 from dlion_mpi.mpi.startup import MPI
 from dlion_mpi.vector.layout import Vector
+from dlion_mpi.wire import ValueType, rounded
+from dlion_mpi.wire.format import values_bytes
+from dlion_mpi.wire.values import from_wire, to_wire
 
 CHUNK = 1 << 16
 """Entries (4 bytes each) of a broadcast in flight at a time, so that gradients pass between the chunks."""
@@ -85,16 +88,19 @@ class Collectives:
 
         return self._ask(channel, Ticket(vector=vector), pieces())
 
-    def reduce(self, channel: str, vector: Vector | None) -> Ticket:
+    def reduce(self, channel: str, vector: Vector | None, value_type: ValueType = "float32") -> Ticket:
         """Overwrite ``vector`` (K,) float32 with the sum over all ranks, bit for bit the same on every rank.
 
-        None: this rank has no vector, now or later. Then no rank gets a sum: every ``ticket.vector`` is empty. The
-        ranks find that out first, so it costs a word and not a vector.
+        ``value_type``: of the values that travel, the same on all ranks. None: this rank has no vector, now or later.
+        Then no rank gets a sum: every ``ticket.vector`` is empty. The ranks find that out first, so it costs a word and
+        not a vector.
         """
         ticket = Ticket()
-        return self._ask(channel, ticket, self._ring(self._communicators[channel], vector, ticket))
+        return self._ask(channel, ticket, self._ring(self._communicators[channel], vector, value_type, ticket))
 
-    def _ring(self, communicator: MPI.Intracomm, vector: Vector | None, ticket: Ticket) -> Iterator[list[MPI.Request]]:
+    def _ring(
+        self, communicator: MPI.Intracomm, vector: Vector | None, value_type: ValueType, ticket: Ticket
+    ) -> Iterator[list[MPI.Request]]:
         """Each turn a chunk goes to the next rank and one comes from the previous; see `algorithms.ring`.
 
         MPI's own `Iallreduce` is not used: for few ranks, or a number that is not a power of two, libraries choose
@@ -111,17 +117,25 @@ class Collectives:
         rank, size = self._rank, self._size
         bounds = chunk_bounds(len(vector), size)
         chunks = [vector[start:stop] for start, stop in pairwise(bounds)]
-        scratch = np.empty(max(len(chunk) for chunk in chunks), np.float32)
+        longest_bytes = values_bytes(max(len(chunk) for chunk in chunks), value_type)
+        streams = np.empty((2, longest_bytes), np.uint8)
         for turn in range(2 * (size - 1)):
             sent, received = chunks[chunk_sent(rank, turn, size)], chunks[chunk_sent(rank - 1, turn, size)]
             adding = turn < size - 1
-            target = scratch[: len(received)] if adding else received
+            out = streams[0, : values_bytes(len(sent), value_type)]
+            target = streams[1, : values_bytes(len(received), value_type)]
+            if turn == size - 1:  # the sum of this chunk is complete: every rank has to see it alike
+                sent[:] = rounded(sent, value_type)
+            to_wire(sent, out, value_type)
             began_s = self._now_s()
-            yield [communicator.Irecv(target, (rank - 1) % size), communicator.Isend(sent, (rank + 1) % size)]
+            yield [communicator.Irecv(target, (rank - 1) % size), communicator.Isend(out, (rank + 1) % size)]
+            arrived = from_wire(target, len(received), value_type, copy=False)
             if adding:
-                received += target
-            self._carried((rank + 1) % size, sent.nbytes, 0, began_s)
-            self._carried((rank - 1) % size, 0, received.nbytes, began_s)
+                received += arrived
+            else:
+                received[:] = arrived
+            self._carried((rank + 1) % size, out.nbytes, 0, began_s)
+            self._carried((rank - 1) % size, 0, target.nbytes, began_s)
         ticket.vector = vector
 
     def _ask(self, channel: str, ticket: Ticket, pieces: Iterator[list[MPI.Request]]) -> Ticket:

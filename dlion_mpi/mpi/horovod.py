@@ -19,6 +19,7 @@ from dlion_mpi.mpi.collectives import Ticket
 from dlion_mpi.mpi.ranks import Ranks
 from dlion_mpi.mpi.startup import thread_multiple
 from dlion_mpi.vector.layout import Vector
+from dlion_mpi.wire import ValueType
 
 BUILD = "bash env/horovod/build.sh"
 
@@ -63,11 +64,13 @@ class HorovodSums:
 
         self._total = total.get_concrete_function()
 
-    def reduce(self, vector: Vector | None) -> Ticket:
+    def reduce(self, vector: Vector | None, value_type: ValueType = "float32") -> Ticket:
         """Sum all ranks' ``vector``, and return when that is done. If any rank's is None, there is no sum.
 
-        Raises RunError for a vector that is not as long as the gradient.
+        Raises RunError for a vector that is not as long as the gradient, and for other values than float32.
         """
+        if value_type != "float32":
+            raise RunError(f"Horovod sums float32 here, not {value_type}")
         own = self._zeros if vector is None else vector
         if len(own) != len(self._zeros):
             raise RunError(f"Horovod sums vectors of {len(self._zeros)} entries here, not of {len(own)}")

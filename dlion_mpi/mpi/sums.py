@@ -13,6 +13,7 @@ from dlion_mpi.mpi import horovod
 from dlion_mpi.mpi.collectives import Collectives
 from dlion_mpi.mpi.ranks import Ranks
 from dlion_mpi.vector.layout import Vector
+from dlion_mpi.wire import ValueType
 
 LIBRARIES = ("mpi", "horovod")
 
@@ -20,7 +21,7 @@ LIBRARIES = ("mpi", "horovod")
 class Summer(Protocol):
     """Sums vectors over all ranks."""
 
-    def reduce(self, vector: Vector | None) -> Ticket:
+    def reduce(self, vector: Vector | None, value_type: ValueType = "float32") -> Ticket:
         """Sum all ranks' vectors; see `mpi.collectives.Collectives.reduce`."""
 
     def close(self) -> None:

@@ -12,10 +12,12 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from dlion_mpi.algorithms.ring import chunk_bounds, chunk_sent
+from dlion_mpi.algorithms.ring import chunk_bounds, chunk_sent, ring_sum
 from dlion_mpi.simulation.links import VirtualLinks
 from dlion_mpi.simulation.network import Network
 from dlion_mpi.vector.layout import Vector
+from dlion_mpi.wire import ValueType
+from dlion_mpi.wire.format import values_bytes
 
 CHUNK = 1 << 16
 """Entries of a broadcast in flight at a time; see `mpi.collectives.CHUNK`."""
@@ -51,10 +53,10 @@ class VirtualCollectives:
         operation = self._operations.broadcast(channel, self._next(channel), root, len(vector))
         return operation.ask(self._rank, vector)
 
-    def reduce(self, channel: str, vector: Vector | None) -> VirtualTicket:
+    def reduce(self, channel: str, vector: Vector | None, value_type: ValueType = "float32") -> VirtualTicket:
         """Replace ``vector``, (K,) float32, by the sum over all workers. None: no worker gets a sum, now or later."""
         operation = self._operations.sum(channel, self._next(channel))
-        return operation.ask(self._rank, vector)
+        return operation.ask(self._rank, vector, value_type)
 
     def _next(self, channel: str) -> int:
         self._asked[channel] = self._asked.get(channel, 0) + 1
@@ -225,9 +227,10 @@ class _Sum:
         self._arrived = [0] * workers
         self._left = workers
 
-    def ask(self, rank: int, vector: Vector | None) -> VirtualTicket:
-        """Take part with rank ``rank``'s vector, or None."""
+    def ask(self, rank: int, vector: Vector | None, value_type: ValueType) -> VirtualTicket:
+        """Take part with rank ``rank``'s vector, or None. ``value_type``: of the values that travel."""
         self._vectors[rank] = vector
+        self._value_type = value_type
         self._tickets[rank] = ticket = VirtualTicket()
         self._present.ask(rank, [-1.0 if vector is None else len(vector)], self._begin)
         return ticket
@@ -243,10 +246,8 @@ class _Sum:
             if any(len(vector) != len(vectors[0]) for vector in vectors):
                 raise ValueError(f"a sum of vectors that differ in size: {[len(vector) for vector in vectors]}")
             bounds = chunk_bounds(len(vectors[0]), workers)
-            self._bytes = [4 * (stop - start) for start, stop in pairwise(bounds)]
-            self._total = vectors[0].copy()
-            for vector in vectors[1:]:
-                self._total += vector
+            self._bytes = [values_bytes(stop - start, self._value_type) for start, stop in pairwise(bounds)]
+            self._total = ring_sum(vectors, self._value_type)
         self._next_turn(rank)
 
     def _next_turn(self, rank: int) -> None:

@@ -13,12 +13,14 @@ from dlion_mpi.strategies.state import State
 from dlion_mpi.strategies.types import Effect, Inbox, LinkViews, LocalUpdate, Outbox, Plan, Sums, Weights
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays
-from dlion_mpi.wire import Message
+from dlion_mpi.wire import VALUE_TYPES, Message, ValueType
 
 BATCHING: Mapping[str, object] = {"batching": "auto", "batch_size_max": 1024, "global_batch": "grow"}
 """To be put into ``uses`` by a strategy whose batch sizes follow the workers' speed. The loop does the rest."""
 EQUAL_BATCHES: Mapping[str, object] = {"batching": "fixed", "batch_size_max": None, "global_batch": "fixed"}
 """The same options, for a strategy that weighs gradients by their batches and has equal ones by default."""
+SUMMED_TYPES: tuple[ValueType, ...] = ("float32", "float16", "bfloat16")
+"""The ``value_types`` of a strategy that sums: values of few bits would lose too much each time that they are added."""
 TRANSFER: Mapping[str, object] = {"transfer": "worse-than-mean", "transfer_period": 25, "transfer_merge": 0.75}
 """To be put into ``uses`` by a strategy whose workers merge the best worker's weights. The loop does the rest."""
 
@@ -36,6 +38,8 @@ class Strategy:
     """The synchronisation modes (``--sync``) that it supports, the default first."""
     uses: ClassVar[Mapping[str, object]] = {}
     """The shared options that it uses, by their Config name, with its defaults. Others are refused."""
+    value_types: ClassVar[tuple[ValueType, ...]] = VALUE_TYPES
+    """The values of ``--value-type`` that it supports, if that is in ``uses``."""
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """More sets of defaults by name, for ``--preset``: for the options in ``uses`` and in ``Options``."""
     exchanges: ClassVar[Literal["gradients", "movements"]] = "gradients"

@@ -18,10 +18,11 @@ from dlion_mpi.strategies.diloco import Diloco
 from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.hop import Hop
+from dlion_mpi.strategies.local_sgd import LocalSgd
 from dlion_mpi.strategies.powersgd import PowerSgd
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    cls.name: cls for cls in (Dlion, Baseline, Ako, Gaia, Hop, PowerSgd, Diloco, AllReduce, Horovod)
+    cls.name: cls for cls in (Dlion, Baseline, Ako, Gaia, Hop, PowerSgd, LocalSgd, Diloco, AllReduce, Horovod)
 }
 
 
@@ -61,6 +62,9 @@ def resolve(config: Config) -> tuple[Strategy, Config]:
     if sync not in cls.modes:
         raise UserError(f"--strategy {cls.name} does not support --sync {sync}: it supports {', '.join(cls.modes)}")
     refuse_unused(config, cls.name, uses=cls.uses, own=cls.Options, presets=cls.presets)
+    if config.value_type is not None and config.value_type not in cls.value_types:
+        known = ", ".join(cls.value_types)
+        raise UserError(f"--value-type {config.value_type}: --strategy {cls.name} has {known}")
     config = dataclasses.replace(config, sync=sync)
     preset = cls.presets[config.preset] if config.preset else {}
     strategy = cls(**_own_options(cls, config, preset))

@@ -142,9 +142,11 @@ class Sum:
     """A request for the sum of all workers' ``vector``, (K,) float32 with the same K everywhere.
 
     Every worker must ask for the same sums in the same order. The sum may take the vector's place in memory.
+    ``value_type``: of the values that travel. Each is rounded before it is sent, and added as float32.
     """
 
     vector: Vector
+    value_type: ValueType = "float32"
 
 
 T = TypeVar("T")

@@ -33,13 +33,11 @@ ROUGH = Weather(seed=5, delay=12, budget=(100, 330), blocked=0.3)
 
 def config(name: str, mode: str, **options: Any) -> Config:
     """A Config with small periods, of those options that this strategy has."""
-    small: dict[str, Any] = {"global_batch": "fixed"}
+    small: dict[str, Any] = {"global_batch": "fixed", "h": 5}
     if options.get("transfer") != "none":
         small["transfer_period"] = 40
     if name == "hop" and mode == "bounded":  # every step, and no bound but the staleness
         small |= {"backup": 0, "max_gap": 1000, "skip": 0}
-    if name == "diloco":
-        small["h"] = 5
     used = {option: value for option, value in (small | options).items() if has_option(name, option)}
     return options_config(**{"strategy": name, "sync": mode, "steps": 250, "batch_size": 8, **used})
 

@@ -1,4 +1,4 @@
-"""DiLoCo: local steps by the model's own optimizer; outer steps, their momentum and weights, calculated by hand."""
+"""Local SGD and DiLoCo: local steps by the model's own optimizer; outer steps calculated by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.strategies.diloco import Diloco
+from dlion_mpi.strategies.local_sgd import LocalSgd
+from dlion_mpi.strategies.registry import resolve
 from dlion_mpi.strategies.types import Plan
 from dlion_mpi.vector.layout import Vector
 from tests.contract.problem import LAYOUT, SIZE, effects_of, local
@@ -18,13 +20,16 @@ from tests.contract.problem import LAYOUT, SIZE, effects_of, local
 class Workers:
     """Strategies of two workers whose optimizer is ``w - rate g``, with their replicas."""
 
-    def __init__(self, rate: float = 0.5, **options: Any) -> None:
-        plans = [Plan(config=Config(strategy="diloco"), rank=k, ranks=(0, 1), layout=LAYOUT) for k in (0, 1)]
-        self.strategies = [Diloco(**options) for _ in plans]
+    def __init__(self, cls: type[LocalSgd] = Diloco, rate: float = 0.5, **options: Any) -> None:
+        config = resolve(Config(strategy=cls.name))[1]
+        plans = [Plan(config=config, rank=k, ranks=(0, 1), layout=LAYOUT) for k in (0, 1)]
+        self.strategies = [cls(**options) for _ in plans]
         self.states = [s.start(plan) for s, plan in zip(self.strategies, plans, strict=True)]
         self.weights = [np.full(SIZE, 8, np.float32) for _ in plans]
         self.rate = np.float32(rate)
         self.step = 0
+        self.types: list[str] = []
+        """Of the sums so far."""
 
     def advance(self, gradients: list[float], lbs: tuple[int, int] = (8, 8)) -> list[Vector]:
         """One step of both with these gradients, all entries alike. Returns the weights."""
@@ -36,7 +41,7 @@ class Workers:
             assert effect.movement is not None
             self.weights[k] = self.weights[k] + effect.movement
             answers.append(strategy.between(state, own, self.weights[k].copy))
-        for k, after in enumerate(effects_of(answers)):
+        for k, after in enumerate(effects_of(answers, lambda request: self.types.append(request.value_type))):
             assert after.movement is None
             if after.weights is not None:
                 self.weights[k] = after.weights.copy()
@@ -60,9 +65,33 @@ def test_an_outer_step_is_what_the_formula_says() -> None:
     assert (second == 3.75).all()
 
 
-def test_workers_count_by_their_samples() -> None:
+def test_local_sgd_continues_with_the_mean_of_the_weights() -> None:
+    workers = Workers(LocalSgd, h=2)
+    first, second = workers.advance([2, 4])
+    assert (first[0], second[0]) == (7, 6)
+    first, second = workers.advance([2, 8])
+    assert (first == 4).all(), "the mean of 6 and 2"
+    assert (second == 4).all()
+
+
+def test_diloco_without_momentum_at_a_rate_of_one_is_local_sgd() -> None:
+    plain, diloco = Workers(LocalSgd, h=3), Workers(h=3, outer_learning_rate=1.0, outer_momentum=0.0)
+    for step in range(9):
+        for weights, expected in zip(diloco.advance([step, 1]), plain.advance([step, 1]), strict=True):
+            np.testing.assert_array_equal(weights, expected)
+
+
+def test_pseudo_gradients_of_diloco_travel_as_16_bits() -> None:
+    for cls, value_type in ((LocalSgd, "float32"), (Diloco, "bfloat16")):
+        workers = Workers(cls, h=1)
+        workers.advance([1, 1])
+        assert workers.types == [value_type]
+
+
+@pytest.mark.parametrize("cls", [LocalSgd, Diloco])
+def test_workers_count_by_their_samples(cls: type[LocalSgd]) -> None:
     """3/4 of the samples of both steps are of worker 0, though its share changes."""
-    workers = Workers(h=2, outer_learning_rate=1.0, outer_momentum=0.0)
+    workers = Workers(cls, h=2, **({} if cls is LocalSgd else {"outer_learning_rate": 1.0, "outer_momentum": 0.0}))
     workers.advance([4, 0], lbs=(16, 0))
     first, second = workers.advance([4, 8], lbs=(8, 8))
     # moved: 4 and 4 in all; worker 0 has 24 of 32 samples

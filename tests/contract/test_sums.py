@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dlion_mpi.config.options import Config
-from dlion_mpi.errors import RunError
+from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.registry import resolve
 from dlion_mpi.strategies.state import State
 from dlion_mpi.strategies.types import Effect, LinkView, LocalUpdate, Outgoing, Sum, Sums, Weights
 from dlion_mpi.wire import Message
@@ -155,3 +156,19 @@ def test_one_worker_alone_sums_nothing() -> None:
     assert "sum" not in result.collectives.calls
     assert result.workers[0].state.totals == []
     assert result.weights.shape == (1, SIZE)
+
+
+@pytest.mark.parametrize("name", ["allreduce", "local-sgd", "diloco"])
+@pytest.mark.parametrize("value_type", ["float32", "float16", "bfloat16"])
+def test_sums_travel_as_the_chosen_type_and_leave_all_replicas_equal(name: str, value_type: str) -> None:
+    result = trained(config(name, "sync", steps=250, value_type=value_type))
+    summed = [part for call in result.collectives.calls["sum"] for part in call.parts.values() if part is not None]
+    assert {own for _, own in summed} == {value_type}
+    assert len({weights.tobytes() for weights in result.weights}) == 1
+    np.testing.assert_allclose(result.weights, np.tile(OPTIMUM, (3, 1)), atol=0.02)
+
+
+@pytest.mark.parametrize("value_type", ["sign", "int8"])
+def test_values_of_few_bits_are_not_summed(value_type: str) -> None:
+    with pytest.raises(UserError, match=f"--value-type {value_type}: --strategy allreduce has float32, float16, bfloa"):
+        resolve(config("allreduce", "sync", value_type=value_type))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi.algorithms.ring import ring_bytes
+from dlion_mpi.algorithms.ring import ring_bytes, ring_sum
 from dlion_mpi.mpi.collectives import CHUNK
+from dlion_mpi.wire import ValueType
 from tests.mpi.test_links import exchange
 
 
@@ -58,17 +59,19 @@ def test_a_late_rank_holds_up_nobodys_thread(world: MPI.Intracomm) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000, 300_001])
-def test_a_sum_is_everyones_and_bit_for_bit_the_same(world: MPI.Intracomm, size: int) -> None:
+@pytest.mark.parametrize("value_type", ["float32", "bfloat16"])
+def test_a_sum_is_what_the_ring_says_bit_for_bit(world: MPI.Intracomm, size: int, value_type: ValueType) -> None:
     """Also where there are fewer entries than ranks; twice, since the second begins before the first has ended."""
     everyone = [np.random.default_rng(r).standard_normal(size).astype(np.float32) for r in range(world.Get_size())]
     shares = [everyone[world.Get_rank()].copy(), 3 * everyone[world.Get_rank()]]
     with exchange(world) as e:
-        tickets = [e.collectives.reduce("test", share) for share in shares]
+        tickets = [e.collectives.reduce("test", share, value_type) for share in shares]
         e.wait(lambda: all(ticket.done for ticket in tickets))
         for factor, ticket in zip((1, 3), tickets, strict=True):
-            expected = factor * np.sum(everyone, axis=0, dtype=np.float64)
-            np.testing.assert_allclose(ticket.vector, expected, rtol=1e-5, atol=1e-5)
-            assert len({vector.tobytes() for vector in world.allgather(ticket.vector)}) == 1
+            expected = ring_sum([np.float32(factor) * vector for vector in everyone], value_type)
+            np.testing.assert_array_equal(ticket.vector, expected)
+            error = 1e-5 if value_type == "float32" else 0.2
+            np.testing.assert_allclose(expected, factor * np.sum(everyone, axis=0, dtype=np.float64), error, error)
 
 
 @pytest.mark.mpi
@@ -84,22 +87,23 @@ def test_who_has_no_share_ends_the_sum_for_all_and_costs_no_vector(world: MPI.In
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("size", [3, 1000, 100_003])
-def test_a_sum_sends_what_a_ring_does(world: MPI.Intracomm, size: int) -> None:
+@pytest.mark.parametrize(("size", "value_type"), [(3, "float32"), (1000, "float32"), (100_003, "bfloat16")])
+def test_a_sum_sends_what_a_ring_does(world: MPI.Intracomm, size: int, value_type: ValueType) -> None:
     """Each rank about 2 (n - 1) / n of the vector, to the next one only; counted where it is sent."""
     rank, ranks = world.Get_rank(), world.Get_size()
     with exchange(world) as e:
-        ticket = e.collectives.reduce("test", np.ones(size, np.float32))
+        ticket = e.collectives.reduce("test", np.ones(size, np.float32), value_type)
         e.wait(lambda: ticket.done)
         totals = e.links.totals()
-    sent, received = ring_bytes(size, rank, ranks)
+    sent, received = ring_bytes(size, rank, ranks, value_type)
+    each = 4 if value_type == "float32" else 2
     expected = {peer: [0, 0] for peer in range(ranks) if peer != rank}
     if ranks > 1:
         expected[(rank + 1) % ranks][0] += sent
         expected[(rank - 1) % ranks][1] += received
     assert {peer: [t.bytes_sent, t.bytes_received] for peer, t in totals.items()} == expected
-    assert abs(sent - 8 * size * (ranks - 1) / ranks) <= 8 * ranks
-    assert sum(world.allgather(sent)) == sum(world.allgather(received)) == 8 * size * (ranks - 1)
+    assert abs(sent - 2 * each * size * (ranks - 1) / ranks) <= 2 * each * ranks
+    assert sum(world.allgather(sent)) == sum(world.allgather(received)) == 2 * each * size * (ranks - 1)
 
 
 @pytest.mark.mpi(min_size=2)

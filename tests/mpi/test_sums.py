@@ -70,8 +70,8 @@ def test_a_run_has_whole_metrics_and_a_ring_s_bytes(world: MPI.Intracomm, strate
     np.testing.assert_array_equal(sent[:-1], expected[:-1])
 
 
-OPTIONS: dict[str, dict[str, Any]] = {"powersgd": {"rank": 1}, "diloco": {"h": 5}}
-summing = pytest.mark.parametrize("strategy", ["allreduce", "powersgd", "diloco"])
+OPTIONS: dict[str, dict[str, Any]] = {"powersgd": {"rank": 1}, "local-sgd": {"h": 5}, "diloco": {"h": 5}}
+summing = pytest.mark.parametrize("strategy", ["allreduce", "powersgd", "local-sgd", "diloco"])
 
 
 @pytest.mark.mpi

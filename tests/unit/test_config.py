@@ -81,6 +81,7 @@ WHOLE: dict[str, tuple[int, int]] = {
     "hop.max_gap": (1, 10**6),
     "hop.skip": (0, 10**6),
     "powersgd.rank": (1, 10**6),
+    "local-sgd.h": (1, 10**6),
     "diloco.h": (1, 10**6),
     "test_samples": (1, 10**9),
     "transfer_period": (1, 10**6),

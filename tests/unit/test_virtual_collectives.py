@@ -13,6 +13,7 @@ from dlion_mpi.microcloud.environments import Environment
 from dlion_mpi.simulation.collectives import CHUNK, Operations, VirtualCollectives, _tree
 from dlion_mpi.simulation.links import VirtualLinks
 from dlion_mpi.simulation.network import Events, Network
+from dlion_mpi.wire import ValueType
 from tests.unit.test_simulate import BYTES_8_MBIT, cloud, run_out
 
 Ends = tuple[Events, Network, list[VirtualCollectives], list[int]]
@@ -126,20 +127,24 @@ def test_beyond_four_the_tree_is_binomial() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("size", [1, 2, 1000, 70_001])
-def test_a_sum_is_the_same_for_everyone_and_moves_what_a_ring_moves(workers: int, size: int) -> None:
+@pytest.mark.parametrize("value_type", ["float32", "bfloat16"])
+def test_a_sum_is_the_same_for_everyone_and_moves_what_a_ring_moves(
+    workers: int, size: int, value_type: ValueType
+) -> None:
     events, _, everyone, woken = collectives(cloud(workers, {"uplink_mbit": (80.0,) * workers}))
     vectors = [np.random.default_rng(k).standard_normal(size, dtype=np.float32) for k in range(workers)]
     expected = np.sum(vectors, axis=0, dtype=np.float64)
-    tickets = [c.reduce("sum", vector) for c, vector in zip(everyone, vectors, strict=True)]
+    tickets = [c.reduce("sum", vector, value_type) for c, vector in zip(everyone, vectors, strict=True)]
     run_out(events)
     assert sorted(woken) == list(range(workers))
+    error = 1e-5 if value_type == "float32" or workers == 1 else 0.004 * workers * 4  # each rounding is off by 2^-9
     for ticket, vector in zip(tickets, vectors, strict=True):
         assert ticket.done
         assert ticket.vector is vector
-        np.testing.assert_allclose(vector, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(vector, expected, rtol=error, atol=error)
         assert vector.tobytes() == vectors[0].tobytes()
     for rank, links in enumerate(everyone[0]._operations.links):
-        sent, received = ring_bytes(size, rank, workers)
+        sent, received = ring_bytes(size, rank, workers, value_type)
         moved = {peer: [0, 0] for peer in range(workers) if peer != rank}
         if workers > 1:
             moved[(rank + 1) % workers][0] += sent
