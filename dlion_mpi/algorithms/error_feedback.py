@@ -24,6 +24,7 @@ import numpy as np
 
 from dlion_mpi.algorithms.forms import EXACT, Terms, best, forms
 from dlion_mpi.algorithms.selection import Ranking, Selection, Selector
+from dlion_mpi.algorithms.sparse import take_out
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays, number, numbers, part, under, vector, vectors_by_rank
 from dlion_mpi.wire import ValueType, bytes_for_count, encoded_bytes, rounded_entries
@@ -192,17 +193,7 @@ class Residuals:
 
     def _take_out(self, memory: Vector, selection: Selection, value_type: ValueType) -> Choice:
         """Take the selected entries out of a memory, as the receiver will see them; rounding errors stay in it."""
-        places = slice(None) if selection.indices is None else selection.indices.astype(np.intp)
-        values = memory[places]
-        entries = Entries(self.layout.size, values, selection.indices)
-        received = rounded_entries(entries, value_type)
-        if received is entries:
-            if selection.indices is None:
-                received = Entries(self.layout.size, values.copy())
-            memory[places] = 0
-        else:
-            memory[places] = values - received.values
-        return Choice(received, selection.quality, value_type)
+        return Choice(take_out(memory, selection.indices, value_type), selection.quality, value_type)
 
     def _largest_shared(self, residual: Vector, choice: Choice, budget_bytes: float, count: int) -> Choice:
         """Take out the largest of the shared entries, with their residual; about ``count`` of them fit."""

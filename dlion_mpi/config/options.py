@@ -44,7 +44,7 @@ class Config:
 
     strategy: str = _run(
         "dlion",
-        "how workers exchange updates: dlion, baseline, ako, gaia, hop, powersgd, local-sgd, diloco, allreduce, "
+        "how workers exchange updates: dlion, baseline, ako, gaia, hop, powersgd, dgc, local-sgd, diloco, allreduce, "
         "horovod, or PACKAGE.MODULE:CLASS",
         common=True,
     )

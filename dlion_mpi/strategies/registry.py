@@ -14,6 +14,7 @@ from dlion_mpi.strategies.ako import Ako
 from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.baseline import Baseline
 from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.dgc import Dgc
 from dlion_mpi.strategies.diloco import Diloco
 from dlion_mpi.strategies.dlion import Dlion
 from dlion_mpi.strategies.gaia import Gaia
@@ -22,7 +23,7 @@ from dlion_mpi.strategies.local_sgd import LocalSgd
 from dlion_mpi.strategies.powersgd import PowerSgd
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    cls.name: cls for cls in (Dlion, Baseline, Ako, Gaia, Hop, PowerSgd, LocalSgd, Diloco, AllReduce, Horovod)
+    cls.name: cls for cls in (Dlion, Baseline, Ako, Gaia, Hop, PowerSgd, Dgc, LocalSgd, Diloco, AllReduce, Horovod)
 }
 
 
