@@ -44,8 +44,8 @@ class Config:
 
     strategy: str = _run(
         "dlion",
-        "how workers exchange updates: dlion, baseline, ako, gaia, hop, powersgd, dgc, local-sgd, diloco, allreduce, "
-        "horovod, or PACKAGE.MODULE:CLASS",
+        "how workers exchange updates: dlion, baseline, ako, gaia, hop, powersgd, dgc, local-sgd, diloco, "
+        "sparseloco, allreduce, horovod, or PACKAGE.MODULE:CLASS",
         common=True,
     )
     preset: str | None = _run(None, "a named set of the strategy's defaults: paper, the settings of the paper")
@@ -178,8 +178,8 @@ class Config:
 
     value_type: ValueType | None = _exchange(
         None,
-        "type of the values in messages and sums (default: dlion chooses for each message, diloco has bfloat16, others "
-        "float32)",
+        "type of the values in messages and sums (default: dlion chooses for each message, diloco has bfloat16, "
+        "sparseloco int2, others float32)",
         choices=VALUE_TYPES,
     )
     exchange_share: float | None = _exchange(

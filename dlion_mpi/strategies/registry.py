@@ -21,9 +21,11 @@ from dlion_mpi.strategies.gaia import Gaia
 from dlion_mpi.strategies.hop import Hop
 from dlion_mpi.strategies.local_sgd import LocalSgd
 from dlion_mpi.strategies.powersgd import PowerSgd
+from dlion_mpi.strategies.sparseloco import SparseLoco
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    cls.name: cls for cls in (Dlion, Baseline, Ako, Gaia, Hop, PowerSgd, Dgc, LocalSgd, Diloco, AllReduce, Horovod)
+    cls.name: cls
+    for cls in (Dlion, Baseline, Ako, Gaia, Hop, PowerSgd, Dgc, LocalSgd, Diloco, SparseLoco, AllReduce, Horovod)
 }
 
 

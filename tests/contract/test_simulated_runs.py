@@ -116,7 +116,8 @@ def test_the_same_run_twice_is_the_same_to_the_last_byte(strategy: str, tmp_path
 
 @every_message_mode
 def test_every_message_sent_has_come(name: str, mode: str, workers: list[Worker]) -> None:
-    outcome = simulate(config(strategy=name, sync=mode), cloud(), report=False)
+    every_step = {"h": 1} if hasattr(STRATEGIES[name].Options, "h") else {}
+    outcome = simulate(config(strategy=name, sync=mode, **every_step), cloud(), report=False)
     assert outcome.exit_code == 0
     assert [worker.step for worker in workers] == [12, 12, 12]
     sent = [worker.links.fall_silent() for worker in workers]
@@ -187,6 +188,7 @@ def test_what_was_computed_was_sent_or_is_remembered(
         ("powersgd", {"rank": 1000}),
         ("dgc", {"density": 1.0, "momentum": 0.0}),
         ("local-sgd", {"h": 1}),
+        ("sparseloco", {"h": 1, "entries": 4096, "value_type": "float32"}),
         ("diloco", {"h": 1, "outer_learning_rate": 1.0, "outer_momentum": 0.0, "value_type": "float32"}),
     ],
 )

@@ -40,7 +40,7 @@ from tests.contract.problem import (
 )
 from tests.inmemory import Network, Quadratic, Weather, run
 
-ADD_THEIR_OWN = {"hop", "local-sgd", "diloco"}
+ADD_THEIR_OWN = {"hop", "local-sgd", "diloco", "sparseloco"}
 """The strategies whose workers add their own movements to common weights, so that the weights differ in between."""
 in_mode = {mode: [name for name, own in EVERY_MODE if own == mode] for mode in ("sync", "bounded", "async")}
 
@@ -180,7 +180,7 @@ def test_messages_are_taken_in_a_fixed_order_and_later_ones_stay() -> None:
 @pytest.mark.parametrize("name", [name for name in in_mode["sync"] if name not in SUMS])
 @adverse
 def test_sync_applies_exactly_the_gradients_of_the_step(name: str, weather: Weather) -> None:
-    result = trained(config(name, "sync", steps=40), weather=dataclasses.replace(weather, blocked=0.0))
+    result = trained(config(name, "sync", steps=40, h=1), weather=dataclasses.replace(weather, blocked=0.0))
     for rank, records in enumerate(result.records):
         for record in records:
             assert dict(record.age_steps) == {peer: 0 for peer in range(3) if peer != rank}
@@ -194,7 +194,7 @@ def test_may_advance_by_the_newest_step_of_everyone(name: str, mode: str) -> Non
             resolve(Config(strategy=name, sync=mode))
         return
     options = {"staleness": 2, "backup": 1} if mode == "bounded" else {}
-    strategy, resolved = resolve(config(name, mode, **options))
+    strategy, resolved = resolve(config(name, mode, h=1, **options))
     state = strategy.start(Plan(config=resolved, rank=0, ranks=(0, 1, 2, 3), layout=LAYOUT))
 
     def may(step: int, *newest: int) -> bool:
