@@ -6,11 +6,12 @@ after them. The transport calls `deliver`, perhaps from its own thread, so a loc
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic
 
@@ -47,10 +48,14 @@ class Link:
     rate: LinkRate = field(default_factory=LinkRate)
     sequence: int = 0
     """Messages sent, which is the sequence number of the newest."""
+    arrived: int = 0
+    """Messages that have arrived."""
     received: int = 0
     """Messages received, as acknowledgements say."""
     unread: int = 0
     """Messages received that `Links.poll` has not returned."""
+    probe: tuple[int, float] = (0, 0.0)
+    """The newest probe: the sequence number of the message behind it, and when it arrived here."""
     parcels_sent: int = 0
     parcels_received: int = 0
     """Parcels of all channels, which both ends compare before they close."""
@@ -70,12 +75,14 @@ class Link:
 
 @dataclass(slots=True)
 class _Arrival(Generic[P]):
-    """A message that waits for `Links.poll`. ``received_s``: None if it is not acknowledged yet."""
+    """A message that waits for `Links.poll`. ``probed_s``: when its probe arrived, if there was one."""
 
     link: Link
     parcel: P
     done: Done
-    received_s: float | None = None
+    arrived_s: float
+    probed_s: float | None
+    acknowledged: bool = False
 
 
 class Links(ABC, Generic[P]):
@@ -133,10 +140,11 @@ class Links(ABC, Generic[P]):
             rooms = rooms_bytes(rates, step_s, now_s)
             return {
                 peer: LinkView(
-                    ready=rate.unacknowledged() < self._window,
-                    budget_bytes=rate.budget_bytes(step_s, now_s),
+                    ready=rate.unacknowledged() < self._window + 2 * rate.latency_s // (step_s or math.inf),
+                    budget_bytes=rate.budget_bytes(step_s),
                     idle=not rate.unacknowledged(),
                     room_bytes=rooms[peer],
+                    measurable_bytes=rate.measurable_bytes,
                 )
                 for peer, rate in rates.items()
             }
@@ -159,11 +167,19 @@ class Links(ABC, Generic[P]):
         return sizes
 
     def depart(self, link: Link, header: Header, parcel: P) -> None:
-        """Enter a message in the books, and hand it to the transport."""
+        """Enter a message in the books, and hand it to the transport. A probe goes ahead if one is due."""
         now_s = self.now_s()
         with self._lock:
+            probed = link.rate.is_probe_due(parcel.nbytes, now_s)
+            if probed:
+                link.count_sent(wire.HEADER_BYTES)
             link.count_sent(parcel.nbytes)
-            link.rate.posted(header.sequence, parcel.nbytes, now_s)
+            link.rate.posted(header.sequence, parcel.nbytes, now_s, probed=probed)
+        if probed:
+            probe = replace(header, kind=Kind.PROBE, quality=0.0)
+            self._transport.send(
+                link.peer, Channel.ACK, self.encode(link.peer, probe, Outgoing(kind=Kind.PROBE), None), _nothing
+            )
         self._log.sent(link.peer, header, parcel.nbytes, now_s)
         self._transport.send(link.peer, Channel.MESSAGE, parcel, partial(self.reuse, link.peer, parcel))
 
@@ -178,23 +194,28 @@ class Links(ABC, Generic[P]):
             self._log.piece(*self._pieces.popleft())
         while self._arrivals:
             arrival = self._arrivals.popleft()
-            received_s = self._receive(arrival) if arrival.received_s is None else arrival.received_s
+            if not arrival.acknowledged:
+                self._receive(arrival)
             message = self._decode(arrival.link, arrival.parcel)
             with self._lock:
                 arrival.link.unread -= 1
             arrival.done()
-            self._log.arrived(arrival.link.peer, message.header.sequence, received_s)
+            self._log.arrived(arrival.link.peer, message.header.sequence, arrival.arrived_s)
             messages.append(message)
         return messages
 
     def totals(self) -> dict[int, LinkTotals]:
         """Return what each link has carried so far."""
-        now_s = self.now_s()
         with self._lock:
             return {
-                peer: LinkTotals(link.bytes_sent, link.bytes_received, link.rate.bytes_per_s(now_s) or 0.0)
+                peer: LinkTotals(link.bytes_sent, link.bytes_received, link.rate.bytes_per_s or 0.0)
                 for peer, link in self._links.items()
             }
+
+    def latencies(self) -> dict[int, float]:
+        """Return the measured latency of each link, in seconds one way."""
+        with self._lock:
+            return {peer: link.rate.latency_s for peer, link in self._links.items()}
 
     def posted(self) -> dict[int, int]:
         """Return how many messages were posted to each peer."""
@@ -223,9 +244,11 @@ class Links(ABC, Generic[P]):
 
     def deliver(self, peer: int, channel: Channel, parcel: P, done: Done) -> None:
         """Take a parcel that has arrived; called by the transport."""
-        link = self._links[peer]
+        link, now_s = self._links[peer], self.now_s()
         if channel is Channel.MESSAGE:
-            arrival = _Arrival(link, parcel, done)
+            link.arrived += 1
+            sequence, probed_s = link.probe
+            arrival = _Arrival(link, parcel, done, now_s, probed_s if sequence == link.arrived else None)
             if link.unread < UNREAD_MESSAGES:
                 self._receive(arrival)
             self._arrivals.append(arrival)
@@ -234,25 +257,28 @@ class Links(ABC, Generic[P]):
             link.count_received(parcel.nbytes)
         if channel is Channel.ACK:
             header = self._decode(link, parcel).header
-            with self._lock:
-                link.rate.acknowledged(header.acknowledged, header.computed_at)
+            if header.kind is Kind.PROBE:
+                link.probe = header.sequence, now_s
+            else:
+                with self._lock:
+                    link.rate.acknowledged(header.acknowledged, header.computed_at, header.quality, now_s)
         done()
 
-    def _receive(self, arrival: _Arrival[P]) -> float:
-        """Count a message, and acknowledge it at once. Returns the time."""
-        link, now_s = arrival.link, self.now_s()
-        arrival.received_s = now_s
+    def _receive(self, arrival: _Arrival[P]) -> None:
+        """Count a message, and acknowledge it at once: when it arrived, and how long after its probe."""
+        link = arrival.link
+        arrival.acknowledged = True
+        took_s = 0.0 if arrival.probed_s is None else arrival.arrived_s - arrival.probed_s
         with self._lock:
             link.unread += 1
             link.received += 1
             link.count_received(arrival.parcel.nbytes)
             if self._silent:
-                return now_s
+                return
             link.count_sent(wire.HEADER_BYTES)
-            header = self._header(link, Kind.ACK, Stamp(0, 0, 0, 0, now_s))
+            header = self._header(link, Kind.ACK, Stamp(0, 0, 0, 0, arrival.arrived_s), took_s)
         parcel = self.encode(link.peer, header, Outgoing(kind=Kind.ACK), None)
         self._transport.send(link.peer, Channel.ACK, parcel, _nothing)
-        return now_s
 
     def _decode(self, link: Link, parcel: P) -> Message:
         try:
@@ -308,7 +334,7 @@ class ByteLinks(Links[Bytes]):
         self._report_bytes = 0
         self._report_in_flight = False
         transport.expect(Channel.MESSAGE, self._capacity_bytes, UNREAD_MESSAGES)
-        transport.expect(Channel.ACK, wire.HEADER_BYTES, 2)
+        transport.expect(Channel.ACK, wire.HEADER_BYTES, 3)
 
     def encode(self, peer: int, header: Header, message: Outgoing, same: Bytes | None) -> Bytes:
         """Encode a message into one of the peer's buffers."""

@@ -278,5 +278,6 @@ class Dlion(Strategy):
             can_bytes = min(link.budget_bytes, link.room_bytes)
         gradient_bytes = 4 * size
         wanted_bytes = max(self.link_share * can_bytes, min(LEAST * gradient_bytes, MOST * can_bytes))
-        wanted_bytes = min(max(wanted_bytes, min(MEASURABLE_BYTES, can_bytes)), link.affordable_bytes)
+        least_bytes = max(min(MEASURABLE_BYTES, can_bytes), min(link.measurable_bytes, MOST * can_bytes))
+        wanted_bytes = min(max(wanted_bytes, least_bytes), link.affordable_bytes)
         return Budget(wanted_bytes, min(SLACK * wanted_bytes, can_bytes))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from dlion_mpi.algorithms.bandwidth import MEASURABLE_BYTES
 from dlion_mpi.config.options import Config
 from dlion_mpi.vector.layout import Entries, Layout, Vector
 from dlion_mpi.wire import Kind, Message, ValueType
@@ -31,7 +32,7 @@ class LinkView:
     ``ready``: it takes a message now. ``budget_bytes``: what it carries in a step, as measured. ``idle``: nothing is in
     flight on it. ``room_bytes``: what it can take now and deliver by about the next step, given what is in flight here
     and on the other links. ``affordable_bytes``: the message size that the processor time granted to the exchange pays
-    for (``--exchange-share``).
+    for (``--exchange-share``). ``measurable_bytes``: the message size whose time tells the link's rate.
     """
 
     ready: bool
@@ -39,6 +40,7 @@ class LinkView:
     idle: bool = True
     room_bytes: float = math.inf
     affordable_bytes: float = math.inf
+    measurable_bytes: float = MEASURABLE_BYTES
 
 
 LinkViews = Mapping[int, LinkView]

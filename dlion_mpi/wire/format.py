@@ -61,9 +61,10 @@ class Kind(IntEnum):
     ACK = 5  # header only: acknowledges messages
     STOP = 6  # header only: the sender leaves, and the run must end on all ranks
     INDICES = 7  # the positions of the entries in the sender's next message, without values
+    PROBE = 8  # header only: goes right ahead of a message, to time it
 
 
-HEADER_ONLY = frozenset({Kind.PROGRESS, Kind.CLOSE, Kind.ACK, Kind.STOP})
+HEADER_ONLY = frozenset({Kind.PROGRESS, Kind.CLOSE, Kind.ACK, Kind.STOP, Kind.PROBE})
 
 
 class Encoding(IntEnum):
@@ -87,7 +88,8 @@ class Header:
 
     ``sender``: rank. ``epoch``: of the membership. ``sequence``: number of the message on its link, from 1.
     ``acknowledged``: number of messages that the sender has received on this link. ``lbs``: samples of this gradient.
-    ``gbs``: samples of all workers. ``quality``: N of Max N, a float32. ``computed_at``: seconds on the run's clock.
+    ``gbs``: samples of all workers. ``quality``: N of Max N, a float32; of an ACK, the seconds from the message's probe
+    to its arrival. ``computed_at``: seconds on the run's clock; of an ACK, when the message arrived.
     """
 
     kind: Kind

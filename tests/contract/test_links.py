@@ -17,7 +17,7 @@ from dlion_mpi.loop.links import UNREAD_MESSAGES, ByteLinks, Links
 from dlion_mpi.loop.ports import Channel, Done, Stamp
 from dlion_mpi.microcloud.environments import Environment, Phase
 from dlion_mpi.simulation.links import VirtualLinks
-from dlion_mpi.simulation.network import Events
+from dlion_mpi.simulation.network import Events, payload_bytes_per_s
 from dlion_mpi.simulation.network import Network as VirtualNetwork
 from dlion_mpi.strategies.types import Outgoing
 from dlion_mpi.vector.layout import Entries
@@ -138,12 +138,13 @@ class Threaded:
 
 
 class Simulated:
-    """A virtual network of 8 Mbit/s."""
+    """A virtual network."""
 
-    def __init__(self) -> None:
-        phase = Phase(cores=(24.0,) * RANKS, uplink_mbit=(8.0,) * RANKS)
+    def __init__(self, mbit: float = 8.0, latency_s: float = 0.0) -> None:
+        phase = Phase(cores=(24.0,) * RANKS, uplink_mbit=(mbit,) * RANKS)
         self.events = Events()
-        network = VirtualNetwork(Environment(name="test", workers=RANKS, phases=(phase,)), self.events, None)
+        environment = Environment(name="test", workers=RANKS, phases=(phase,), latency_s=latency_s)
+        network = VirtualNetwork(environment, self.events, None)
         self.logs = [Log() for _ in range(RANKS)]
         self.links = [
             VirtualLinks(rank, RANKS, network, self.events, size=SIZE, window=WINDOW, log=self.logs[rank])
@@ -154,6 +155,12 @@ class Simulated:
 
     def settle(self) -> None:
         self.events.run(lambda: False)
+
+    def pass_time(self, seconds: float) -> None:
+        """Let so many virtual seconds pass."""
+        passed: list[bool] = []
+        self.events.at(self.events.now_s + seconds, lambda: passed.append(True))
+        self.events.run(lambda: bool(passed))
 
 
 @pytest.fixture(params=[Memory, Threaded, Simulated])
@@ -245,12 +252,12 @@ def test_a_reader_that_does_not_poll_slows_its_writers(cloud: Cloud) -> None:
     for step in range(messages):
         writer.post({1: dense()}, stamp(step))
     cloud.settle()
-    assert reader.received_counts() == [UNREAD_MESSAGES, 0, 0]
+    assert reader.received_counts() == [1 + UNREAD_MESSAGES, 0, 0]  # a probe went ahead of the first
     assert writer.received_counts() == [0, UNREAD_MESSAGES, 0]  # their acknowledgements
     assert not is_open(writer, 1)
     assert len(reader.poll()) == messages
     cloud.settle()
-    assert reader.received_counts() == [messages, 0, 0]
+    assert reader.received_counts() == [1 + messages, 0, 0]
     assert writer.received_counts() == [0, messages, 0]
     assert is_open(writer, 1)
     writer.post({1: dense()}, stamp(messages))
@@ -261,6 +268,7 @@ def test_a_reader_that_does_not_poll_slows_its_writers(cloud: Cloud) -> None:
 def test_bytes_are_counted_where_they_are_sent_and_are_the_same_at_both_ends(cloud: Cloud) -> None:
     sizes = cloud.links[0].post({1: dense(), 2: Outgoing()}, stamp(0))
     assert sizes == {1: DENSE_BYTES, 2: HEADER_BYTES}
+    sizes[1] += HEADER_BYTES  # its probe
     assert {peer: t.bytes_sent for peer, t in cloud.links[0].totals().items()} == sizes
     cloud.settle()
     assert [t.bytes_received for t in cloud.links[0].totals().values()] == [HEADER_BYTES, HEADER_BYTES]
@@ -303,7 +311,7 @@ def test_links_drain_by_counts_and_nothing_is_sent_in_silence(cloud: Cloud, unre
         links.poll()
     cloud.settle()
     assert [[row[rank] for row in sent] for rank in range(RANKS)] == [links.received_counts() for links in cloud.links]
-    assert sent[0] == [0, 1 + unread, 1]
+    assert sent[0] == [0, 2 + unread, 2]  # with a probe for each
     for a in range(RANKS):
         for b in set(range(RANKS)) - {a}:
             assert cloud.links[a].totals()[b].bytes_sent == cloud.links[b].totals()[a].bytes_received
@@ -359,3 +367,34 @@ def test_the_newest_report_of_each_peer_is_kept_and_counted() -> None:
     assert first.reports[1].tolist() == [2.0, 20.0]
     with pytest.raises(RunError, match="report of 8 bytes from rank 2, expected 16"):
         third.report(0, np.array([1.0]))
+
+
+# ---- measured rates
+
+
+def test_a_message_is_timed_from_its_probe_by_the_receiver(cloud: Cloud) -> None:
+    """A bare header needs no probe, and neither does a message soon after the last one."""
+    links = cloud.links[0]
+    links.post({1: Outgoing()}, stamp(0))
+    cloud.settle()
+    assert links.totals()[1].bytes_per_s == 0.0
+    for step in range(3):
+        links.post({1: dense()}, stamp(step))
+    assert links.fall_silent() == [0, 1 + 3 + 1, 0]
+    cloud.settle()
+    assert links.totals()[1].bytes_per_s > 0.0
+
+
+@pytest.mark.parametrize("latency_s", [0.0, 0.03, 0.2])
+@pytest.mark.parametrize("mbit", [1.0, 1000.0])
+def test_rate_and_latency_of_a_virtual_link_are_those_that_were_set(mbit: float, latency_s: float) -> None:
+    simulated = Simulated(mbit, latency_s)
+    links = simulated.links[0]
+    for step in range(40):
+        links.post({1: dense()}, stamp(step))
+        simulated.pass_time(0.25)
+        simulated.links[1].poll()
+    rate = links.view([1], 0.2)[1].budget_bytes / 0.2
+    assert links.totals()[1].bytes_per_s == pytest.approx(payload_bytes_per_s(mbit), rel=0.01)
+    assert rate >= links.totals()[1].bytes_per_s
+    assert links.latencies()[1] == pytest.approx(latency_s, rel=0.01, abs=1e-3)

@@ -232,7 +232,7 @@ def test_one_worker_alone_is_plain_training() -> None:
 @pytest.mark.parametrize("latency_s", [0.0, 0.05])
 def test_a_step_of_baseline_takes_computing_and_sending(latency_s: float, tmp_path: Path) -> None:
     outcome, ranks = recorded(tmp_path, cloud(mbit=1.0, latency_s=latency_s), strategy="baseline", steps=4)
-    exchange_s = 2 * (HEADER_BYTES + 4 * PARAMETERS) / payload_bytes_per_s(1.0) + latency_s
+    exchange_s = 2 * (2 * HEADER_BYTES + 4 * PARAMETERS) / payload_bytes_per_s(1.0) + latency_s  # with a probe each
     for own in ranks:
         np.testing.assert_allclose(own["steps/compute_s"], 0.2, rtol=1e-6)
         np.testing.assert_allclose(own["steps/wait_s"], exchange_s, rtol=1e-5)
@@ -402,7 +402,7 @@ def test_paces_and_rates_change_with_the_phase(tmp_path: Path) -> None:
     )
     environment = Environment(name="test", workers=2, phases=phases)
     _, (own, _) = recorded(tmp_path, environment, strategy="baseline", seconds=10.0)
-    message_bytes = HEADER_BYTES + 4 * PARAMETERS
+    message_bytes = 2 * HEADER_BYTES + 4 * PARAMETERS  # with a probe
     assert own["steps/compute_s"][0] == pytest.approx(0.2)
     assert own["steps/compute_s"][-1] == pytest.approx(0.38)
     assert own["steps/wait_s"][0] == pytest.approx(message_bytes / payload_bytes_per_s(1.0), rel=1e-4)

@@ -486,7 +486,7 @@ def test_signed_noise_is_valid_or_refused(encoding: Encoding, stream: bytes, cou
         (4, "B", 2, "bad version 2, expected 1"),
         (ENCODING_AT, "B", 7, "bad encoding 7, expected 0 to 6"),
         (VALUE_TYPE_AT, "B", 7, "bad value type 7, expected 0 to 6"),
-        (KIND_AT, "B", 0, "bad kind 0, expected 1 to 7"),
+        (KIND_AT, "B", 0, "bad kind 0, expected 1 to 8"),
         (KIND_AT, "B", Kind.ACK, f"bad number of parameters {SIZE}, expected 0"),
         (KIND_AT, "B", Kind.WEIGHTS, f"bad number of entries 5, expected {SIZE}"),
         (ENTRIES_AT, "I", SIZE + 1, f"bad number of entries {SIZE + 1}, expected at most {SIZE}"),
