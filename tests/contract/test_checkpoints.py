@@ -187,6 +187,7 @@ SYNC: list[dict[str, Any]] = [
     {"strategy": "baseline"},
     {"strategy": "allreduce"},
     {"strategy": "hop", "graph": "ring"},
+    {"strategy": "choco-sgd"},
     {"strategy": "powersgd", "rank": 1},
     {"strategy": "dgc", "density": 0.3, "warmup": 9},
     {"strategy": "local-sgd", "h": 7},

@@ -187,6 +187,7 @@ def test_what_was_computed_was_sent_or_is_remembered(
         ("allreduce", {"optimizer": "adam", "learning_rate": 0.01}),
         ("powersgd", {"rank": 1000}),
         ("dgc", {"density": 1.0, "momentum": 0.0}),
+        ("choco-sgd", {"density": 1.0, "gamma": 1.0}),
         ("local-sgd", {"h": 1}),
         ("sparseloco", {"h": 1, "entries": 4096, "value_type": "float32"}),
         ("diloco", {"h": 1, "outer_learning_rate": 1.0, "outer_momentum": 0.0, "value_type": "float32"}),

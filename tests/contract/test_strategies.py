@@ -40,7 +40,7 @@ from tests.contract.problem import (
 )
 from tests.inmemory import Network, Quadratic, Weather, run
 
-ADD_THEIR_OWN = {"hop", "local-sgd", "diloco", "sparseloco"}
+ADD_THEIR_OWN = {"hop", "choco-sgd", "local-sgd", "diloco", "sparseloco"}
 """The strategies whose workers add their own movements to common weights, so that the weights differ in between."""
 in_mode = {mode: [name for name, own in EVERY_MODE if own == mode] for mode in ("sync", "bounded", "async")}
 

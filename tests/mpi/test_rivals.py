@@ -38,6 +38,7 @@ def slow(world: MPI.Intracomm, folder: Path, monkeypatch: pytest.MonkeyPatch, sa
         {"strategy": "gaia", "sync": "async", "barrier": "none"},
         {"strategy": "hop"},
         {"strategy": "hop", "sync": "sync", "graph": "ring"},
+        {"strategy": "choco-sgd"},
         {"strategy": "sparseloco", "h": 5},
         {"strategy": "dgc", "density": 0.1, "momentum": 0.0},
     ],

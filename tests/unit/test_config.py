@@ -96,6 +96,8 @@ REAL: dict[str, tuple[float, float]] = {
     "momentum": (0, 0.999),
     "dirichlet_alpha": (1e-6, 1e30),
     "gaia.threshold": (0, 1e30),
+    "choco-sgd.density": (1e-6, 1),
+    "choco-sgd.gamma": (1e-6, 1),
     "dgc.density": (1e-6, 1),
     "dgc.momentum": (0, 0.999),
     "dgc.clip": (0, 1e30),
