@@ -11,7 +11,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 from dlion_mpi.config.renamed import refusal
-from dlion_mpi.errors import RunError, UserError, in_one_line
+from dlion_mpi.errors import RunError, Stalled, UserError, in_one_line
 from dlion_mpi.strategies.contract import Strategy
 from dlion_mpi.wire import ValueType
 
@@ -45,6 +45,7 @@ def _fit(model: Any, train: Any, validation: Any = None, **options: Any) -> dict
     from dlion_mpi.learner.given import shard_of_fit
     from dlion_mpi.mpi import startup
     from dlion_mpi.mpi.ranks import agreed
+    from dlion_mpi.mpi.stall import limit_of
     from dlion_mpi.mpi.watching import Watched
     from dlion_mpi.run import run
     from dlion_mpi.strategies.given import options_of_strategy, refuse_texts
@@ -61,7 +62,7 @@ def _fit(model: Any, train: Any, validation: Any = None, **options: Any) -> dict
             given = {"model": name, "data": "arrays", **given}
         return is_compiled, *plan(given)
 
-    is_compiled, config, start = agreed(planned)
+    is_compiled, config, start = agreed(planned, limit_of(options.get("stall_limit")))
     if is_compiled and "learning_rate" in options:
         model.optimizer.learning_rate = config.learning_rate
     watched = None
@@ -81,7 +82,7 @@ def _fit(model: Any, train: Any, validation: Any = None, **options: Any) -> dict
             start=start,
             watched=watched,
         )
-    except UserError:  # on all ranks
+    except (UserError, Stalled):  # on all ranks
         raise
     except (Exception, SystemExit):
         startup.end_if_shared(1)
@@ -180,6 +181,7 @@ def fit(
     progress: Literal["auto", "live", "lines"] = "auto",
     progress_every: float = 5.0,
     non_finite: Literal["stop", "skip"] = "stop",
+    stall_limit: str | None = None,
     seed: int = 0,
     out: str | None = None,
     tensorboard: str | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Collection
 from types import TracebackType
 
 
@@ -27,6 +28,14 @@ class RunError(Exception):
     def __init__(self, message: str, *, quiet: bool = False, exit_code: int = 1) -> None:
         super().__init__(message)
         self.quiet, self.exit_code = quiet, exit_code
+
+
+class Stalled(RunError):
+    """A wait that has lasted as long as ``--stall-limit`` allows. ``peers``: the ranks that were waited for."""
+
+    def __init__(self, message: str, peers: Collection[int] = ()) -> None:
+        super().__init__(message)
+        self.peers = frozenset(peers)
 
 
 class DataError(RunError):

@@ -31,6 +31,7 @@ class Options(TypedDict, total=False):
     progress: Literal["auto", "live", "lines"]
     progress_every: float
     non_finite: Literal["stop", "skip"]
+    stall_limit: str | None
     seed: int
     out: str | None
     tensorboard: str | None
@@ -119,7 +120,7 @@ class Exchange:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Leave the run together with all ranks."""
-        if self._run is None or self._is_lost or isinstance(error, KeyboardInterrupt):
+        if self._run is None or self._is_lost or self._run.is_stalled or isinstance(error, KeyboardInterrupt):
             return
         if isinstance(error, _Ended) and self._run.is_cut:
             error = None

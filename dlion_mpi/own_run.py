@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
+from dlion_mpi.checkpoint import stalled
 from dlion_mpi.config.options import Config
-from dlion_mpi.errors import RunError, UserError
+from dlion_mpi.errors import RunError, Stalled, UserError
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
 from dlion_mpi.learner.variables import Variables
 from dlion_mpi.loop import statistics
@@ -27,6 +28,7 @@ from dlion_mpi.mpi.cores import share_of_cores
 from dlion_mpi.mpi.driver import advance, slow_down
 from dlion_mpi.mpi.exchange import Exchange
 from dlion_mpi.mpi.ranks import Ranks
+from dlion_mpi.mpi.stall import limit_of
 from dlion_mpi.mpi.startup import library
 from dlion_mpi.provenance import versions
 from dlion_mpi.result import Finish, Result, sum_up
@@ -39,13 +41,15 @@ from dlion_mpi.view.live import show_progress, title_of
 
 class OwnRun:
     """A run between the steps of a loop. ``request``: the step that the loop is to do; None after the end.
+    ``is_stalled``: whether it ended because a rank had waited too long.
 
     ``variables``, ``metrics``, ``options``: those of `own_loop.Exchange`. Raises UserError, on all ranks.
     """
 
     def __init__(self, variables: Any, metrics: tuple[str, ...], options: Mapping[str, Any]) -> None:
         self.request: Compute | None = None
-        self._ranks = ranks = Ranks()
+        self.is_stalled = False
+        self._ranks = ranks = Ranks(stall_limit=limit_of(options.get("stall_limit")))
         given = {"model": "variables", "data": "a loop", **options}
         ranks.together(lambda: refuse_texts(options))
         config = ranks.together(lambda: config_of({**given, **options_of_strategy(options.get("strategy"))}))
@@ -101,8 +105,12 @@ class OwnRun:
         self._shown.enter_context(stopped_by_signals([worker]))
         if self._config.progress_every:
             title = title_of(self._config, "rank", ranks.size)
-            self._shown.enter_context(show_progress(worker, ranks.size, exchange.links, ranks.gather_numbers, title))
+            shown = show_progress(
+                worker, ranks.size, exchange.links, ranks.gather_numbers, title, lambda: ranks.stall.note
+            )
+            self._shown.enter_context(shown)
         exchange.clock.start(0.0)
+        exchange.stall.follow(worker)
         if ranks.rank == 0:
             start_clock(self._config.seconds)
         self._joined.enter_context(exchange.open())
@@ -125,6 +133,8 @@ class OwnRun:
     def _continue(self, answer: Computed | None) -> None:
         try:
             self.request = advance(self._train, answer, self._exchange)
+        except Stalled as error:
+            self._stall(error)
         except RunError as error:
             self.request = None
             self._worker.stop_reason, self._worker.exit_code = str(error), 1
@@ -132,8 +142,23 @@ class OwnRun:
         self._replica.show()
         self._given_s = self._worker.now_s()
 
+    def _stall(self, error: Stalled) -> NoReturn:
+        """End the run with the ranks that are there. Raises RunError."""
+        self.request, self.is_stalled = None, True
+        with suppress(Stalled):
+            self._joined.__exit__(Stalled, error, error.__traceback__)
+        self._shown.close()
+        done = stalled.end(self._ranks, self._worker, error, self._recorder)
+        raise RunError(str(done.summary["stopped"]), quiet=done.rank != 0, exit_code=done.exit_code) from None
+
     def leave(self, error: BaseException | None) -> Result:
-        """End the run with all ranks. ``error``: what has ended the loop."""
+        """End the run with all ranks. ``error``: what has ended the loop. Raises RunError after a stall."""
+        try:
+            return self._leave(error)
+        except Stalled as stall:
+            self._stall(stall)
+
+    def _leave(self, error: BaseException | None) -> Result:
         ranks, worker = self._ranks, self._worker
         if error is not None and not worker.exit_code:
             reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]

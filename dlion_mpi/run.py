@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from dlion_mpi.checkpoint import export, resume, rounds, session
-from dlion_mpi.checkpoint.preemption import EXIT_CODE
+from dlion_mpi.checkpoint import export, resume, rounds, session, stalled
+from dlion_mpi.checkpoint.preemption import EXIT_CODE, Preemption
 from dlion_mpi.checkpoint.start import NEW, Start
 from dlion_mpi.config.options import Config
-from dlion_mpi.errors import DataError, RunError, UserError
+from dlion_mpi.errors import DataError, RunError, Stalled, UserError
 from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
 from dlion_mpi.learner import backend, models
 from dlion_mpi.learner.batches import Batches
@@ -68,28 +68,38 @@ def run(
     callbacks and epochs, if the run has any. Raises UserError, on every rank if on any.
     """
     with session.preemptible(config) as preemption:
-        ranks = Ranks()
+        ranks = Ranks(stall_limit=config.stall_limit)
         strategy, config = _agree(ranks, config, start, watched)
         loaded = resume.load(ranks, start, report=report)
         built = _build(ranks, config, strategy, start, loaded, model, own_data, watched)
-        worker = built.worker
         if report and ranks.rank == 0:
             _say_what(config, ranks.size, built)
-        # With checkpoints, the preemption handles SIGTERM. The summary is shielded too, since launchers repeat signals.
-        with stopped_by_signals([worker], STOPPING if preemption is None else (signal.SIGINT,)):
-            with closing(built.batches), _shown(ranks, built, report):
-                if built.watch is not None:
-                    built.watch.begin()
-                with session.checkpoints(worker, preemption, loaded, report=report):
-                    seconds = _train(built, 0.0 if loaded is None else loaded.checkpoint.time_s)
-                if ranks.size > 1:
-                    statistics.settle(worker.replica, worker.batch_sizes.lbs, ranks.mean)
-                _evaluate_last(worker, built.evaluator, seconds, built.watch)
-                export.save(ranks, worker, report=report)
-            built.recorder.close(complete=worker.exit_code == 0)
-            finishes = [Finish.from_text(text) for text in ranks.gather_text(Finish.of(worker, seconds).to_text())]
-            ranks.free()
-            return sum_up(config, finishes, rank=ranks.rank, report=report)
+        try:
+            return _whole(ranks, built, preemption, loaded, report)
+        except Stalled as error:
+            return stalled.end(ranks, built.worker, error, built.recorder)
+
+
+def _whole(
+    ranks: Ranks, built: _Built, preemption: Preemption | None, loaded: resume.Loaded | None, report: bool
+) -> Result:
+    """Train, test and sum up, with all ranks. Raises Stalled."""
+    worker = built.worker
+    # With checkpoints, the preemption handles SIGTERM. The summary is shielded too, since launchers repeat signals.
+    with stopped_by_signals([worker], STOPPING if preemption is None else (signal.SIGINT,)):
+        with closing(built.batches), _shown(ranks, built, report):
+            if built.watch is not None:
+                built.watch.begin()
+            with session.checkpoints(worker, preemption, loaded, report=report):
+                seconds = _train(built, 0.0 if loaded is None else loaded.checkpoint.time_s)
+            if ranks.size > 1:
+                statistics.settle(worker.replica, worker.batch_sizes.lbs, ranks.mean)
+            _evaluate_last(worker, built.evaluator, seconds, built.watch)
+            export.save(ranks, worker, report=report)
+        built.recorder.close(complete=worker.exit_code == 0)
+        finishes = [Finish.from_text(text) for text in ranks.gather_text(Finish.of(worker, seconds).to_text())]
+        ranks.free()
+        return sum_up(worker.config, finishes, rank=ranks.rank, report=report)
 
 
 def _agree(ranks: Ranks, config: Config, start: Start, watched: Watched | None) -> tuple[Strategy, Config]:
@@ -148,7 +158,7 @@ def _build(
     recorder = _recorder(ranks, config, start, loaded, shard, pace, metrics)
     exchange = _exchange(ranks, config, strategy, replica, recorder, () if watched is None else (EPOCHS,))
     evaluator = BackgroundEvaluator(replica.evaluate, partial(shard.tests, CHUNK, config.test_samples))
-    batches = Batches(shard, seed=config.seed, rank=ranks.rank)
+    batches = Batches(shard, seed=config.seed, rank=ranks.rank, waiting=ranks.stall.waiting)
     worker = Worker(
         config=config,
         rank=ranks.rank,
@@ -294,7 +304,8 @@ def _shown(ranks: Ranks, built: _Built, report: bool) -> AbstractContextManager[
     if not report:
         return nullcontext()
     title = title_of(built.worker.config, "rank", ranks.size)
-    return show_progress(built.worker, ranks.size, built.exchange.links, ranks.gather_numbers, title)
+    links, stall = built.exchange.links, ranks.stall
+    return show_progress(built.worker, ranks.size, links, ranks.gather_numbers, title, lambda: stall.note)
 
 
 def _train(built: _Built, begin_s: float) -> float:
@@ -302,11 +313,14 @@ def _train(built: _Built, begin_s: float) -> float:
     worker, exchange = built.worker, built.exchange
     driven = partial(drive, replica=worker.replica, exchange=exchange, pace=built.pace)
     exchange.clock.start(begin_s)
+    exchange.stall.follow(worker)
     if worker.rank == 0:
         start_clock(worker.config.seconds)
     with exchange.open():
         try:
             driven(train(worker))
+        except Stalled:
+            raise
         except (RunError, UserError) as error:  # only this rank knows of it
             _fail(worker, error)
             driven(leave(worker))

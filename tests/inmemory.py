@@ -30,7 +30,7 @@ from dlion_mpi.loop.ports import Channel, Compute, Computed, Done, EncodedBatch,
 from dlion_mpi.loop.sums import SUM
 from dlion_mpi.loop.train import train
 from dlion_mpi.loop.worker import Worker
-from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
+from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer, Waited
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.strategies.registry import resolve
 from dlion_mpi.strategies.types import LinkView, Outgoing
@@ -41,6 +41,14 @@ from dlion_mpi.wire import Bytes, ValueType
 
 STUCK = 20_000
 """Ticks without any worker moving after which it is a deadlock."""
+
+
+class Stuck(AssertionError):
+    """No worker moves any more. ``waiting``: by rank, what each waits for."""
+
+    def __init__(self, waiting: Mapping[int, Compute | Until], workers: Sequence[Worker]) -> None:
+        super().__init__(f"deadlock: ranks {sorted(waiting)} wait for ever")
+        self.waiting, self.workers = waiting, workers
 
 
 @dataclass(slots=True)
@@ -128,6 +136,7 @@ class Weather:
 
     ``delay``: most ticks that a message travels. ``budget``: least and most bytes offered per message.
     ``blocked``: how often a link takes no message. ``slow``: this rank moves ``slowness`` times less often.
+    ``stopped``: a rank, and the step in which it stops for ever.
     """
 
     seed: int = 0
@@ -136,6 +145,7 @@ class Weather:
     blocked: float = 0.0
     slow: int | None = None
     slowness: int = 20
+    stopped: tuple[int, int] | None = None
 
 
 class Network:
@@ -366,6 +376,8 @@ class Nothing:
     def transfer(self, transfer: Transfer, time_s: float) -> None:
         self.transfers.append(transfer)
 
+    def waited(self, waits: Sequence[Waited]) -> None: ...
+
     def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None: ...
 
     def applied(self, header: wire.Header, step: int, applied_s: float) -> None: ...
@@ -452,12 +464,15 @@ def _drive(
     loops: dict[int, Loop] = {worker.rank: train(worker) for worker in workers}
     failures: list[RunError] = []
     waiting: dict[int, Compute | Until] = {rank: next(loop) for rank, loop in loops.items()}
-    slow, slowness = network.weather.slow, network.weather.slowness
+    slow, slowness, stopped = network.weather.slow, network.weather.slowness, network.weather.stopped
     moved_at = 0
     while loops:
         network.tick += 1
-        assert network.tick - moved_at < STUCK, f"deadlock: ranks {sorted(loops)} wait for ever"
+        if network.tick - moved_at >= STUCK:
+            raise Stuck(waiting, workers)
         rank = network.random.choice(sorted(loops))
+        if stopped is not None and rank == stopped[0] and workers[rank].step >= stopped[1]:
+            continue
         encoder = workers[rank].encoder
         assert isinstance(encoder, MemoryEncoder)
         encoder.move()  # a slow machine's too: its thread has all the time that its loop computes

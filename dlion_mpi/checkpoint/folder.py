@@ -43,27 +43,40 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete checkpoint. ``step``: number of steps that every worker has completed. ``parts``: by rank."""
+    """A complete checkpoint. ``step``: number of steps that every worker has completed.
+
+    ``parts``: by rank; None for a rank that was missing when the others ended the run.
+    """
 
     folder: Path
     step: int
-    parts: tuple[Part, ...]
+    parts: tuple[Part | None, ...]
 
     @property
     def ranks(self) -> int:
-        """Number of ranks that wrote it."""
+        """Number of ranks of the run."""
         return len(self.parts)
+
+    @property
+    def missing(self) -> list[int]:
+        """The ranks without a part."""
+        return [rank for rank, part in enumerate(self.parts) if part is None]
 
     @property
     def time_s(self) -> float:
         """Seconds from the start of the run to the last snapshot."""
-        return max(part.time_s for part in self.parts)
+        return max(part.time_s for part in self.parts if part is not None)
+
+    @property
+    def steps(self) -> list[int]:
+        """The next step of each rank; `step` for one that was missing."""
+        return [self.step if part is None else part.step for part in self.parts]
 
     @property
     def best(self) -> int:
         """Rank with the lowest recent loss."""
-        losses = [part.loss if math.isfinite(part.loss) else math.inf for part in self.parts]
-        return losses.index(min(losses))
+        losses = {rank: part.loss for rank, part in enumerate(self.parts) if part is not None}
+        return min(losses, key=lambda rank: losses[rank] if math.isfinite(losses[rank]) else math.inf)
 
     def path(self, rank: int) -> Path:
         """Path of a rank's file."""
@@ -71,8 +84,10 @@ class Checkpoint:
 
     def read(self, rank: int) -> tuple[Arrays, dict[str, str]]:
         """Read a rank's arrays and texts. Raises UserError if the file is damaged or missing."""
+        part = self.parts[rank]
+        assert part is not None
         try:
-            return file.read(self.path(rank), self.parts[rank].file)
+            return file.read(self.path(rank), part.file)
         except Damaged as damage:
             raise UserError(
                 f"{self.path(rank)} is damaged ({damage}): --resume-earlier resumes from the checkpoint before it"
@@ -89,10 +104,12 @@ def rank_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.h5"
 
 
-def write_manifest(folder: Path, step: int, parts: Sequence[Part]) -> None:
+def write_manifest(folder: Path, step: int, parts: Sequence[Part | None]) -> None:
     """Write the manifest, which completes a checkpoint. Raises OSError."""
     entries = [
-        {
+        None
+        if part is None
+        else {
             "file": rank_path(folder, rank).name,
             "bytes": part.file.size_bytes,
             "xxh3": f"{part.file.digest:016x}",
@@ -131,7 +148,10 @@ def read_manifest(folder: Path) -> Checkpoint:
         entries = content["ranks"]
         if not 0 < len(entries) <= MOST_RANKS or content["step"] != _step(folder):
             raise ValueError
-        return Checkpoint(folder, int(content["step"]), tuple(_part(entry) for entry in entries))
+        parts = tuple(None if entry is None else _part(entry) for entry in entries)
+        if not any(parts):
+            raise ValueError
+        return Checkpoint(folder, int(content["step"]), parts)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{path} is damaged: resume from the checkpoint before it with --resume-earlier, or remove {folder}"

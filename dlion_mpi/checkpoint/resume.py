@@ -23,7 +23,8 @@ FORMAT = "4"
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """The snapshot that this rank resumes from. ``moved``: the best rank's, since the number of ranks has changed."""
+    """The snapshot that this rank resumes from. ``moved``: the best rank's, since the number of ranks has changed or
+    a part is missing."""
 
     checkpoint: Checkpoint
     arrays: Arrays
@@ -34,7 +35,7 @@ class Loaded:
     @property
     def own_step(self) -> int:
         """The step of this rank's own snapshot; -1 if it has none."""
-        return -1 if self.moved else self.checkpoint.parts[self.rank].step
+        return -1 if self.moved else self.checkpoint.steps[self.rank]
 
     @property
     def step(self) -> int:
@@ -54,7 +55,7 @@ class Loaded:
                 snapshot.restore_elsewhere(w, self.arrays)
                 w.batches.start_epoch(integer(self.arrays, "data/epoch") + 1)
                 return
-            snapshot.restore(w, self.arrays, {rank: part.step for rank, part in enumerate(self.checkpoint.parts)})
+            snapshot.restore(w, self.arrays, dict(enumerate(self.checkpoint.steps)))
             for peer, (sent, received) in snapshot.links_of(self.arrays).items():
                 w.links.carried(peer, sent, received)
         except StateError as error:
@@ -92,7 +93,7 @@ def load(ranks: Ranks, start: Start, *, report: bool) -> Loaded | None:
 
 def _read(path: Path, ranks: Ranks) -> Loaded:
     checkpoint = folder.read_manifest(path)
-    moved = checkpoint.ranks != ranks.size
+    moved = checkpoint.ranks != ranks.size or bool(checkpoint.missing)
     arrays, texts = checkpoint.read(checkpoint.best if moved else ranks.rank)
     if texts.get("format") != FORMAT:
         raise UserError(f"{path} has format {texts.get('format')}, this program reads {FORMAT}")
@@ -107,10 +108,12 @@ def _tell(loaded: Loaded, ranks: Ranks, run: Path, report: bool) -> None:
     if not report:
         return
     if loaded.moved:
+        taken = f"was taken by {checkpoint.ranks} rank{'s' * (checkpoint.ranks > 1)}, now there are {ranks.size}"
+        if missing := checkpoint.missing:
+            taken = f"was taken without rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
         say(
-            f"dlion: {checkpoint.folder} was taken by {checkpoint.ranks} rank{'s' * (checkpoint.ranks > 1)}, now there "
-            f"are {ranks.size}: all resume from the weights of rank {checkpoint.best}, the best, at step "
-            f"{checkpoint.parts[checkpoint.best].step}; the data is dealt again, and residuals are dropped"
+            f"dlion: {checkpoint.folder} {taken}: all resume from the weights of rank {checkpoint.best}, the best, at "
+            f"step {checkpoint.steps[checkpoint.best]}; the data is dealt again, and residuals are dropped"
         )
     else:
         say(f"dlion: resumes from {checkpoint.folder}, {checkpoint.time_s:.1f} s into the run")
@@ -139,4 +142,4 @@ def about(loaded: Loaded | None) -> str:
     if loaded is None:
         return json.dumps({"steps": [], "time_s": 0.0})
     checkpoint = loaded.checkpoint
-    return json.dumps({"steps": [part.step for part in checkpoint.parts], "time_s": checkpoint.time_s})
+    return json.dumps({"steps": checkpoint.steps, "time_s": checkpoint.time_s})

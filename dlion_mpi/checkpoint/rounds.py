@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
@@ -162,6 +163,34 @@ class CheckpointRounds:
     def end(self, reason: str) -> None:
         """Request the end of the run on all workers, after a last checkpoint."""
         self._end_reason = self._end_reason or reason
+
+    # Called at the end of a run that lacks a rank; see `checkpoint.stalled`.
+
+    def hurry(self) -> None:
+        """Let a file that is being written take all the time of a core."""
+        self._hurry = True
+
+    def save_alone(self, w: Worker) -> Part:
+        """Write this rank's state next to the checkpoints, for `complete_alone`. Raises OSError."""
+        path = self._alone(self._rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = {**snapshot.take(w, {}), **snapshot.mail([])}
+        return Part(file.write(path, arrays, self._texts), w.step, w.now_s(), w.history.totals.mean("loss"))
+
+    def complete_alone(self, parts: Mapping[int, Part]) -> Path:
+        """Make a checkpoint of the parts that ranks have saved with `save_alone`. Raises OSError."""
+        step = max(min(part.step for part in parts.values()), self._name_step + 1)
+        target = folder.folder_of(self._run, step)
+        folder.remove(target)
+        target.mkdir(parents=True)
+        for rank in parts:
+            os.replace(self._alone(rank), folder.rank_path(target, rank))
+        folder.write_manifest(target, step, [parts.get(rank) for rank in range(self._ranks)])
+        folder.prune(self._run, self._keep)
+        return target
+
+    def _alone(self, rank: int) -> Path:
+        return folder.rank_path(self._run / folder.FOLDER, rank)
 
     # Votes.
 

@@ -13,7 +13,7 @@ from dlion_mpi.checkpoint.preemption import EXIT_CODE, Preemption
 from dlion_mpi.checkpoint.resume import Loaded
 from dlion_mpi.checkpoint.rounds import CheckpointRounds
 from dlion_mpi.config.options import Config
-from dlion_mpi.errors import UserError
+from dlion_mpi.errors import Stalled, UserError
 from dlion_mpi.log import say
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.metrics.recorder import Recorder as FileRecorder
@@ -51,7 +51,11 @@ def checkpoints(
         return
     with ThreadPoolExecutor(1, "checkpoint") as executor:
         rounds = worker.checkpoints = _rounds(worker, preemption, loaded, executor, report)
-        yield
+        try:
+            yield
+        except Stalled:
+            rounds.hurry()
+            raise
     _explain(worker, rounds)
 
 

@@ -15,7 +15,7 @@ from dlion_mpi.strategies.given import config_of, values_of
 ENDS = ("steps", "seconds", "target")
 CHANGEABLE = {
     *ENDS,
-    *("evaluate_every", "test_samples", "progress_every", "non_finite", "threads", "learning_rate"),
+    *("evaluate_every", "test_samples", "progress_every", "stall_limit", "non_finite", "threads", "learning_rate"),
     *("checkpoint_every", "keep_checkpoints", "time_limit", "save_model", "save_model_of", "best"),
     *("exchange_share", "batch_size_max", "patience"),
 }

@@ -111,6 +111,11 @@ class Config:
     non_finite: str = _run(
         "stop", "if a loss or gradient is NaN or infinite: stop the run, or skip it", choices=("stop", "skip")
     )
+    stall_limit: Every | None = _run(
+        None,
+        "end the run, with a checkpoint if it takes any, when a rank has waited this long for another (90s, 10m)",
+        value="TIME",
+    )
     seed: int = _run(
         0,
         "seed of the initial weights, the partition and the batches",
@@ -237,6 +242,8 @@ class Config:
     def __post_init__(self) -> None:
         check(self)
         self._check_checkpoints()
+        if self.stall_limit is not None and self.stall_limit.seconds is None:
+            raise UserError(f"--stall-limit {self.stall_limit}: give a time such as 90s or 10m")
         if self.batch_size_max is not None and self.batch_size_max < self.batch_size:
             raise UserError(
                 f"--batch-size-max {self.batch_size_max} is below --batch-size {self.batch_size}: raise it or lower "

@@ -13,7 +13,7 @@ from dlion_mpi.learner.batch import RowNumbers
 from dlion_mpi.learner.shard import Shard
 from dlion_mpi.learner.source import Table
 from dlion_mpi.learner.sources import Once
-from dlion_mpi.learner.stream import Prefetcher, Stream, epoch_seed
+from dlion_mpi.learner.stream import Prefetcher, Stream, Waiting, epoch_seed, unwatched
 from dlion_mpi.log import say
 
 UNKNOWN = -1
@@ -25,14 +25,17 @@ class Batches:
 
     Every epoch visits the shard in a new permutation, derived from (seed, rank, epoch) alone; a stream gives its rows
     in its own order. A batch that crosses the border takes the rest of one epoch and the start of the next.
+    ``waiting``: watches waits for a stream's rows; see `stream.Prefetcher`.
     """
 
-    def __init__(self, shard: Shard, *, seed: int, rank: int) -> None:
+    def __init__(self, shard: Shard, *, seed: int, rank: int, waiting: Waiting = unwatched) -> None:
         if shard.samples == 0:
             raise UserError("the shard has no training rows to draw batches from: give each rank some")
         self._seed, self._rank, self._samples = seed, rank, shard.samples
         train = shard.train
-        self._feed: _Feed = _Permuted(train, seed, rank) if isinstance(train, Table) else _Streamed(train, seed, rank)
+        self._feed: _Feed = (
+            _Permuted(train, seed, rank) if isinstance(train, Table) else _Streamed(train, seed, rank, waiting)
+        )
 
     def start_epoch(self, epoch: int) -> None:
         """Continue with the first row of this epoch."""
@@ -140,14 +143,15 @@ class _Permuted:
 class _Streamed:
     """Rows that a thread reads in advance. The thread starts with the first batch."""
 
-    def __init__(self, stream: Stream, seed: int, rank: int) -> None:
+    def __init__(self, stream: Stream, seed: int, rank: int, waiting: Waiting) -> None:
         self._stream, self._seed, self._rank = stream, seed, rank
+        self._waiting = waiting
         self._reader: Prefetcher | None = None
         self._start = (0, 0)
 
     def take(self, size: int) -> Batch:
         if self._reader is None:
-            self._reader = Prefetcher(self._stream, self._seed, self._rank, *self._start)
+            self._reader = Prefetcher(self._stream, self._seed, self._rank, *self._start, self._waiting)
         return self._reader.take(size)
 
     def seek(self, epoch: int, position: int) -> None:

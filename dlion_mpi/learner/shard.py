@@ -101,7 +101,8 @@ class Shard:
         if self.test is None:
             return
         if not isinstance(self.test, Table):
-            yield from in_chunks(self.test.pieces(np.random.default_rng(0), 0), chunk_rows, most)
+            pieces = self.test.pieces(np.random.default_rng(0), 0)
+            yield from in_chunks(pieces, chunk_rows, most, self.test.where)
             return
         numbers = np.arange(self.test.rows)
         if most is not None and most < len(numbers):

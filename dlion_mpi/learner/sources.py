@@ -10,7 +10,7 @@ import numpy as np
 
 from dlion_mpi.errors import RunError, UserError
 from dlion_mpi.learner.batch import Batch
-from dlion_mpi.learner.stream import failure
+from dlion_mpi.learner.stream import failure, with_rows
 
 
 class Repeated:
@@ -45,7 +45,7 @@ class Repeated:
 
     def pieces(self, order: np.random.Generator, skip: int) -> Iterator[Batch]:
         """See `stream.Stream`."""
-        return _without(map(self._convert, self._start()), skip)
+        return _without(map(self._convert, self._start()), skip, self.where)
 
 
 class Indexed:
@@ -76,7 +76,7 @@ class Indexed:
         batches = self._batches()
         numbers = itertools.count() if batches is None else map(int, order.permutation(batches))
         self._data.on_epoch_begin()
-        yield from _without((self._convert(self._data[number]) for number in numbers), skip)
+        yield from _without((self._convert(self._data[number]) for number in numbers), skip, self.where)
         self._data.on_epoch_end()
 
     def _batches(self) -> int | None:
@@ -118,9 +118,8 @@ class Once:
 def _first(start: Callable[[], Iterator[Any]], convert: Callable[[Any], Batch], where: str) -> Batch:
     """The first batch. Raises UserError if there is none, or reading it fails."""
     try:
-        for element in start():
-            if (batch := convert(element)).rows:
-                return batch
+        for batch in with_rows(map(convert, start()), where):
+            return batch
     except UserError:
         raise
     except Exception as error:
@@ -128,9 +127,9 @@ def _first(start: Callable[[], Iterator[Any]], convert: Callable[[Any], Batch], 
     raise UserError(f"{where} has no rows: give at least one")
 
 
-def _without(pieces: Iterator[Batch], skip: int) -> Iterator[Batch]:
+def _without(pieces: Iterator[Batch], skip: int, where: str) -> Iterator[Batch]:
     """The pieces without the first ``skip`` rows."""
-    for piece in pieces:
+    for piece in with_rows(pieces, where):
         if skip < piece.rows:
             yield piece.part(skip, piece.rows) if skip else piece
         skip = max(0, skip - piece.rows)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -15,8 +16,20 @@ from dlion_mpi.plugins import described
 
 AHEAD = 2
 """Batches, and pieces, that wait ready."""
+MOST_EMPTY = 10_000
+"""So many empty batches in a row are an error of the source."""
+LOOK_S = 0.05
+"""Seconds between two looks at how long `Prefetcher.take` has waited."""
 CLOSE_S = 10.0
 """Seconds that `Prefetcher.close` waits for a source that is reading."""
+
+
+Waiting = Callable[[str], AbstractContextManager[Callable[[], bool]]]
+
+
+def unwatched(what: str) -> AbstractContextManager[Callable[[], bool]]:
+    """Watch nothing; a `Waiting`."""
+    return nullcontext(lambda: False)
 
 
 class Stream(Protocol):
@@ -40,9 +53,15 @@ class Stream(Protocol):
 
 
 class Prefetcher:
-    """Reads a stream in a thread, ahead of `take`, from the row ``skip`` of an ``epoch`` on."""
+    """Reads a stream in a thread, ahead of `take`, from the row ``skip`` of an ``epoch`` on.
 
-    def __init__(self, stream: Stream, seed: int, rank: int, epoch: int, skip: int) -> None:
+    ``waiting``: watches a wait for what it is given, see `mpi.stall.StallWatch.waiting`.
+    """
+
+    def __init__(
+        self, stream: Stream, seed: int, rank: int, epoch: int, skip: int, waiting: Waiting = unwatched
+    ) -> None:
+        self._waiting = waiting
         self._stream, self._seed, self._rank = stream, seed, rank
         self.epoch, self.position = epoch, skip
         self._kind = stream.example().kind()
@@ -63,10 +82,12 @@ class Prefetcher:
         with self._changed:
             self._wanted = size
             self._changed.notify_all()
-            while self._rows < size:
-                if self._failure is not None:
-                    raise self._failure
-                self._changed.wait()
+            with self._waiting(f"rows of {self._stream.where}") as look:
+                while self._rows < size:
+                    if self._failure is not None:
+                        raise self._failure
+                    self._changed.wait(LOOK_S)
+                    look()
             while size:
                 epoch, piece = self._pieces.popleft()
                 taken = min(size, piece.rows)
@@ -102,7 +123,7 @@ class Prefetcher:
         """Read one epoch. Returns whether another is wanted."""
         found = skip
         order = np.random.default_rng(epoch_seed(self._seed, self._rank, epoch))
-        for piece in with_rows(self._stream.pieces(order, skip)):
+        for piece in with_rows(self._stream.pieces(order, skip), self._stream.where):
             if (kind := piece.kind()) != self._kind:
                 raise RunError(f"{self._stream.where} has rows of {kind} after rows of {self._kind}: make all alike")
             found += piece.rows
@@ -142,16 +163,25 @@ def epoch_seed(seed: int, rank: int, epoch: int) -> np.random.SeedSequence:
     return np.random.SeedSequence(seed, spawn_key=(rank, epoch))
 
 
-def with_rows(pieces: Iterator[Batch]) -> Iterator[Batch]:
-    """The pieces without those that are empty: a source may give one, for example where it filters rows."""
-    return (piece for piece in pieces if piece.rows)
+def with_rows(pieces: Iterator[Batch], where: str) -> Iterator[Batch]:
+    """The pieces without those that are empty: a source may give one, for example where it filters rows.
+
+    Raises UserError for a source that gives only empty ones: it may have no end.
+    """
+    empty = 0
+    for piece in pieces:
+        empty = 0 if piece.rows else empty + 1
+        if empty == MOST_EMPTY:
+            raise UserError(f"{where} gives only empty batches, {MOST_EMPTY:,} one after the other: give rows")
+        if piece.rows:
+            yield piece
 
 
-def in_chunks(pieces: Iterator[Batch], size: int, most: int | None) -> Iterator[Batch]:
+def in_chunks(pieces: Iterator[Batch], size: int, most: int | None, where: str) -> Iterator[Batch]:
     """The rows of the pieces in batches of ``size``; the last may be smaller. At most ``most`` rows."""
     waiting: list[Batch] = []
     rows, left = 0, most
-    for piece in with_rows(pieces):
+    for piece in with_rows(pieces, where):
         if left is not None:
             piece = piece.part(0, min(left, piece.rows))
             left -= piece.rows

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from dlion_mpi.loop.ports import Computed, Until
-from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer
+from dlion_mpi.metrics.records import Evaluation, StepRecord, Transfer, Waited
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.vector.layout import Vector
 from dlion_mpi.vector.named_arrays import Array, Arrays
@@ -40,6 +40,9 @@ class Recorder(Protocol):
 
     def transfer(self, transfer: Transfer, time_s: float) -> None:
         """Record a knowledge transfer."""
+
+    def waited(self, waits: Sequence[Waited]) -> None:
+        """Record a wait of unusual length, a row for each rank that was waited for, so that readers see it at once."""
 
     def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
         """Record what a span of time was spent on."""

@@ -48,4 +48,5 @@ def _sum(w: Worker, request: Sum) -> Generator[Until, None, Vector | None]:
     if not len(ticket.vector):
         w.summing = False
         return None
+    w.summed_step = w.step
     return ticket.vector

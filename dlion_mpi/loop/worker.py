@@ -88,6 +88,8 @@ class Worker:
     inbox: Inbox = field(init=False)
     summing: bool = field(init=False)
     """Whether the strategy sums and, as far as is known, no worker has ended."""
+    summed_step: int = -1
+    """The step of the newest sum: all workers have reached it."""
     budget: ExchangeBudget = field(init=False)
     batch_sizes: BatchSizeRounds = field(init=False)
     knowledge: KnowledgeRounds = field(init=False)
@@ -185,6 +187,11 @@ class Worker:
         if ahead is not None:
             knowledge[: len(ahead)] -= ahead
         return knowledge
+
+    def heard_steps(self) -> dict[int, int]:
+        """The step at which each peer was last heard of, by its messages or by a sum; -1 for none yet."""
+        newest = self.inbox.newest
+        return {peer: max(newest.get(peer, -1), self.summed_step) for peer in self.links.posted()}
 
     def take_tests(self, *, wait: bool = False) -> None:
         """Note the tests that are done; with ``wait``, all that were submitted."""

@@ -37,7 +37,7 @@ MOST_WORKERS = 100_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
-    """The metrics of one rank. ``steps`` (T,), ``evaluations`` (E,) and ``transfers`` (K,) are columns by name.
+    """The metrics of one rank. ``steps`` (T,), ``evaluations`` (E,), ``transfers`` (K,) and ``waits`` (W,) are columns.
 
     Whole numbers are int64 and seconds float64. Values that the file lacks are NaN. ``evaluations`` has ``step``,
     ``time_s`` and the test metrics of the run.
@@ -52,6 +52,7 @@ class Rank:
     steps: Columns
     evaluations: Columns
     transfers: Columns
+    waits: Columns
     ended: bool
     first: int = 0
     closed: bool = False
@@ -141,7 +142,12 @@ def read_rank(path: Path, number: int, notes: Notes, last: int | None = None) ->
     if groups["steps"]["time_s"] is None:
         notes.add(f"{path.name} has no valid steps/time_s, so the rank is left out", number)
         return None
-    lacking += [f"{group}/{name}" for group, columns in groups.items() for name in columns if columns[name] is None]
+    lacking += [
+        f"{group}/{name}"
+        for group, columns in groups.items()
+        for name in columns
+        if columns[name] is None and group != "waits"  # which files of earlier versions lack
+    ]
     groups["evaluations"] |= tests
     if lacking:
         notes.add(f"{', '.join(lacking)} missing: left empty", number)
@@ -154,6 +160,7 @@ def read_rank(path: Path, number: int, notes: Notes, last: int | None = None) ->
         steps=_aligned(groups["steps"]),
         evaluations=_aligned(groups["evaluations"]),
         transfers=_aligned(groups["transfers"]),
+        waits=_aligned(groups["waits"]),
         ended=ended is not None and bool(ended[()]),
         first=rows["steps"].start or 0,
         closed=closed,
@@ -222,6 +229,7 @@ def _until(rank: Rank, resumed: Mapping[str, Any]) -> Rank:
         steps=_where(rank.steps, rank.steps["step"] < last),
         evaluations=_where(rank.evaluations, rank.evaluations["time_s"] <= time_s),
         transfers=_where(rank.transfers, rank.transfers["step"] <= last),
+        waits=_where(rank.waits, rank.waits["time_s"] <= time_s),
     )
 
 
@@ -237,6 +245,7 @@ def _join(before: Rank, after: Rank) -> Rank:
         steps=_concatenated(before.steps, after.steps),
         evaluations=_concatenated(before.evaluations, after.evaluations),
         transfers=_concatenated(before.transfers, after.transfers),
+        waits=_concatenated(before.waits, after.waits),
     )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from dlion_mpi.errors import RunError
 from dlion_mpi.metrics.files import FORMAT, file_name
 from dlion_mpi.metrics.names import column_of
-from dlion_mpi.metrics.records import LINKS, METRIC, TABLES, Evaluation, Measure, StepRecord, Transfer
+from dlion_mpi.metrics.records import LINKS, METRIC, TABLES, Evaluation, Measure, StepRecord, Transfer, Waited
 from dlion_mpi.metrics.timeline import FIRST_PIECE, PIECE, RECORDS, Phase, Unlogged
 from dlion_mpi.wire import Header
 
@@ -51,7 +51,7 @@ class Recorder:
     ) -> None:
         self.path = folder / file_name(rank, part)
         self._workers, self._metrics = workers, tuple(metrics)
-        self._rows: dict[str, list[Any]] = {"steps": [], "evaluations": [], "transfers": []}
+        self._rows: dict[str, list[Any]] = {"steps": [], "evaluations": [], "transfers": [], "waits": []}
         self._timeline: dict[str, list[tuple[Any, ...]]] = {name: [] for name in RECORDS}
         self._lock = threading.Lock()  # the background encoder posts messages too
         self._pieces = np.full((2, workers), FIRST_PIECE)
@@ -93,6 +93,11 @@ class Recorder:
     def transfer(self, transfer: Transfer, time_s: float) -> None:
         """Add a knowledge transfer that finished at ``time_s``."""
         self._rows["transfers"].append(dataclasses.replace(transfer, time_s=time_s))
+
+    def waited(self, waits: Sequence[Waited]) -> None:
+        """Add a wait of unusual length, and flush: it may be the last that readers see for long."""
+        self._rows["waits"].extend(waits)
+        self.flush()
 
     def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
         """Add a span of time, unless it is empty."""
@@ -188,6 +193,9 @@ class NoRecorder(Unlogged):
         """Do nothing."""
 
     def transfer(self, transfer: Transfer, time_s: float) -> None:
+        """Do nothing."""
+
+    def waited(self, waits: Sequence[Waited]) -> None:
         """Do nothing."""
 
     def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:

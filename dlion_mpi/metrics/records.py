@@ -124,6 +124,17 @@ class Transfer:
     time_s: Annotated[float, Measure("f8", "s", "when the transfer finished, since training began")] = math.nan
 
 
+@dataclass(frozen=True, slots=True)
+class Waited:
+    """A wait of unusual length, as it was spoken of, for one of the ranks that were waited for."""
+
+    step: Annotated[int, Measure("u8", "steps", "steps done when the wait began")]
+    time_s: Annotated[float, Measure("f8", "s", "when the wait was spoken of, since training began")]
+    seconds: Annotated[float, Measure("f8", "s", "how long it had lasted")]
+    peer: Annotated[int, Measure("u4", "", "rank that was waited for")]
+    peer_step: Annotated[int, Measure("i8", "steps", "step at which that rank was last heard of; -1: never")]
+
+
 def measures_of(record: type) -> dict[str, Measure]:
     """The measures that a record declares, by name."""
     hints = get_type_hints(record, include_extras=True)
@@ -137,6 +148,7 @@ TABLES: Mapping[str, Mapping[str, Measure]] = {
     "steps": STEPS,
     "evaluations": measures_of(Evaluation),
     "transfers": measures_of(Transfer),
+    "waits": measures_of(Waited),
     "links": LINKS,
 }
 """The columns of a metrics file by group. Those of ``links`` are (T, workers), the others (T,).

@@ -25,7 +25,7 @@ class CommonClock:
         """Begin on all ranks together, at ``at_s`` of rank 0: 0, or where a checkpoint ended."""
         self._ranks.barrier()
         origin = np.array([time.monotonic() - at_s])
-        self._ranks.communicator.Bcast(origin, root=0)
+        self._ranks.wait(self._ranks.communicator.Ibcast(origin, root=0))
         self._start_s = float(origin[0]) - self._offset_s
 
     def now_s(self) -> float:
@@ -37,17 +37,18 @@ def _offset_to_root_s(ranks: Ranks) -> float:
     """Measure what to add to this rank's `time.monotonic` to read rank 0's, from the fastest of some round trips."""
     offset_s = 0.0
     word = np.zeros(1, dtype=np.float64)
+    communicator = ranks.communicator
     for rank in range(1, ranks.size):
         best_s = float("inf")
         for _ in range(ROUND_TRIPS):
             if ranks.rank == 0:
-                ranks.communicator.Recv(word, rank, TAG)
+                ranks.wait(communicator.Irecv(word, rank, TAG))
                 word[0] = time.monotonic()
-                ranks.communicator.Send(word, rank, TAG)
+                ranks.wait(communicator.Isend(word, rank, TAG))
             elif ranks.rank == rank:
                 sent_s = time.monotonic()
-                ranks.communicator.Send(word, 0, TAG)
-                ranks.communicator.Recv(word, 0, TAG)
+                ranks.wait(communicator.Isend(word, 0, TAG))
+                ranks.wait(communicator.Irecv(word, 0, TAG))
                 round_trip_s = time.monotonic() - sent_s
                 if round_trip_s < best_s:
                     best_s = round_trip_s

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
+from dlion_mpi.errors import Stalled
 from dlion_mpi.loop import compute
-from dlion_mpi.loop.ports import Compute, Computed, Loop, Replica
+from dlion_mpi.loop.ports import Compute, Computed, Loop, Replica, Until
 from dlion_mpi.microcloud.environments import PaceClock
 from dlion_mpi.mpi.exchange import Exchange
 
@@ -23,7 +24,10 @@ def drive(loop: Loop, *, replica: Replica, exchange: Exchange, pace: PaceClock |
 
 
 def advance(loop: Loop, answer: Computed | None, exchange: Exchange) -> Compute | None:
-    """Run the loop to its next request to compute, waiting as it asks. Returns None at its end."""
+    """Run the loop to its next request to compute, waiting as it asks. Returns None at its end.
+
+    Raises Stalled for a wait that lasts too long; the loop is then closed.
+    """
     if answer is not None:
         exchange.progress.computed(answer.seconds)
     while True:
@@ -34,8 +38,20 @@ def advance(loop: Loop, answer: Computed | None, exchange: Exchange) -> Compute 
         exchange.progress.check()
         if isinstance(request, Compute):
             return request
-        exchange.progress.wait_until(request.ask, ask_s=request.deadline_s - exchange.clock.now_s())
+        if not request.ask():
+            _wait(loop, request, exchange)
         answer = None
+
+
+def _wait(loop: Loop, request: Until, exchange: Exchange) -> None:
+    try:
+        with exchange.stall.waiting() as look:
+            exchange.progress.wait_until(
+                lambda: request.ask() or look(), ask_s=request.deadline_s - exchange.clock.now_s()
+            )
+    except Stalled:
+        loop.close()
+        raise
 
 
 def slow_down(pace: PaceClock | None, samples: int, started_s: float, seconds: float) -> float:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from dlion_mpi.errors import Stalled
 from dlion_mpi.loop.links import ByteLinks
 from dlion_mpi.metrics.timeline import MessageLog
 from dlion_mpi.mpi.clock import CommonClock
@@ -15,6 +16,9 @@ from dlion_mpi.mpi.progress import ProgressThread
 from dlion_mpi.mpi.ranks import Ranks
 from dlion_mpi.mpi.sums import summer
 from dlion_mpi.mpi.transport import MpiTransport
+
+_STALLED: list[Exchange] = []
+"""Kept, because MPI may still write to their buffers."""
 
 
 class Exchange:
@@ -29,7 +33,7 @@ class Exchange:
     ) -> None:
         self.clock = CommonClock(ranks)
         self.progress = ProgressThread()
-        self._communicator = ranks.communicator.Dup()
+        self._communicator = ranks.duplicate(ranks.communicator)
         self.transport = MpiTransport(self._communicator, self.progress.wake)
         self.links = ByteLinks(
             ranks.rank,
@@ -41,6 +45,8 @@ class Exchange:
             lock=threading.Lock(),
             log=log,
         )
+        self._presence, self.stall = ranks.presence, ranks.stall
+        ranks.barrier()  # so that no rank waits in the collectives' duplicates
         self.collectives = Collectives(
             ranks.communicator, channels, self.progress.wake, self.links.carried, self.clock.now_s
         )
@@ -49,9 +55,18 @@ class Exchange:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Let the thread own MPI. At the end, after `leave`, nothing is in flight."""
-        self.progress.start(self.transport.progress, self.collectives.progress)
-        yield
+        """Let the thread own MPI. At the end, after `leave`, nothing is in flight.
+
+        After a stall everything is: MPI then belongs to the caller, who must end the process without MPI's end.
+        """
+        self.progress.start(self.transport.progress, self.collectives.progress, self._presence.progress)
+        try:
+            yield
+        except Stalled:
+            _STALLED.append(self)
+            self.encoder.close()
+            self.progress.stop()
+            raise
         self.encoder.close()
         self.progress.stop()
         self.sums.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import time
 import traceback
 from types import TracebackType
 
@@ -11,7 +13,7 @@ import mpi4py
 
 from dlion_mpi.errors import RunError, UserError
 
-__all__ = ["MPI", "end_if_shared", "library", "thread_multiple", "world"]
+__all__ = ["MPI", "abort_at_exit", "end_if_shared", "library", "thread_multiple", "world"]
 
 SETTINGS = {
     # Open MPI asks the receiver before it sends more than this many bytes over TCP. On a slow link the question waits
@@ -72,6 +74,21 @@ def end_if_shared(code: int) -> None:
         sys.stderr.write(traceback.format_exc())  # in one piece: mpirun may read no more of it
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(code)
+
+
+def abort_at_exit(code: int, *, after_s: float = 0.0) -> None:
+    """Have this process end all ranks with ``code`` when it exits, ``after_s`` seconds later than it could.
+
+    For a run without one of its ranks: MPI's end would wait for that one.
+    """
+
+    def abort() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(after_s)
+        MPI.COMM_WORLD.Abort(code)
+
+    atexit.register(abort)
 
 
 def library() -> str:

@@ -162,8 +162,26 @@ def snapshot(run: Run, state: str = "") -> Snapshot:
         virtual=run.environment is not None,
         real_s_per_s=1.0 if run.environment is None else _real_s(run) / (run.seconds or math.nan),
         state=state,
-        notes=[note for note in run.notes if "not ended:" not in note],  # the state tells that
+        # the state tells which ranks have not ended
+        notes=[*_waits(run), *(note for note in run.notes if "not ended:" not in note)],
     )
+
+
+def _waits(run: Run) -> list[str]:
+    """A line for each rank that has said that it waits, and has done no step since."""
+    said = []
+    for rank in run.ranks:
+        waits, times = rank.waits, rank.steps["time_s"]
+        if rank.closed or not len(waits["time_s"]) or (len(times) and times[-1] > waits["time_s"][-1]):
+            continue
+        newest = waits["time_s"] == waits["time_s"][-1]
+        peers = [str(peer) for peer in waits["peer"][newest]]
+        seconds, step = waits["seconds"][-1] + _age_s([rank.path]), waits["peer_step"][newest].min()
+        known = f", last heard of at step {step}" if step >= 0 else ""
+        said.append(
+            f"rank {rank.rank}: waiting {seconds:.0f} s for rank{'s' * (len(peers) > 1)} {', '.join(peers)}{known}"
+        )
+    return said
 
 
 def _real_s(run: Run) -> float:

@@ -89,12 +89,17 @@ class Reports(Protocol):
 
 @contextlib.contextmanager
 def show_progress(
-    worker: Worker, workers: int, links: Reports, gather: Callable[[float], Numbers], title: str
+    worker: Worker,
+    workers: int,
+    links: Reports,
+    gather: Callable[[float], Numbers],
+    title: str,
+    note: Callable[[], str] = lambda: "",
 ) -> Iterator[None]:
     """Show the progress of the run while the worker trains in the block.
 
     A collective operation: every rank enters, before the progress thread owns MPI. ``gather``: a number of every rank,
-    (n, 1).
+    (n, 1). ``note``: a line on what this rank waits for, or an empty text.
     """
     config, rank, metrics = worker.config, worker.rank, worker.metrics
     terminal = terminal_for(config) if rank == 0 else None
@@ -119,6 +124,7 @@ def show_progress(
                 goal=goal_of(config),
                 elapsed_s=worker.now_s(),
                 metrics=metrics,
+                notes=[text] if (text := note()) else [],
             )
 
         view = draw(terminal, snapshot)

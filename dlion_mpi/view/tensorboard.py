@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dlion_mpi.learner import tensorflow
 from dlion_mpi.log import say
 from dlion_mpi.metrics.gauges import as_gauges, link_gauges, rank_gauges
 from dlion_mpi.metrics.recorder import NoRecorder, Recorder
-from dlion_mpi.metrics.records import GAUGES, LINKS, STEPS, Evaluation, StepRecord, Transfer
+from dlion_mpi.metrics.records import GAUGES, LINKS, STEPS, Evaluation, StepRecord, Transfer, Waited
 from dlion_mpi.metrics.timeline import Phase
 from dlion_mpi.view.snapshot import RankSnapshot, Tally
 from dlion_mpi.wire import Header
@@ -109,6 +109,10 @@ class TensorBoard:
         """Write a point for a finished knowledge transfer."""
         self._recorder.transfer(transfer, time_s)
         self._write(transfer.step, time_s, event_scalars(transfer))
+
+    def waited(self, waits: Sequence[Waited]) -> None:
+        """Pass on; there is no scalar for it."""
+        self._recorder.waited(waits)
 
     def span(self, phase: Phase, step: int, start_s: float, end_s: float) -> None:
         """Pass on; there is no scalar for it."""

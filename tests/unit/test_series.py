@@ -44,6 +44,7 @@ def of_tests(evaluations: list[list[tuple[float, float]]]) -> Run:
             steps={},
             evaluations={"time_s": np.array([t for t, _ in own]), "accuracy": np.array([a for _, a in own])},
             transfers={},
+            waits={},
             ended=True,
         )
         for rank, own in enumerate(evaluations)
