@@ -47,7 +47,7 @@ def end(ranks: Ranks, worker: Worker, stalled: Stalled, recorder: AnyRecorder) -
     part = _save(rounds, worker) if isinstance(rounds, CheckpointRounds) else None
     own = {"finish": Finish.of(worker, seconds).to_text(), "part": None if part is None else asdict(part)}
     presence.tell_text(json.dumps(own))
-    there = {ranks.rank: own, **_gathered(presence, stalled, ranks.size)}
+    there: dict[int, dict[str, Any]] = {ranks.rank: own, **_gathered(presence, stalled, ranks.size)}
     leader = min(there)
     parts = {rank: _part(found["part"]) for rank, found in there.items() if found.get("part") is not None}
     if isinstance(rounds, CheckpointRounds) and parts:
@@ -56,15 +56,16 @@ def end(ranks: Ranks, worker: Worker, stalled: Stalled, recorder: AnyRecorder) -
                 worker.exit_code = EXIT_CODE
             presence.tell_text(json.dumps({"code": worker.exit_code}))
         else:
-            worker.exit_code = _told_code(presence, leader)
+            worker.exit_code = _code_of(presence, leader, there)
     if worker.exit_code == EXIT_CODE:
         worker.stop_reason = f"{stalled}: to be started again with --resume {worker.config.out}"
     startup.abort_at_exit(worker.exit_code, after_s=0.0 if leader == ranks.rank else LEADER_S)
+    members = sorted(rank for rank, found in there.items() if "finish" in found)
     finishes = [
         replace(Finish.from_text(there[rank]["finish"]), stop_reason=worker.stop_reason, exit_code=worker.exit_code)
-        for rank in sorted(there)
+        for rank in members
     ]
-    return sum_up(worker.config, finishes, rank=sorted(there).index(ranks.rank), report=False)
+    return sum_up(worker.config, finishes, rank=members.index(ranks.rank), report=False)
 
 
 def _close(worker: Worker, recorder: AnyRecorder) -> None:
@@ -97,29 +98,34 @@ def _part(fields: Mapping[str, Any]) -> Part:
     return Part(**{**fields, "file": Written(**fields["file"])})
 
 
-def _gathered(presence: Presence, stalled: Stalled, size: int) -> dict[int, Any]:
-    """What the other ranks that are there have told, by rank."""
+def _gathered(presence: Presence, stalled: Stalled, size: int) -> dict[int, dict[str, Any]]:
+    """Return what the other ranks that are there say, by rank."""
     expected = size - 1 - len(stalled.peers)
-    found: dict[int, Any] = {}
+    found: dict[int, dict[str, Any]] = {}
 
     def is_complete(waited_s: float) -> bool:
-        found.update((peer, json.loads(text)) for peer, text in presence.hear_texts().items())
+        _hear(presence, found)
         return len(found) >= expected or (waited_s > HEAR_S and presence.waiting() <= found.keys())
 
     _wait(presence, is_complete)
     return found
 
 
-def _told_code(presence: Presence, leader: int) -> int:
-    """The exit code that the leader tells; 1 if it tells none."""
-    told: dict[int, str] = {}
+def _code_of(presence: Presence, leader: int, there: dict[int, dict[str, Any]]) -> int:
+    """Return the exit code that the leader says; 1 if it says none."""
 
-    def is_told(waited_s: float) -> bool:
-        told.update(presence.hear_texts())
-        return leader in told
+    def is_known(waited_s: float) -> bool:
+        _hear(presence, there)
+        return "code" in there[leader]
 
-    _wait(presence, is_told)
-    return int(json.loads(told[leader])["code"]) if leader in told else 1
+    _wait(presence, is_known)
+    return int(there[leader].get("code", 1))
+
+
+def _hear(presence: Presence, found: dict[int, dict[str, Any]]) -> None:
+    """Add what has arrived to what each rank has said before."""
+    for peer, text in presence.hear_texts():
+        found[peer] = {**found.get(peer, {}), **json.loads(text)}
 
 
 def _wait(presence: Presence, ready: Callable[[float], bool]) -> None:

@@ -17,7 +17,7 @@ from dlion_mpi.plugins import described
 AHEAD = 2
 """Batches, and pieces, that wait ready."""
 MOST_EMPTY = 10_000
-"""So many empty batches in a row are an error of the source."""
+"""Empty batches in a row that are an error of the source."""
 LOOK_S = 0.05
 """Seconds between two looks at how long `Prefetcher.take` has waited."""
 CLOSE_S = 10.0

@@ -1,4 +1,4 @@
-"""Which ranks wait: a rank that waits long says so to all others once a second.
+"""Notices of ranks that wait: a rank that waits long says so to all others once a second.
 
 A rank that is stopped, dead, cut off or busy says nothing, so those that wait know for whom. While no rank waits long,
 nothing is sent.
@@ -48,7 +48,7 @@ class Presence:
         """The newest of each peer that has sent one."""
         self._sending: dict[int, MPI.Request] = {}
         self._sent, self._received = np.zeros(self._size, np.int64), np.zeros(self._size, np.int64)
-        self._told_s = -EVERY_S
+        self._said_s = -EVERY_S
         self._ends_for: int | None = None
         self._is_closing = False
 
@@ -60,7 +60,7 @@ class Presence:
     def progress(self) -> bool:
         """Tell and hear, if this rank waits. Returns False: a notice is not what a rank waits for."""
         if self.waits:
-            if self._now_s() - self._told_s >= EVERY_S and not self._is_closing:
+            if self._now_s() - self._said_s >= EVERY_S and not self._is_closing:
                 self.tell()
             self.hear()
         return False
@@ -70,7 +70,7 @@ class Presence:
 
         ``ends_for``: the rank for which this one has waited too long; all later notices say so too.
         """
-        self._told_s = self._now_s()
+        self._said_s = self._now_s()
         if ends_for is not None:
             self._ends_for = ends_for
         ends = self._ends_for is not None
@@ -101,14 +101,14 @@ class Presence:
             if peer != self._rank:
                 self._communicator.Isend([parcel, MPI.BYTE], peer, TEXT)
 
-    def hear_texts(self) -> dict[int, str]:
-        """Return the texts that have arrived, by sender."""
-        found = {}
+    def hear_texts(self) -> list[tuple[int, str]]:
+        """Return the texts that have arrived, each with its sender."""
+        found = []
         status = MPI.Status()
         while self._communicator.Iprobe(MPI.ANY_SOURCE, TEXT, status):
             parcel = np.empty(min(status.Get_count(MPI.BYTE), MOST_TEXT_BYTES), np.uint8)
             self._communicator.Recv([parcel, MPI.BYTE], status.Get_source(), TEXT)
-            found[status.Get_source()] = parcel.tobytes().decode(errors="replace")
+            found.append((status.Get_source(), parcel.tobytes().decode(errors="replace")))
         return found
 
     def close(self, done: Callable[[MPI.Request], None]) -> None:

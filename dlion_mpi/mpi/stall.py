@@ -42,7 +42,7 @@ def limit_of(value: Any) -> Every | None:
 
 
 class Notices(Protocol):
-    """What peers have said about their own waits; see `mpi.presence.Presence`."""
+    """Notices of the peers about their own waits; see `mpi.presence.Presence`."""
 
     waits: bool
     step: int

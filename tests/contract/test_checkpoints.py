@@ -143,9 +143,9 @@ def train(
         started.preemptions.append(Preemption(environ={}))
         own_step = -1
         if from_ is not None:
-            own_step = from_.parts[rank].step
+            own_step = from_.steps[rank]
             arrays, _ = from_.read(rank)
-            snapshot.restore(worker, arrays, {rank: part.step for rank, part in enumerate(from_.parts)})
+            snapshot.restore(worker, arrays, dict(enumerate(from_.steps)))
         worker.checkpoints = CheckpointRounds(
             worker.config,
             rank,
@@ -207,7 +207,7 @@ def test_in_sync_a_resumed_run_is_the_same_to_the_last_bit(
     whole, _ = train(settings, Weather(seed=1, delay=30, slow=2))
     first = checkpoints(tmp_path)[0]
     assert first.step == int(every)
-    assert {part.step for part in first.parts} == {int(every)}
+    assert set(first.steps) == {int(every)}
     resumed, _ = train(config(tmp_path / "b", sync="sync", **options), Weather(seed=2, delay=50, slow=0), from_=first)
     np.testing.assert_array_equal(resumed.weights, whole.weights)
     for again, before in zip(resumed.records, whole.records, strict=True):
@@ -306,9 +306,9 @@ def owed(state: Arrays, peer: int, strategy: str) -> np.ndarray:
 def computed(checkpoint: Checkpoint) -> np.ndarray:
     """The sum of all gradients of the steps before the checkpoint."""
     total = np.zeros(SIZE)
-    for x, taken in zip(rows(), checkpoint.parts, strict=True):
+    for x, step in zip(rows(), checkpoint.steps, strict=True):
         batches = Rows(x)
-        for _ in range(taken.step):
+        for _ in range(step):
             total += batches.take(4).mean(axis=0)
     return total
 
@@ -321,7 +321,7 @@ def test_no_gradient_is_lost_or_counted_twice(options: dict[str, Any], seed: int
     train(config(tmp_path, **SHORT, **options), weather, Sum)
     taken = checkpoints(tmp_path)
     assert len(taken) > 1
-    assert any(len({part.step for part in c.parts}) > 1 for c in taken), "no checkpoint between unequal steps"
+    assert any(len(set(c.steps)) > 1 for c in taken), "no checkpoint between unequal steps"
     assert sum(c.read(k)[0]["inbox/headers"].size for c in taken for k in PEERS), "nothing was ever under way"
     for checkpoint in taken:
         for total in kept_mass(checkpoint, options):
@@ -386,10 +386,10 @@ def test_a_preempted_rank_makes_all_take_a_checkpoint_and_end(
     assert all(rounds.preempted and rounds.safe and rounds.over for rounds in started.rounds())
     assert [rounds.left for rounds in started.rounds()].count("SIGUSR1") == 1
     (only,) = checkpoints(tmp_path)
-    assert [part.step for part in only.parts] == [worker.step for worker in done.workers]
+    assert only.steps == [worker.step for worker in done.workers]
     assert 30 < done.workers[whom].step < 1000
     if settings.sync == "sync":
-        assert len({part.step for part in only.parts}) == 1
+        assert len(set(only.steps)) == 1
 
 
 def test_the_first_to_be_done_goes_on_serving_the_others(tmp_path: Path) -> None:
@@ -397,10 +397,10 @@ def test_the_first_to_be_done_goes_on_serving_the_others(tmp_path: Path) -> None
     settings = config(tmp_path, strategy="dlion", sync="async", steps=60, checkpoint_every="0.2s", **STEADY)
     train(settings, weather, Sum)
     taken = checkpoints(tmp_path)
-    after = [c for c in taken if {part.step for part in c.parts} >= {60} and c.parts[1].step < 60]
+    after = [c for c in taken if set(c.steps) >= {60} and c.steps[1] < 60]
     assert after, "no checkpoint while some had ended and one had not"
     assert sorted({c.step for c in taken}) == [c.step for c in taken]
-    assert [part.step for part in taken[-1].parts] == [60] * WORKERS
+    assert taken[-1].steps == [60] * WORKERS
 
 
 @pytest.mark.parametrize("options", [LOOSE[0], LOOSE[5], SYNC[0], SYNC[3]], ids=["bounded", "async", "sync", "sum"])

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from dlion_mpi.errors import UserError
+from dlion_mpi.config.fields import Every
+from dlion_mpi.errors import Stalled, UserError
+from dlion_mpi.mpi import stall
 from dlion_mpi.mpi.clock import CommonClock
 from dlion_mpi.mpi.cores import share_of_cores
 from dlion_mpi.mpi.ranks import Ranks
@@ -89,4 +91,47 @@ def test_threads_divide_the_cores_that_ranks_share(
     cores = os.cpu_count() or 1
     assert own.min() >= 1
     assert own.sum() <= max(cores, ranks.size)
+    ranks.free()
+
+
+@pytest.mark.mpi
+def test_ranks_that_wait_long_name_the_one_that_does_not(
+    world: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last rank is late for a collective, and then for the end, where the others' notices are still unread."""
+    monkeypatch.setattr(stall, "FIRST_S", 1.0)
+    ranks = Ranks(world)
+    last = ranks.size - 1
+    for _ in range(2):
+        if ranks.rank == last:
+            time.sleep(4)
+        ranks.barrier()
+    ranks.free()
+    said = capsys.readouterr().err
+    if ranks.rank == last:
+        assert "waiting" not in said
+    else:
+        assert f"rank {ranks.rank}: waiting 1 s for rank {last}; --stall-limit 10m would end the run\n" in said
+        assert f"rank {ranks.rank}: continues after" in said
+    senders = set(range(last)) if ranks.rank == last else ranks.presence.notices.keys()
+    assert ranks.presence.notices.keys() >= senders, "a notice was never received"
+    assert not any(notice.ends for notice in ranks.presence.notices.values())
+
+
+@pytest.mark.mpi
+def test_a_rank_ends_its_wait_at_the_limit(world: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must then end the process; here it comes back to the collective after all."""
+    monkeypatch.setattr(stall, "FIRST_LIMIT_S", 1.0)
+    monkeypatch.setattr("dlion_mpi.mpi.ranks.abort_at_exit", lambda code: None)
+    ranks = Ranks(world, stall_limit=Every.parse("1s"))
+    last = ranks.size - 1
+    request = ranks.communicator.Ibarrier() if ranks.rank != last else None
+    if request is None:
+        time.sleep(5)
+        request = ranks.communicator.Ibarrier()
+    elif ranks.size > 1:
+        with pytest.raises(Stalled, match=f"for rank {last}|has waited too long") as stalled:
+            ranks.wait(request)
+        assert last in stalled.value.peers or ranks.size > 2
+    request.Wait()
     ranks.free()

@@ -52,7 +52,7 @@ def test_a_preempted_job_ends_with_75_and_goes_on_when_it_is_requeued(tmp_path: 
     assert "--resume" in str(result_of(first)["stopped"])
     assert not model.exists()
     newest = folder.read_manifest(folder.complete(out)[-1])
-    steps = max(part.step for part in newest.parts)
+    steps = max(newest.steps)
     again = run(2, "dlion", "train", *options, "--steps", str(steps + 100))
     assert again.code == 0, again.err
     assert "resumes from" in again.err

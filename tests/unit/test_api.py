@@ -58,7 +58,7 @@ def test_a_type_of_fit_is_that_of_the_option(name: str) -> None:
     if f.metadata["choices"]:
         assert alternatives == {Literal[f.metadata["choices"]]}
     else:
-        assert alternatives == (kinds[type_name(f)] if name != "time_limit" else {str})
+        assert alternatives == (kinds[type_name(f)] if name not in ("time_limit", "stall_limit") else {str})
 
 
 def test_exchange_has_options_of_fit_with_their_types() -> None:
@@ -102,7 +102,8 @@ def test_a_strategy_of_yours_is_named_by_its_module() -> None:
 def test_an_unknown_option_is_refused_with_what_there_is() -> None:
     options: Any = {"stepps": 5}
     with pytest.raises(
-        UserError, match=r"fit\(\) has no option stepps; it has .*staleness, steps, steps_per_epoch, strategy"
+        UserError,
+        match=r"fit\(\) has no option stepps; it has .*staleness, stall_limit, steps, steps_per_epoch, strategy",
     ):
         dlion_mpi.fit(None, ((), ()), ((), ()), **options)
 

@@ -164,6 +164,7 @@ def test_a_checkpoint_knows_its_best_rank_and_names_a_damaged_file(tmp_path: Pat
     found = folder.read_manifest(write_checkpoint(tmp_path, 11, ranks=3, loss=0.5))
     assert (found.ranks, found.best, found.time_s) == (3, 0, 1.1)
     unknown = folder.read_manifest(write_checkpoint(tmp_path, 12, loss=float("nan")))
+    assert unknown.parts[0] is not None
     assert np.isnan(unknown.parts[0].loss)
     found.path(2).unlink()
     with pytest.raises(UserError, match=r"rank-00002\.h5 is damaged .*--resume-earlier"):

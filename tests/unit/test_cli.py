@@ -197,7 +197,8 @@ def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
     examples |= {"save_model": "a.keras", "preset": "paper"}
     choices = OPTIONS[name].metadata["choices"]
     text = choices[-1] if choices else examples.get(name, "1")
-    texts = {"batch_size_max": "64", "sync": "bounded", "momentum": "0.5", "time_limit": "9s", "target": "mae<=3"}
+    texts = {"batch_size_max": "64", "sync": "bounded", "momentum": "0.5", "target": "mae<=3"}
+    texts |= {"time_limit": "9s", "stall_limit": "9s"}
     text = (texts | {"diloco.outer_momentum": "0.5", "dgc.momentum": "0.5"}).get(name, text)
     owner = next((s.name for s in STRATEGIES.values() if name in s.uses), "dlion")
     if name in OWN:

@@ -116,7 +116,7 @@ EVERY = st.one_of(st.builds(Every, steps=st.integers(1, 10**15)), st.builds(Ever
 
 METRIC = st.text("abc_ /=<%\u00e9").map(lambda name: f"x{name}x")
 TARGETS = st.builds(Target, METRIC, st.sampled_from([">=", "<="]), st.floats(allow_nan=False, allow_infinity=False))
-EVERYS = ("evaluate_every", "checkpoint_every", "time_limit")
+EVERYS = ("evaluate_every", "checkpoint_every", "time_limit", "stall_limit")
 
 
 def values_of(name: str) -> st.SearchStrategy[Any]:
@@ -126,7 +126,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         return st.integers(*WHOLE[name])
     if name in REAL:
         return st.floats(*REAL[name])
-    if name == "time_limit":
+    if name in ("time_limit", "stall_limit"):
         return st.builds(Every, seconds=st.floats(1e-300, 1e300))
     if name == "save_model":
         return TEXTS.map(lambda text: f"{text}.keras")

@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,59 @@ def test_validation_data_is_read_again_for_every_test_in_chunks() -> None:
     few = list(shard_of_fit((X, Y), (X, Y)).tests(2, most=4))
     assert flat(numbers(chunk) for chunk in few) == [0, 2, 5, 7]
     assert flat(numbers(chunk) for chunk in shard_of_fit((X, Y), dataset()).tests(3, most=5)) == [0, 1, 2, 3, 4]
+
+
+def test_a_source_of_only_empty_batches_is_one_line_not_a_wait_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlion_mpi.learner.stream.MOST_EMPTY", 50)
+    said = "the training data gives only empty batches, 50 one after the other: give rows"
+
+    def nothing() -> Iterator[Any]:
+        while True:
+            yield X[:0], Y[:0]
+
+    def nothing_more() -> Iterator[Any]:
+        yield X, Y
+        yield from nothing()
+
+    for source in (nothing, nothing()):
+        with pytest.raises(UserError, match=said):
+            Batches(shard_of_fit(source), seed=0, rank=0).take(1)
+    for source in (nothing_more, nothing_more()):
+        batches = Batches(shard_of_fit(source), seed=0, rank=0)
+        with pytest.raises(RunError, match=said):
+            batches.take(ROWS + 1)
+        batches.close()
+    some = shard_of_fit(lambda: iter([*[(X[:0], Y[:0])] * 49, (X, Y), *[(X[:0], Y[:0])] * 49]))
+    assert Batches(some, seed=0, rank=0).take(3 * ROWS).rows == 3 * ROWS
+
+
+def test_a_wait_for_the_rows_of_a_source_is_watched() -> None:
+    watched: list[str] = []
+    looks = [0]
+
+    @contextmanager
+    def waiting(what: str) -> Iterator[Callable[[], bool]]:
+        def look() -> bool:
+            looks[0] += 1
+            if looks[0] == 3:
+                raise RunError("too long")
+            return False
+
+        watched.append(what)
+        yield look
+
+    def never() -> Iterator[Any]:
+        yield X, Y
+        held.wait(60)
+
+    held = threading.Event()
+    batches = Batches(shard_of_fit(never), seed=0, rank=0, waiting=waiting)
+    assert batches.take(ROWS).rows == ROWS
+    with pytest.raises(RunError, match="too long"):
+        batches.take(1)
+    held.set()
+    batches.close()
+    assert set(watched) == {"rows of the training data"}
 
 
 def test_test_rows_that_cannot_be_read_are_one_line() -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from dlion_mpi.metrics import recorder as metrics
 from dlion_mpi.metrics.recorder import FORMAT, NoRecorder, Recorder
-from dlion_mpi.metrics.records import TABLES, Evaluation, StepRecord, Transfer
+from dlion_mpi.metrics.records import TABLES, Evaluation, StepRecord, Transfer, Waited
 
 WORKERS = 3
 RANK = 1
@@ -30,6 +30,7 @@ LINK_FIELDS |= {"bytes_sent": "u8", "bytes_received": "u8"}
 EVENT_FIELDS = {"evaluations": {"step": "u8", "time_s": "f8", "accuracy": "f4"}}
 EVENT_FIELDS["transfers"] = {"step": "u8", "time_s": "f8", "started_step": "u8", "source": "u4", "merged": "u1"}
 EVENT_FIELDS["transfers"]["payload_bytes"] = "u8"
+EVENT_FIELDS["waits"] = {"step": "u8", "time_s": "f8", "seconds": "f8", "peer": "u4", "peer_step": "i8"}
 ATTRIBUTES = {"config": '[run]\nstrategy = "dlion"\n', "versions": '{"numpy": "1"}', "host": "é", "samples": 15000}
 
 
@@ -70,6 +71,7 @@ def write(recorder: Recorder, steps: int) -> None:
         recorder.evaluation(evaluation)
     for n, transfer in enumerate(TRANSFERS):
         recorder.transfer(transfer, 2.5 + n)
+    recorder.waited([Waited(3, 4.5, 5.0, 0, 2), Waited(3, 4.5, 5.0, 2, -1)])
 
 
 def check(file: h5py.File, steps: int) -> None:
@@ -98,6 +100,8 @@ def check(file: h5py.File, steps: int) -> None:
         "payload_bytes": [550_000, 0],
     }
     assert {name: file[f"transfers/{name}"][:].tolist() for name in expected_transfers} == expected_transfers
+    expected_waits = {"step": [3, 3], "time_s": [4.5, 4.5], "seconds": [5, 5], "peer": [0, 2], "peer_step": [2, -1]}
+    assert {name: file[f"waits/{name}"][:].tolist() for name in expected_waits} == expected_waits
     for group, columns in {"steps": STEP_FIELDS, "links": LINK_FIELDS, **EVENT_FIELDS}.items():
         found = {name: dataset.dtype.str[1:] for name, dataset in file[group].items()}
         declared = {name: measure.dtype for name, measure in TABLES[group].items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from dlion_mpi.config.fields import Every
 from dlion_mpi.errors import RunError, Stalled, UserError
+from dlion_mpi.metrics.records import Waited
 from dlion_mpi.mpi import stall
 from dlion_mpi.mpi.stall import StallWatch
 from tests.options import config
@@ -30,22 +32,29 @@ class Heard:
         return self.others
 
 
+def stub(**fields: Any) -> Any:
+    """Something with these fields."""
+    return SimpleNamespace(**fields)
+
+
 class Scene:
     """Rank 0 of three, at a step, with a clock that a test moves. ``lines``: what it has said."""
 
     def __init__(self, limit: str | None = None, usual_s: float = 0.1, steps: int = 9, **options: Any) -> None:
-        self.now_s, self.lines, self.rows = 100.0, [], []
+        self.now_s = 100.0
+        self.lines: list[str] = []
+        self.rows: list[Waited] = []
         self.presence = Heard()
         every = None if limit is None else Every.parse(limit)
         self.watch = StallWatch(0, 3, every, now_s=lambda: self.now_s, say=self.lines.append)
         self.watch.presence = self.presence
         self.heard = {1: steps - 1, 2: steps - 1}
-        self.worker: Any = SimpleNamespace(
+        self.worker = stub(
             step=0,
             config=config(**options),
             heard_steps=lambda: dict(self.heard),
             now_s=lambda: self.now_s,
-            recorder=SimpleNamespace(waited=self.rows.extend),
+            recorder=stub(waited=self.rows.extend),
         )
         self.watch.follow(self.worker)
         for step in range(steps):
@@ -80,7 +89,7 @@ def test_the_next_line_comes_after_five_minutes_at_the_latest() -> None:
     scene = Scene()
     scene.wait(1500)
     said = seconds_of(scene.lines)
-    assert [round((later - earlier) / 10) for earlier, later in zip(said, said[1:], strict=False)][-3:] == [30, 30, 30]
+    assert [round((later - earlier) / 10) for earlier, later in pairwise(said)][-3:] == [30, 30, 30]
 
 
 def test_where_steps_are_long_so_are_the_waits_that_nobody_speaks_of() -> None:
@@ -169,7 +178,7 @@ def test_the_limit_is_not_shorter_than_some_usual_steps() -> None:
 
 def test_a_peer_that_ends_the_run_ends_it_here_too() -> None:
     scene = Scene("10m")
-    scene.presence.notices[2] = SimpleNamespace(ends=True, peer=1, step=8)
+    scene.presence.notices[2] = stub(ends=True, peer=1, step=8)
     with pytest.raises(Stalled, match="rank 2 has waited too long for rank 1") as stalled:
         scene.wait(20)
     assert stalled.value.peers == {1}
@@ -186,10 +195,10 @@ def test_a_rank_that_was_stopped_itself_has_not_waited_meanwhile() -> None:
 
 def test_a_source_that_gives_no_rows_is_spoken_of_and_others_may_blame_this_rank() -> None:
     scene = Scene("30s")
-    with pytest.raises(RunError, match="rank 0 has waited 30 s for rows of shard.csv") as failure:
-        scene.wait(60, "rows of shard.csv")
+    with pytest.raises(RunError, match="rank 0 has waited 30 s for rows of a shard") as failure:
+        scene.wait(60, "rows of a shard")
     assert not isinstance(failure.value, Stalled)
-    assert scene.lines[0].startswith("dlion: rank 0: waiting 5 s for rows of shard.csv; ")
+    assert scene.lines[0].startswith("dlion: rank 0: waiting 5 s for rows of a shard; ")
     assert not scene.presence.waits
     assert not scene.rows
 
