@@ -61,6 +61,7 @@ def record(step: int) -> StepRecord:
 
 METRICS = ("accuracy",)
 EVALUATIONS = [Evaluation(10, 1.5, {"accuracy": 0.25}), Evaluation(20, 3.5, {"accuracy": 0.75})]
+WAITS = [Waited(3, 4.5, 5.0, 0, 2), Waited(3, 4.5, 5.0, 2, -1)]
 TRANSFERS = [Transfer(12, 0, True, 10, 550_000), Transfer(22, 1, False, 20, 0)]
 
 
@@ -71,7 +72,7 @@ def write(recorder: Recorder, steps: int) -> None:
         recorder.evaluation(evaluation)
     for n, transfer in enumerate(TRANSFERS):
         recorder.transfer(transfer, 2.5 + n)
-    recorder.waited([Waited(3, 4.5, 5.0, 0, 2), Waited(3, 4.5, 5.0, 2, -1)])
+    recorder.waited(WAITS)
 
 
 def check(file: h5py.File, steps: int) -> None:
@@ -140,9 +141,18 @@ def test_how_often_it_is_flushed_does_not_matter(recorder: Recorder, flush_every
         recorder.flush()
     for n, transfer in enumerate(TRANSFERS):
         recorder.transfer(transfer, 2.5 + n)
+    recorder.waited(WAITS)
     recorder.close(complete=True)
     with h5py.File(recorder.path, "r") as file:
         check(file, 1100)
+
+
+def test_a_long_wait_is_seen_at_once(recorder: Recorder) -> None:
+    recorder.step(record(0))
+    recorder.waited(WAITS)
+    with h5py.File(recorder.path, "r", swmr=True) as file:
+        assert file["waits/peer"][:].tolist() == [0, 2]
+        assert len(file["steps/step"]) == 1
 
 
 def test_it_flushes_by_itself_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
