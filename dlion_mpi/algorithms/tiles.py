@@ -18,13 +18,13 @@ Places = npt.NDArray[np.intp]
 class Tiles:
     """Cut the variables of a layout into tiles of 64 x 64 entries; those at the borders are smaller.
 
-    A variable is a matrix, its last dimension as columns. A vector is cut into tiles of 1 x 4096. Tiles of equal shape
-    form a group: ``groups`` has their places in the flat vector, (tiles, rows, columns) each.
+    A variable is a matrix, its last dimension as columns. A vector is cut into rows of ``row`` entries. Tiles of equal
+    shape form a group: ``groups`` has their places in the flat vector, (tiles, rows, columns) each.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, row: int = SIDE**2) -> None:
         by_shape: dict[tuple[int, ...], list[Places]] = {}
-        for matrix, height, width in _matrices(layout):
+        for matrix, height, width in _matrices(layout, row):
             for row in range(0, matrix.shape[0], height):
                 for column in range(0, matrix.shape[1], width):
                     tile = matrix[row : row + height, column : column + width]
@@ -46,7 +46,7 @@ class Tiles:
         return np.sort(np.concatenate(found)).astype(np.uint32)
 
 
-def _matrices(layout: Layout) -> Iterator[tuple[Places, int, int]]:
+def _matrices(layout: Layout, row: int) -> Iterator[tuple[Places, int, int]]:
     """The places of every variable that has entries, as a matrix, and the rows and columns of its whole tiles."""
     for shape, start, stop in zip(layout.shapes, layout.starts, layout.starts[1:], strict=False):
         if stop > start:
@@ -54,4 +54,4 @@ def _matrices(layout: Layout) -> Iterator[tuple[Places, int, int]]:
             if len(shape) > 1:
                 yield places.reshape(-1, shape[-1]), SIDE, SIDE
             else:
-                yield places.reshape(1, -1), 1, SIDE**2
+                yield places.reshape(1, -1), 1, row

@@ -45,7 +45,7 @@ class Config:
     strategy: str = _run(
         "dlion",
         "how workers exchange updates: dlion, baseline, ako, gaia, hop, choco-sgd, powersgd, dgc, "
-        "local-sgd, diloco, sparseloco, allreduce, horovod, or PACKAGE.MODULE:CLASS",
+        "demo, local-sgd, diloco, sparseloco, allreduce, horovod, or PACKAGE.MODULE:CLASS",
         common=True,
     )
     preset: str | None = _run(None, "a named set of the strategy's defaults: paper, the settings of the paper")

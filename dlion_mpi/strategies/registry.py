@@ -15,6 +15,7 @@ from dlion_mpi.strategies.allreduce import AllReduce, Horovod
 from dlion_mpi.strategies.baseline import Baseline
 from dlion_mpi.strategies.choco_sgd import ChocoSgd
 from dlion_mpi.strategies.contract import Strategy
+from dlion_mpi.strategies.demo import Demo
 from dlion_mpi.strategies.dgc import Dgc
 from dlion_mpi.strategies.diloco import Diloco
 from dlion_mpi.strategies.dlion import Dlion
@@ -24,7 +25,7 @@ from dlion_mpi.strategies.local_sgd import LocalSgd
 from dlion_mpi.strategies.powersgd import PowerSgd
 from dlion_mpi.strategies.sparseloco import SparseLoco
 
-_RIVALS = (Ako, Gaia, Hop, ChocoSgd, PowerSgd, Dgc, LocalSgd, Diloco, SparseLoco, AllReduce, Horovod)
+_RIVALS = (Ako, Gaia, Hop, ChocoSgd, PowerSgd, Dgc, Demo, LocalSgd, Diloco, SparseLoco, AllReduce, Horovod)
 STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Dlion, Baseline, *_RIVALS)}
 
 

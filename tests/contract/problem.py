@@ -40,6 +40,8 @@ def config(name: str, mode: str, **options: Any) -> Config:
         small |= {"backup": 0, "max_gap": 1000, "skip": 0}
     if name == "dgc":
         small |= {"density": 0.5, "warmup": 5, "momentum": 0.5}
+    if name == "demo":
+        small["entries"] = 4096
     if name == "choco-sgd":
         small["density"] = 0.5
     if name == "sparseloco":

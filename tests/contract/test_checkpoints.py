@@ -188,6 +188,7 @@ SYNC: list[dict[str, Any]] = [
     {"strategy": "allreduce"},
     {"strategy": "hop", "graph": "ring"},
     {"strategy": "choco-sgd"},
+    {"strategy": "demo"},
     {"strategy": "powersgd", "rank": 1},
     {"strategy": "dgc", "density": 0.3, "warmup": 9},
     {"strategy": "local-sgd", "h": 7},

@@ -54,7 +54,8 @@ def shares_every_seven_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_worker_reaches_the_optimum_that_only_all_together_know(name: str, mode: str) -> None:
     """By the exchange alone: knowledge transfer, which would help, is off."""
     result = trained(config(name, mode, transfer="none"), weather=ROUGH)
-    np.testing.assert_allclose(result.weights, np.tile(OPTIMUM, (3, 1)), atol=0.02)
+    nearest = LEARNING_RATE if name == "demo" else 0.02  # each step of demo is as long as the learning rate
+    np.testing.assert_allclose(result.weights, np.tile(OPTIMUM, (3, 1)), atol=nearest)
     assert [len(records) for records in result.records] == [250] * 3
 
 

@@ -53,6 +53,14 @@ def test_it_learns_and_ends_in_good_order(world: MPI.Intracomm, options: dict[st
     assert min(outcome.summary["accuracy_per_rank"]) > (0.5 if is_apart else 0.8)
 
 
+@pytest.mark.mpi(min_size=2)
+def test_demo_learns_by_signs(world: MPI.Intracomm) -> None:
+    """One rank alone takes no sign: its steps would need another learning rate."""
+    outcome = train(strategy="demo", learning_rate=0.01, steps=200)
+    assert outcome.exit_code == 0
+    assert min(outcome.summary["accuracy_per_rank"]) > 0.8
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("strategy", ["ako", "gaia", "hop"])
 def test_a_time_limit_ends_all_ranks_together(world: MPI.Intracomm, strategy: str, shared_folder: Path) -> None:

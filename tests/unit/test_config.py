@@ -86,6 +86,7 @@ WHOLE: dict[str, tuple[int, int]] = {
     "diloco.h": (1, 10**6),
     "sparseloco.h": (1, 10**6),
     "sparseloco.entries": (1, 4096),
+    "demo.entries": (1, 4096),
     "test_samples": (1, 10**9),
     "transfer_period": (1, 10**6),
 }
@@ -104,6 +105,7 @@ REAL: dict[str, tuple[float, float]] = {
     "diloco.outer_learning_rate": (1e-9, 1e30),
     "diloco.outer_momentum": (0, 0.999),
     "sparseloco.decay": (0, 1),
+    "demo.decay": (0, 1),
     "dlion.max_n": (1e-3, 100),
     "dlion.link_share": (1e-3, 1),
     "dlion.outer_learning_rate": (1e-6, 100),
