@@ -63,7 +63,7 @@ class Exchange:
       Every rank starts with rank 0's values.
     - ``metrics``: names of the test results that `step` is given; the same on all ranks.
     - ``options``: the options of `fit` that do not concern its model and its data. The strategy must exchange
-      movements: dlion, gaia, hop, choco-sgd, local-sgd, diloco or sparseloco.
+      movements: dlion, gaia, hop, choco-sgd, local-sgd, diloco, streaming-diloco or sparseloco.
 
     Enter the block on all ranks, with the same options. It ends on all ranks when the run ends. If an exception leaves
     the block on one rank, that rank raises the exception and the others raise RunError. A rank that leaves the block

@@ -6,9 +6,10 @@ thread writes it.
 
 The snapshots form a consistent cut: no gradient is in one worker's snapshot as sent and missing in its receiver's.
 
-- In `sync` all workers stop before the same step, and all gradients of earlier steps have been applied.
-- Otherwise a worker sends no entries between its own snapshot and the last worker's, as if its links were busy.
-  Messages that were in flight at the cut are added to the receiver's file when they arrive. Training continues.
+- In `sync` all workers stop before the same step. Otherwise a worker sends no entries between its own snapshot and the
+  last worker's, as if its links were busy.
+- Messages that were in flight at the cut are added to the receiver's file when they arrive. Training continues. In
+  `sync` there are some only if a strategy applies messages some steps later.
 
 When all files are on the disk, rank 0 writes the manifest. A run ends with a last checkpoint.
 Source of the cut: Lai and Yang, "On distributed snapshots" (1987); messages are counted instead of coloured.
@@ -156,7 +157,7 @@ class CheckpointRounds:
 
     def arrived(self, w: Worker, message: Message) -> None:
         """Record a received message for the current checkpoint, in case it was in flight at the cut."""
-        open_ = self._taken is not None and self._writing is None and not self._sync
+        open_ = self._taken is not None and self._writing is None
         if open_ and message.header.kind in (Kind.GRADIENT, Kind.WEIGHTS):
             self._log.append((message.header.sequence, message))
 
@@ -278,8 +279,8 @@ class CheckpointRounds:
         self._before()
         self._taken = snapshot.take(w, self._spare)
         self._spare = {}
-        if not self._sync:
-            self._log = [(0, message) for message in w.inbox.held]
+        held = w.inbox.held if not self._sync else [m for m in w.inbox.held if m.header.step < w.step]
+        self._log = [(0, message) for message in held]
         self.holding = not (self._awaited or w.strategy.restates)
         posted = w.links.posted()
         self._cut = self._collectives.gather(STAGES, [w.step, *(posted.get(peer, 0) for peer in range(ranks))])
@@ -305,7 +306,7 @@ class CheckpointRounds:
 
     def _has_all(self, w: Worker, sent: Table) -> bool:
         """Whether every message that was in flight at the cut has arrived."""
-        return self._sync or all(w.inbox.received.get(rank, 0) >= count for rank, count in enumerate(sent))
+        return all(w.inbox.received.get(rank, 0) >= count for rank, count in enumerate(sent))
 
     def _write(self, w: Worker, sent: Table) -> None:
         assert self._taken is not None

@@ -45,7 +45,7 @@ class Config:
     strategy: str = _run(
         "dlion",
         "how workers exchange updates: dlion, baseline, ako, gaia, hop, choco-sgd, powersgd, dgc, "
-        "demo, local-sgd, diloco, sparseloco, allreduce, horovod, or PACKAGE.MODULE:CLASS",
+        "demo, local-sgd, diloco, streaming-diloco, sparseloco, allreduce, horovod, or PACKAGE.MODULE:CLASS",
         common=True,
     )
     preset: str | None = _run(None, "a named set of the strategy's defaults: paper, the settings of the paper")
@@ -184,7 +184,7 @@ class Config:
     value_type: ValueType | None = _exchange(
         None,
         "type of the values in messages and sums (default: dlion chooses for each message, diloco has bfloat16, "
-        "sparseloco int2, others float32)",
+        "streaming-diloco int4, sparseloco int2, others float32)",
         choices=VALUE_TYPES,
     )
     exchange_share: float | None = _exchange(

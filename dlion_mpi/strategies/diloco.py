@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from dlion_mpi.algorithms.outer import nesterov
 from dlion_mpi.config.fields import ABOVE_0, Bounds, option
 from dlion_mpi.strategies.contract import EQUAL_BATCHES
 from dlion_mpi.strategies.local_sgd import LocalSgd, LocalState
@@ -47,9 +48,7 @@ class Diloco(LocalSgd):
         size = plan.layout.size
         return DilocoState(plan, np.zeros(size, np.float32), momentum=np.zeros(size, np.float32))
 
-    def outer(self, state: LocalState, moved: Vector) -> Vector:
+    def outer(self, state: LocalState, moved: Vector) -> None:
         assert isinstance(state, DilocoState)
-        state.momentum *= np.float32(self.options.outer_momentum)
-        state.momentum += moved
-        moved += np.float32(self.options.outer_momentum) * state.momentum
-        return state.anchor - np.float32(self.options.outer_learning_rate) * moved
+        eta, mu = self.options.outer_learning_rate, self.options.outer_momentum
+        nesterov(state.anchor, state.momentum, moved, learning_rate=eta, decay=mu)

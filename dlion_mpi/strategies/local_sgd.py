@@ -59,9 +59,9 @@ class LocalSgd(Strategy):
     def start(self, plan: Plan) -> LocalState:
         return LocalState(plan, np.zeros(plan.layout.size, np.float32))
 
-    def outer(self, state: LocalState, moved: Vector) -> Vector:
-        """The outer step: the next anchor, given the mean pseudo-gradient, both (P,) float32."""
-        return state.anchor - moved
+    def outer(self, state: LocalState, moved: Vector) -> None:
+        """The outer step: move the anchor, given the mean pseudo-gradient, (P,) float32."""
+        state.anchor -= moved
 
     def may_advance(self, state: LocalState, step: int, inbox: Inbox) -> bool:
         return True  # only an outer step waits, for its sum
@@ -82,4 +82,5 @@ class LocalSgd(Strategy):
         share = np.float32(state.samples / state.all_samples)
         moved = yield Sum(share * (state.anchor - weights()), state.plan.config.value_type or "float32")
         state.steps = state.samples = state.all_samples = 0
-        return Effect(weights=self.outer(state, moved))
+        self.outer(state, moved)
+        return Effect(weights=state.anchor)

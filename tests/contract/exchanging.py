@@ -45,7 +45,8 @@ class Exchanging:
         self.sent, self.bytes = [], []
         for rank, (strategy, state, update) in enumerate(zip(self.strategies, self.states, own, strict=True)):
             links = {peer: LinkView(True, 1e9) for peer in range(len(own)) if peer != rank}
-            self.sent.append(strategy.outgoing(state, update, links))
+            first = strategy.before_compute(state, self.step, self.weights[rank].copy, links)
+            self.sent.append(first | strategy.outgoing(state, update, links))
             self.bytes.append({})
             for peer, message in self.sent[rank].items():
                 header = Header(kind=message.kind, sender=rank, epoch=0, step=self.step, sequence=1, acknowledged=0)
@@ -63,6 +64,10 @@ class Exchanging:
                 self.weights[rank] = self.weights[rank] + effect.movement
             if effect.gradient is not None:
                 self.weights[rank] = self.weights[rank] - effect.gradient
+            after = strategy.between(state, update, self.weights[rank].copy)
+            assert after is None or isinstance(after, Effect)
+            if after is not None and after.weights is not None:
+                self.weights[rank] = after.weights.copy()
             effects.append(effect)
         self.step += 1
         return effects

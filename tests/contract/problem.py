@@ -42,6 +42,8 @@ def config(name: str, mode: str, **options: Any) -> Config:
         small |= {"density": 0.5, "warmup": 5, "momentum": 0.5}
     if name == "demo":
         small["entries"] = 4096
+    if name == "streaming-diloco":
+        small |= {"fragments": 2, "alpha": 0.0, "h": 2}
     if name == "choco-sgd":
         small["density"] = 0.5
     if name == "sparseloco":

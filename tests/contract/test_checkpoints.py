@@ -193,6 +193,7 @@ SYNC: list[dict[str, Any]] = [
     {"strategy": "dgc", "density": 0.3, "warmup": 9},
     {"strategy": "local-sgd", "h": 7},
     {"strategy": "diloco", "h": 7},
+    {"strategy": "streaming-diloco", "h": 7, "fragments": 3, "overlap": 3},
     {"strategy": "sparseloco", "h": 7, "entries": 1000},
 ]
 

@@ -16,7 +16,7 @@ from dlion_mpi.vector.layout import Vector
 from tests.contract.problem import LAYOUT, LEARNING_RATE, OPTIMUM, SIZE, config, rows, trained
 from tests.inmemory import Quadratic, Weather, run
 
-MOVING = {"dlion", "gaia", "hop", "choco-sgd", "local-sgd", "diloco", "sparseloco"}
+MOVING = {"dlion", "gaia", "hop", "choco-sgd", "local-sgd", "diloco", "streaming-diloco", "sparseloco"}
 
 
 class Momentum(Quadratic):

@@ -116,7 +116,7 @@ def test_the_same_run_twice_is_the_same_to_the_last_byte(strategy: str, tmp_path
 
 @every_message_mode
 def test_every_message_sent_has_come(name: str, mode: str, workers: list[Worker]) -> None:
-    every_step = {"h": 1} if hasattr(STRATEGIES[name].Options, "h") else {}
+    every_step: dict[str, Any] = {"h": 1} if hasattr(STRATEGIES[name].Options, "h") else {}
     outcome = simulate(config(strategy=name, sync=mode, **every_step), cloud(), report=False)
     assert outcome.exit_code == 0
     assert [worker.step for worker in workers] == [12, 12, 12]

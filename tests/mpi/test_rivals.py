@@ -39,6 +39,7 @@ def slow(world: MPI.Intracomm, folder: Path, monkeypatch: pytest.MonkeyPatch, sa
         {"strategy": "hop"},
         {"strategy": "hop", "sync": "sync", "graph": "ring"},
         {"strategy": "choco-sgd"},
+        {"strategy": "streaming-diloco", "h": 8, "overlap": 2},
         {"strategy": "sparseloco", "h": 5},
         {"strategy": "dgc", "density": 0.1, "momentum": 0.0},
     ],

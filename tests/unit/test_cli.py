@@ -191,6 +191,9 @@ OWN = {f"{cls.name}.{f.name}": f for cls in STRATEGIES.values() for f in declare
 OPTIONS = FIELDS | OWN
 
 
+HALVES = {"streaming-diloco.alpha": "0.5", "streaming-diloco.outer_momentum": "0.5"}
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
     examples = {"evaluate_every": "7s", "out": "runs/a", "model": "nets:build", "data": "digits", "strategy": "dlion"}
@@ -199,7 +202,7 @@ def test_every_field_is_an_option(runs: list[Config], name: str) -> None:
     text = choices[-1] if choices else examples.get(name, "1")
     texts = {"batch_size_max": "64", "sync": "bounded", "momentum": "0.5", "target": "mae<=3"}
     texts |= {"time_limit": "9s", "stall_limit": "9s"}
-    text = (texts | {"diloco.outer_momentum": "0.5", "dgc.momentum": "0.5"}).get(name, text)
+    text = (texts | {"diloco.outer_momentum": "0.5", "dgc.momentum": "0.5"} | HALVES).get(name, text)
     owner = next((s.name for s in STRATEGIES.values() if name in s.uses), "dlion")
     if name in OWN:
         owner = name.partition(".")[0]
