@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import UserError
 from dlion_mpi.metrics.recorder import NoRecorder, Recorder
+from dlion_mpi.mpi.ranks import Ranks
 from dlion_mpi.provenance import commit, versions
 from dlion_mpi.view import tensorboard
 from dlion_mpi.view.tensorboard import TensorBoard
@@ -82,3 +83,15 @@ def new_recorder(
     if config.tensorboard is None:
         return recorder
     return TensorBoard(recorder, Path(config.tensorboard), rank, workers)
+
+
+def new_recorders(ranks: Ranks, make: Callable[[], AnyRecorder]) -> AnyRecorder:
+    """Make the recorders of all ranks together. Raises UserError on all if one cannot; the others' files then go."""
+    made: list[AnyRecorder] = []
+    try:
+        ranks.together(lambda: made.append(make()))
+    except UserError:
+        for recorder in made:
+            recorder.discard()
+        raise
+    return made[0]

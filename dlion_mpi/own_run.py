@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from dlion_mpi.checkpoint import stalled
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import RunError, Stalled, UserError
-from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
+from dlion_mpi.files import AnyRecorder, new_folder, new_recorder, new_recorders
 from dlion_mpi.learner.variables import Variables
 from dlion_mpi.loop import statistics
 from dlion_mpi.loop.leave import leave
@@ -176,7 +176,11 @@ class OwnRun:
             worker.history.evaluations.append(evaluation)
             worker.recorder.evaluation(evaluation)
         self._shown.close()
-        self._recorder.close(complete=worker.exit_code == 0)
+        try:
+            self._recorder.close(complete=worker.exit_code == 0)
+        except RunError as full:
+            if not worker.exit_code:
+                worker.stop_reason, worker.exit_code = f"rank {ranks.rank}: {full}", 1
         finishes = [Finish.from_text(text) for text in ranks.gather_text(Finish.of(worker, seconds).to_text())]
         ranks.free()
         return sum_up(self._config, finishes, rank=ranks.rank, report=self._config.progress_every > 0)
@@ -185,7 +189,7 @@ class OwnRun:
 def _recorder(ranks: Ranks, config: Config, metrics: Sequence[str]) -> AnyRecorder:
     ranks.together(lambda: new_folder(config) if ranks.rank == 0 else None)
     make = partial(new_recorder, config, ranks.rank, ranks.size, _Loop(), {"mpi": library()}, metrics)
-    return ranks.together(make)
+    return new_recorders(ranks, make)
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,21 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dlion_mpi.checkpoint import export, resume, rounds, session, stalled
+from dlion_mpi.checkpoint.lock import FolderLock
 from dlion_mpi.checkpoint.preemption import EXIT_CODE, Preemption
 from dlion_mpi.checkpoint.start import NEW, Start
 from dlion_mpi.config.options import Config
 from dlion_mpi.errors import DataError, RunError, Stalled, UserError
-from dlion_mpi.files import AnyRecorder, new_folder, new_recorder
+from dlion_mpi.files import AnyRecorder, new_folder, new_recorder, new_recorders
 from dlion_mpi.learner import backend, models
 from dlion_mpi.learner.batches import Batches
 from dlion_mpi.learner.evaluate import CHUNK, BackgroundEvaluator, differing_tests, digest_of_tests
@@ -67,11 +69,14 @@ def run(
     Config's. ``report``: print progress on stderr. ``start``: a new run, or one that is resumed. ``watched``:
     callbacks and epochs, if the run has any. Raises UserError, on every rank if on any.
     """
-    with session.preemptible(config) as preemption:
+    with session.preemptible(config) as preemption, FolderLock() as lock:
         ranks = Ranks(stall_limit=config.stall_limit)
         strategy, config = _agree(ranks, config, start, watched)
+        if start.run is not None:
+            _lock(ranks, lock, start.run)
         loaded = resume.load(ranks, start, report=report)
-        built = _build(ranks, config, strategy, start, loaded, model, own_data, watched)
+        with ExitStack() as stack:
+            built = _build(ranks, config, strategy, start, loaded, model, own_data, watched, lock, stack)
         if report and ranks.rank == 0:
             _say_what(config, ranks.size, built)
         try:
@@ -96,7 +101,7 @@ def _whole(
                 statistics.settle(worker.replica, worker.batch_sizes.lbs, ranks.mean)
             _evaluate_last(worker, built.evaluator, seconds, built.watch)
             export.save(ranks, worker, report=report)
-        built.recorder.close(complete=worker.exit_code == 0)
+        _close(worker, built.recorder)
         finishes = [Finish.from_text(text) for text in ranks.gather_text(Finish.of(worker, seconds).to_text())]
         ranks.free()
         return sum_up(worker.config, finishes, rank=ranks.rank, report=report)
@@ -143,7 +148,10 @@ def _build(
     model: Any,
     own_data: Callable[[], Shard] | None,
     watched: Watched | None,
+    lock: FolderLock,
+    stack: ExitStack,
 ) -> _Built:
+    """Build the parts of the run. Raises UserError. ``stack``: then removes what this rank has begun to write."""
     members = Membership(tuple(range(ranks.size)))
     pace = ranks.together(lambda: PaceClock.from_environ(ranks.rank, run_seconds=config.seconds))
     threads = config.threads or share_of_cores(ranks)
@@ -155,7 +163,8 @@ def _build(
     if config.checkpoint_every is not None:
         session.check(strategy, Plan(config=config, rank=ranks.rank, ranks=members.ranks, layout=replica.layout))
     metrics = _metrics(ranks, config, replica)
-    recorder = _recorder(ranks, config, start, loaded, shard, pace, metrics)
+    recorder = _recorder(ranks, config, start, loaded, shard, pace, metrics, lock)
+    stack.callback(recorder.discard)
     exchange = _exchange(ranks, config, strategy, replica, recorder, () if watched is None else (EPOCHS,))
     evaluator = BackgroundEvaluator(replica.evaluate, partial(shard.tests, CHUNK, config.test_samples))
     batches = Batches(shard, seed=config.seed, rank=ranks.rank, waiting=ranks.stall.waiting)
@@ -182,6 +191,9 @@ def _build(
         watch = Watch(ranks, watched, worker, replica.model, samples or 0)
     if loaded is not None:
         ranks.together(partial(loaded.restore, worker))
+    if start.run is not None:
+        resume.accept(ranks, config, start.run, loaded)
+    stack.pop_all()
     return _Built(
         shard=shard,
         batches=batches,
@@ -261,16 +273,27 @@ def _recorder(
     shard: Shard,
     pace: PaceClock | None,
     metrics: Sequence[str],
+    lock: FolderLock,
 ) -> AnyRecorder:
-    """Open this rank's metrics in the folder of ``--out``, which rank 0 makes unless the run is resumed there."""
+    """Open this rank's metrics in the folder of ``--out``, which rank 0 makes unless the run is resumed there.
+
+    Raises UserError on all ranks if one cannot; then none has a file.
+    """
     about, part = {"mpi": library()}, 0
     if pace is not None:
         about["emulated"] = json.dumps(dataclasses.asdict(pace.environment))
     if start.run is not None:
-        about["resumed"], part = resume.about(loaded), resume.continue_folder(ranks, config, start.run)
+        about["resumed"], part = resume.about(loaded), resume.part_of(ranks, start.run)
     else:
         ranks.together(lambda: new_folder(config) if ranks.rank == 0 else None)
-    return ranks.together(lambda: new_recorder(config, ranks.rank, ranks.size, shard, about, metrics, part))
+        if config.out is not None:
+            _lock(ranks, lock, Path(config.out))
+    return new_recorders(ranks, lambda: new_recorder(config, ranks.rank, ranks.size, shard, about, metrics, part))
+
+
+def _lock(ranks: Ranks, lock: FolderLock, run: Path) -> None:
+    """Lock the folder of the run, on rank 0 for all. Raises UserError on all ranks."""
+    ranks.together(lambda: lock.take(run) if ranks.rank == 0 else None)
 
 
 def _say_what(config: Config, ranks: int, built: _Built) -> None:
@@ -325,6 +348,15 @@ def _train(built: _Built, begin_s: float) -> float:
             _fail(worker, error)
             driven(leave(worker))
         return exchange.clock.now_s()
+
+
+def _close(worker: Worker, recorder: AnyRecorder) -> None:
+    """Close the metrics. A disk that is full now fails the run, in order."""
+    try:
+        recorder.close(complete=worker.exit_code == 0)
+    except RunError as error:
+        if not worker.exit_code:
+            _fail(worker, error)
 
 
 def _fail(worker: Worker, error: Exception) -> None:

@@ -201,6 +201,7 @@ def _bytes(array: Array) -> memoryview:
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"attribute {name} is not a text")
+    value.encode()  # raises UnicodeError for one that is not UTF-8
     return value
 
 

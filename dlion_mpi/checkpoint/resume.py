@@ -84,10 +84,8 @@ def load(ranks: Ranks, start: Start, *, report: bool) -> Loaded | None:
                 say(f"dlion: {error}")
             continue
         if ranks.rank == 0:
-            _tell(loaded, ranks, run, report)
+            _tell(loaded, ranks, report)
         return loaded
-    if ranks.rank == 0:
-        folder.set_aside(run, -1)
     return None
 
 
@@ -100,11 +98,9 @@ def _read(path: Path, ranks: Ranks) -> Loaded:
     return Loaded(checkpoint=checkpoint, arrays=arrays, texts=texts, moved=moved, rank=ranks.rank)
 
 
-def _tell(loaded: Loaded, ranks: Ranks, run: Path, report: bool) -> None:
-    """Say on rank 0 where the run resumes, and set later checkpoints aside."""
+def _tell(loaded: Loaded, ranks: Ranks, report: bool) -> None:
+    """Say on rank 0 where the run resumes."""
     checkpoint = loaded.checkpoint
-    for path in folder.set_aside(run, checkpoint.step):
-        say(f"dlion: a later checkpoint is not used, and kept as {path}")
     if not report:
         return
     if loaded.moved:
@@ -119,22 +115,35 @@ def _tell(loaded: Loaded, ranks: Ranks, run: Path, report: bool) -> None:
         say(f"dlion: resumes from {checkpoint.folder}, {checkpoint.time_s:.1f} s into the run")
 
 
-def continue_folder(ranks: Ranks, config: Config, run: Path) -> int:
-    """Write the new options into the folder of a run that resumes, and return the number of its new part.
+def part_of(ranks: Ranks, run: Path) -> int:
+    """Return the number of the new part of a run that resumes. Raises UserError on all ranks."""
+
+    def counted() -> int:
+        try:
+            return next_part(run) if ranks.rank == 0 else 0
+        except OSError as error:
+            raise UserError(f"{run}: cannot be read ({error.strerror})") from None
+
+    return int(ranks.gather_numbers(ranks.together(counted))[0, 0])
+
+
+def accept(ranks: Ranks, config: Config, run: Path, loaded: Loaded | None) -> None:
+    """Change the folder of a run that does resume: write the new options, set later checkpoints aside.
 
     Rank 0 does that for all. Raises UserError on all ranks.
     """
 
-    def begin_part() -> int:
+    def change() -> None:
         if ranks.rank != 0:
-            return 0
+            return
         try:
             file.write_text(run / "config.toml", config.to_toml())
-            return next_part(run)
         except OSError as error:
             raise UserError(f"{run}: cannot be written ({error.strerror})") from None
+        for path in folder.set_aside(run, -1 if loaded is None else loaded.checkpoint.step):
+            say(f"dlion: a later checkpoint is not used, and kept as {path}")
 
-    return int(ranks.gather_numbers(ranks.together(begin_part))[0, 0])
+    ranks.together(change)
 
 
 def about(loaded: Loaded | None) -> str:

@@ -34,6 +34,7 @@ from dlion_mpi.checkpoint.file import Written
 from dlion_mpi.checkpoint.folder import Part
 from dlion_mpi.checkpoint.preemption import Preemption
 from dlion_mpi.config.options import Config
+from dlion_mpi.errors import RunError
 from dlion_mpi.loop.exchange import finish_encoding
 from dlion_mpi.loop.ports import Collectives, Ticket, Until
 from dlion_mpi.loop.worker import Worker
@@ -71,7 +72,7 @@ class CheckpointRounds:
 
     ``executor``: one writer thread. ``texts``: texts to save with the state. ``last_step``: step of the checkpoint
     that the run resumed from, and ``own_step`` this worker's step in it; -1 for a new run. ``before``: called before a
-    snapshot. ``say``: shows a line to the user.
+    snapshot. ``say``, ``warn``: show a line to the user, on progress and on a lost checkpoint.
     """
 
     def __init__(
@@ -89,12 +90,16 @@ class CheckpointRounds:
         own_step: int = -1,
         before: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda line: None,
+        warn: Callable[[str], None] = lambda line: None,
     ) -> None:
         assert config.checkpoint_every is not None
         self._every, self._keep = config.checkpoint_every, config.keep_checkpoints or 2
         self._rank, self._ranks, self._run = rank, ranks, run
         self._collectives, self._executor = collectives, executor
-        self._preemption, self._texts, self._before, self._say = preemption, texts, before, say
+        self._preemption, self._texts, self._before = preemption, texts, before
+        self._say, self._warn = say, warn
+        self.lost = 0
+        """Checkpoints that could not be written."""
         self._awaited = config.mode.lockstep or ranks == 1
         self._sync = config.mode.lockstep
         self.holding = self.over = False
@@ -276,7 +281,11 @@ class CheckpointRounds:
         if w.current is not None:
             self._cut = self._collectives.gather(STAGES, [LEFT] * (1 + ranks))
             return
-        self._before()
+        try:
+            self._before()
+        except RunError:  # this rank ends, and takes no snapshot that the others would wait for
+            self._cut = self._collectives.gather(STAGES, [LEFT] * (1 + ranks))
+            raise
         self._taken = snapshot.take(w, self._spare)
         self._spare = {}
         held = w.inbox.held if not self._sync else [m for m in w.inbox.held if m.header.step < w.step]
@@ -346,6 +355,7 @@ class CheckpointRounds:
         target, step = folder.folder_of(self._run, self._name_step), self._name_step
         failed = np.flatnonzero(table[:, 0] == 0)
         if len(failed):
+            self.lost += 1
             if failed[0] == self._rank:
                 self._report_failure(target, self._problem)
             self._executor.submit(_discard, target, self._rank)
@@ -371,11 +381,12 @@ class CheckpointRounds:
             if self._rank == 0:
                 self._say(f"dlion: {target} is complete after {seconds:.1f} s")
         except OSError as error:
+            self.lost += 1
             self._report_failure(target, error.strerror)
         self._forget()
 
     def _report_failure(self, target: Path, problem: str | None) -> None:
-        self._say(f"dlion: {target} could not be written ({problem}): training continues, older ones stay")
+        self._warn(f"dlion: {target} could not be written ({problem}): training continues, older ones stay")
 
 
 def _discard(target: Path, rank: int) -> None:

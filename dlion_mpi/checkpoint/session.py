@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dlion_mpi.checkpoint import resume
+from dlion_mpi.checkpoint import folder, resume
 from dlion_mpi.checkpoint.preemption import EXIT_CODE, Preemption
 from dlion_mpi.checkpoint.resume import Loaded
 from dlion_mpi.checkpoint.rounds import CheckpointRounds
@@ -57,6 +57,8 @@ def checkpoints(
             rounds.hurry()
             raise
     _explain(worker, rounds)
+    if rounds.lost and worker.rank == 0 and not folder.complete(Path(str(worker.config.out))):
+        say(f"dlion: {worker.config.out} has no checkpoint: none could be written")
 
 
 def _rounds(
@@ -83,6 +85,7 @@ def _rounds(
         own_step=loaded.own_step if loaded is not None else -1,
         before=worker.recorder.flush if isinstance(worker.recorder, FileRecorder) else lambda: None,
         say=say if report else lambda line: None,
+        warn=say,
     )
 
 

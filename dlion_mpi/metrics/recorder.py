@@ -3,11 +3,18 @@
 The file is written in HDF5's single-writer-multiple-readers mode (SWMR). Other processes can open it at any time with
 ``h5py.File(path, "r", swmr=True)``, also after the writer was killed; they see everything up to the last flush. A flush
 happens once a second. docs/metrics.md describes the columns.
+
+HDF5 does not fail cleanly where a disk is full: rows become zeros, and the process may crash at its end. So the room
+for everything that a flush can add is reserved first, at the end of the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import math
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +37,8 @@ CHUNK = 1024
 """Rows of a chunk in a file."""
 LINK_CHUNK = 4096
 """Values of a chunk of a measure of links."""
+ROOM_BYTES = 1 << 16
+"""Room for what HDF5 adds to the rows: indices and headers."""
 
 
 class Recorder:
@@ -56,6 +65,11 @@ class Recorder:
         self._lock = threading.Lock()  # the background encoder posts messages too
         self._pieces = np.full((2, workers), FIRST_PIECE)
         self._file = h5py.File(self.path, "w", libver="latest")
+        try:
+            self._reserve(2 * ROOM_BYTES)
+        except OSError:
+            self.discard()
+            raise
         for name, value in {"format": FORMAT, "rank": rank, "workers": workers, **attributes}.items():
             self._file.attrs[name] = value
         self._create_columns()
@@ -132,33 +146,61 @@ class Recorder:
 
     def flush(self) -> None:
         """Write everything so far, so that readers see it, even if this process is killed. Raises RunError."""
+        if self._broken:
+            return
         try:
             self._write()
-        except (OSError, RuntimeError) as error:  # h5py raises either when a disk is full
+        except (OSError, RuntimeError) as error:
             self._broken = True
             raise RunError(f"cannot write {self.path}: {str(error).splitlines()[0]}; is the disk full?") from None
 
     def _write(self) -> None:
-        rows, self._rows = self._rows, {group: [] for group in self._rows}
-        for group, records in rows.items():
-            if records:
-                for name in TABLES[group]:
-                    self._append(f"{group}/{name}", [getattr(record, name) for record in records])
-        if rows["evaluations"]:
-            for name in self._metrics:
-                self._append(f"evaluations/{column_of(name)}", [e.metrics[name] for e in rows["evaluations"]])
-        if rows["steps"]:
-            for name, measure in LINKS.items():
-                self._append(
-                    f"links/{name}", self._by_peer(measure, [getattr(record, name) for record in rows["steps"]])
-                )
         with self._lock:
             timeline, self._timeline = self._timeline, {name: [] for name in RECORDS}
-        for name, entries in timeline.items():
-            if entries:
-                self._append(f"timeline/{name}", np.array(entries, RECORDS[name]))
+        rows, self._rows = self._rows, {group: [] for group in self._rows}
+        columns = {
+            **self._columns(rows),
+            **{f"timeline/{name}": np.array(e, RECORDS[name]) for name, e in timeline.items() if e},
+        }
+        self._reserve(ROOM_BYTES + sum(self._added_bytes(name, values) for name, values in columns.items()))
+        for name, values in columns.items():
+            dataset = self._file[name]
+            start = dataset.shape[0]
+            dataset.resize(start + len(values), axis=0)
+            dataset[start:] = values
         self._file.flush()
         self._flushed_s = time.monotonic()
+
+    def _columns(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, np.ndarray]:
+        """The values to append to each data set of a group, by its name."""
+        columns = {}
+        for group, records in rows.items():
+            for name in TABLES[group] if records else ():
+                columns[f"{group}/{name}"] = np.asarray([getattr(record, name) for record in records])
+        for name in self._metrics if rows["evaluations"] else ():
+            columns[f"evaluations/{column_of(name)}"] = np.asarray([e.metrics[name] for e in rows["evaluations"]])
+        for name, measure in LINKS.items() if rows["steps"] else ():
+            columns[f"links/{name}"] = self._by_peer(measure, [getattr(record, name) for record in rows["steps"]])
+        return columns
+
+    def _added_bytes(self, name: str, values: np.ndarray) -> int:
+        """Size of the chunks that these values add to a data set."""
+        dataset = self._file[name]
+        length, (chunk, *_) = dataset.shape[0], dataset.chunks
+        added = -(-(length + len(values)) // chunk) - -(-length // chunk)
+        return added * math.prod(dataset.chunks) * dataset.dtype.itemsize
+
+    def _reserve(self, size_bytes: int) -> None:
+        """Reserve room on the disk at the end of the file, which is all that HDF5 will need. Raises OSError."""
+        descriptor = os.open(self.path, os.O_RDWR)
+        try:
+            end = self._file.id.get_filesize()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, end, size_bytes)
+            elif (disk := os.fstatvfs(descriptor)).f_bavail * disk.f_frsize < size_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
 
     def _by_peer(self, measure: Measure, steps: Sequence[Mapping[int, float]]) -> np.ndarray:
         """Values of a measure of links, (steps, workers); NaN, or 0 in a column of whole numbers, where none is."""
@@ -168,19 +210,26 @@ class Recorder:
                 row[peer] = value
         return values
 
-    def _append(self, name: str, rows: Sequence[Any] | np.ndarray) -> None:
-        dataset = self._file[name]
-        start = dataset.shape[0]
-        dataset.resize(start + len(rows), axis=0)
-        dataset[start:] = np.asarray(rows)
-
     def close(self, *, complete: bool) -> None:
-        """Flush and close the file, unless writing failed before. ``complete``: the run ended without an error."""
-        if self._broken:
+        """Flush and close the file. ``complete``: the run ended without an error. Raises RunError.
+
+        A file that could not be written has what was flushed before.
+        """
+        if not self._file:
             return
-        self.flush()
-        self._file["ended"][()] = np.uint8(complete)
+        try:
+            self.flush()
+            self._file["ended"][()] = np.uint8(complete and not self._broken)
+        finally:
+            with contextlib.suppress(OSError, RuntimeError):
+                size_bytes = self._file.id.get_filesize()
+                self._file.close()
+                os.truncate(self.path, size_bytes)  # gives back the room
+
+    def discard(self) -> None:
+        """Remove the file: the run does not begin."""
         self._file.close()
+        self.path.unlink(missing_ok=True)
 
 
 class NoRecorder(Unlogged):
@@ -208,4 +257,7 @@ class NoRecorder(Unlogged):
         """Do nothing."""
 
     def close(self, *, complete: bool) -> None:
+        """Do nothing."""
+
+    def discard(self) -> None:
         """Do nothing."""

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from dlion_mpi.config.fields import Every
@@ -203,4 +203,7 @@ class StallWatch:
         self._say(f"dlion: {self.note}")
         if self._worker is not None and peers:
             step, now_s, heard = self._worker.step, self._worker.now_s(), self._heard_steps()
-            self._worker.recorder.waited([Waited(step, now_s, waited_s, peer, heard.get(peer, -1)) for peer in peers])
+            with suppress(RunError):  # of a full disk, which the next step reports
+                self._worker.recorder.waited(
+                    [Waited(step, now_s, waited_s, peer, heard.get(peer, -1)) for peer in peers]
+                )

@@ -145,6 +145,11 @@ class TensorBoard:
         self._try(lambda: self._writer.close())
         self._recorder.close(complete=complete)
 
+    def discard(self) -> None:
+        """Close the file, and remove the other recorder's."""
+        self._try(lambda: self._writer.close())
+        self._recorder.discard()
+
     def _point(self, time_s: float) -> None:
         snapshot = self._tally.take({})
         self._written_s = time_s

@@ -160,6 +160,27 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
         folder.read_manifest(place)
 
 
+def test_an_attribute_that_is_no_utf_8_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "rank-00000.h5"
+    written = file.write(path, state(7), {"config": "a = 1"})
+    with h5py.File(path, "r+") as opened:
+        opened.attrs.create("config", b"\xff\xfe", dtype=h5py.string_dtype())
+    with pytest.raises(Damaged, match=r"cannot be read: .*utf-8"):
+        file.read(path, Written(path.stat().st_size, written.digest))
+
+
+def test_a_checkpoint_without_one_rank_is_read_from_the_others(tmp_path: Path) -> None:
+    found = folder.read_manifest(write_checkpoint(tmp_path, 11, ranks=3, loss=0.5))
+    folder.write_manifest(found.folder, 11, [None, *found.parts[1:]])
+    lacking = folder.read_manifest(found.folder)
+    assert (lacking.ranks, lacking.missing, lacking.best) == (3, [0], 1)
+    assert lacking.steps[0] == 11
+    assert lacking.read(1)[0].keys() == found.read(1)[0].keys()
+    folder.write_manifest(found.folder, 11, [None])
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        folder.read_manifest(found.folder)
+
+
 def test_a_checkpoint_knows_its_best_rank_and_names_a_damaged_file(tmp_path: Path) -> None:
     found = folder.read_manifest(write_checkpoint(tmp_path, 11, ranks=3, loss=0.5))
     assert (found.ranks, found.best, found.time_s) == (3, 0, 1.1)

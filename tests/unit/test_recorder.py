@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 
+from dlion_mpi.errors import RunError
 from dlion_mpi.metrics import recorder as metrics
 from dlion_mpi.metrics.recorder import FORMAT, NoRecorder, Recorder
 from dlion_mpi.metrics.records import TABLES, Evaluation, StepRecord, Transfer, Waited
@@ -280,6 +281,40 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
             Recorder(folder, 0, 1, {})
 
 
+def test_a_run_that_does_not_begin_leaves_no_file(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, 0, 1, {})
+    recorder.discard()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_disk_does_not_take_is_not_in_the_file(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder.step(record(0))
+    recorder.flush()
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    recorder.step(record(1))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RunError, match="No space left on device; is the disk full"):
+        recorder.flush()
+    recorder.step(record(2))
+    recorder.close(complete=True)
+    with h5py.File(recorder.path, "r") as file:
+        assert file["steps/step"][:].tolist() == [0]
+        assert not file["ended"][()]
+
+
+def test_a_closed_file_has_no_room_left(recorder: Recorder) -> None:
+    write(recorder, 10)
+    recorder.flush()
+    open_bytes = recorder.path.stat().st_size
+    recorder.close(complete=True)
+    assert recorder.path.stat().st_size <= open_bytes - metrics.ROOM_BYTES // 2
+    with h5py.File(recorder.path, "r") as file:
+        check(file, 10)
+
+
 FULL = """
 import sys
 from pathlib import Path
@@ -295,7 +330,7 @@ for step in range(100_000):
 
 def test_a_full_disk_is_an_error_and_what_was_written_can_be_read(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk."""
-    limit = 1 << 18
+    limit = 1 << 20
     root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)],
@@ -306,7 +341,7 @@ def test_a_full_disk_is_an_error_and_what_was_written_can_be_read(tmp_path: Path
         env={**os.environ, "PYTHONPATH": root},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    assert done.returncode != 0
+    assert done.returncode == 1, "HDF5 has crashed"
     assert "File too large" in done.stderr
     with h5py.File(tmp_path / "metrics-00001.h5", "r", swmr=True) as file:
         steps = file["steps/step"][:]
