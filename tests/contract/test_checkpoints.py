@@ -158,6 +158,7 @@ def train(
             last_step=from_.step if from_ is not None else -1,
             own_step=own_step,
             say=started.said.append,
+            warn=started.said.append,
         )
 
     done = run(
