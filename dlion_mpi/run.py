@@ -80,13 +80,18 @@ def run(
         if report and ranks.rank == 0:
             _say_what(config, ranks.size, built)
         try:
-            return _whole(ranks, built, preemption, loaded, report)
+            return _whole(ranks, built, preemption, loaded, lock, report)
         except Stalled as error:
             return stalled.end(ranks, built.worker, error, built.recorder)
 
 
 def _whole(
-    ranks: Ranks, built: _Built, preemption: Preemption | None, loaded: resume.Loaded | None, report: bool
+    ranks: Ranks,
+    built: _Built,
+    preemption: Preemption | None,
+    loaded: resume.Loaded | None,
+    lock: FolderLock,
+    report: bool,
 ) -> Result:
     """Train, test and sum up, with all ranks. Raises Stalled."""
     worker = built.worker
@@ -104,6 +109,7 @@ def _whole(
         _close(worker, built.recorder)
         finishes = [Finish.from_text(text) for text in ranks.gather_text(Finish.of(worker, seconds).to_text())]
         ranks.free()
+        lock.release()  # while signals are still handled
         return sum_up(worker.config, finishes, rank=ranks.rank, report=report)
 
 

@@ -74,6 +74,10 @@ class FolderLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock back, if this process has it."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 self._path.unlink()
