@@ -151,7 +151,8 @@ class VirtualLinks(Links[VirtualParcel]):
     def deliver(self, peer: int, channel: Channel, parcel: VirtualParcel, done: Done) -> None:
         """Take a parcel that has arrived. Also an acknowledgement may be what the loop waits for."""
         super().deliver(peer, channel, parcel, done)
-        self.wake()
+        if parcel.message.header.kind is not Kind.PROBE:
+            self.wake()
 
     def cpu_s(self) -> float:
         """Processor seconds that messages have cost so far, as in a real run."""
