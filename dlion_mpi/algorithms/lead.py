@@ -4,10 +4,9 @@ A worker's residual r has the movements that it has not sent, each weighted by i
 
     common weights + factor * r
 
-With a factor of 1 its own movement counts at once with the weight that it will have everywhere. With an optimizer that
-normalises, such as Adam, that is a small part of a step, and the next steps ask for the rest again. There the factor
-makes its own movement count whole until it is sent, as in local steps. What is sent counts with its weight, at the
-sender too.
+With a factor of 1 its own movement counts at once with the weight that it will have everywhere. That is a small part of
+a step, and the next steps ask for the rest again, the more so with momentum or Adam. A larger factor makes its own
+movement count whole until it is sent, as in local steps. What is sent counts with its weight, at the sender too.
 Source: local steps as in local SGD (Stich 2019, arXiv 1805.09767); by entry, and until it is sent, ours.
 """
 
@@ -25,12 +24,13 @@ from dlion_mpi.vector.named_arrays import Array, Arrays, number, numbers, part, 
 class Lead:
     """The factor of one worker, for vectors of ``size`` entries, and the changes of its weights that are due.
 
-    What a step sends may be selected while the step is applied, so its change is due with the next step.
+    What a step sends may be selected while the step is applied, so its change is due with the next step; or
+    ``at_once``, with that step.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, at_once: bool = False) -> None:
         self.factor = 1.0
-        self._size = size
+        self._size, self._delay = size, 0 if at_once else 1
         self._due: dict[int, list[Entries]] = {}
 
     def follow(self, step: int, factor: float, residual: Vector) -> None:
@@ -47,8 +47,8 @@ class Lead:
             self._due.setdefault(step, []).append(back)
 
     def settle(self, step: int, movement: Vector) -> None:
-        """Add the changes of earlier steps to a movement, (P,) float32."""
-        for then in [then for then in list(self._due) if then < step]:
+        """Add the changes that are due to a movement, (P,) float32."""
+        for then in [then for then in list(self._due) if then <= step - self._delay]:
             for change in self._due.pop(then):
                 change.add_to(movement, 1.0)
 

@@ -189,7 +189,7 @@ class Config:
     )
     exchange_share: float | None = _exchange(
         None,
-        "most processor time of the exchange, as a share of computing: beyond it messages get smaller, then rarer; "
+        "most processor time of the exchange, as a share of a step: beyond it messages get rarer, then smaller; "
         "0: no limit",
         bounds=Bounds(0, math.inf, "0 (no limit) or a share such as 0.2"),
         idle={"sync": ("sync",)},

@@ -11,6 +11,9 @@ from dlion_mpi.loop.clock import Clock
 from dlion_mpi.strategies.types import LinkView
 from dlion_mpi.vector.named_arrays import Array, Arrays, integer, integers, number, numbers
 
+STEPS_APART = 4
+"""Exchanges are put off up to this many steps before messages shrink. All entries every few steps bring more than few
+entries at every step, and often cost less: to select some, every entry is read several times."""
 MOST_STEPS_APART = 8
 """Gradients are exchanged at least once in this many steps, whatever that costs."""
 LEAST_SHARE = 0.01
@@ -21,12 +24,12 @@ ADAPTED = (0.25, 1.25)
 
 @dataclass(slots=True)
 class ExchangeBudget:
-    """Keeps selecting, encoding, decoding and MPI's thread within a share of the processor time of computing.
+    """Keeps selecting, encoding, decoding and MPI's thread within a share of the time of a step.
 
     On a fast network the processor, not the link, is what a message costs. When the exchange costs more than its
-    share, messages shrink; when the smallest messages still cost too much, gradients are exchanged every few steps.
+    share, gradients are exchanged every few steps; when that is not enough, messages shrink too.
 
-    ``share``: of computing's processor time; 0 means no limit. ``processors``: threads that compute the gradient.
+    ``share``: of a step's time without waiting; 0 means no limit. ``processors``: threads that compute the gradient.
     ``dense_bytes``: size of a gradient with all its entries. ``clock``: the worker's.
     ``transport_cpu_s``: processor seconds of the thread that moves messages.
     """
@@ -42,6 +45,8 @@ class ExchangeBudget:
     """Processor seconds granted and not yet spent."""
     exchanged_step: int = field(init=False, default=-1)
     """The last step whose gradient was exchanged."""
+    received: bool = field(init=False, default=False)
+    """Whether entries have been received since the last `settle`."""
     _cost_s: float = field(init=False, default=0.0)
     _transport_s: float = field(init=False, default=0.0)
 
@@ -75,15 +80,20 @@ class ExchangeBudget:
         """Forget the cost of what was moved before training began."""
         self._transport_s = self.transport_cpu_s()
 
-    def settle(self, step: int, compute_s: float) -> None:
-        """Grant the share of a gradient's computing, and take off what the exchange has cost since the last one."""
+    def settle(self, step: int, step_s: float) -> None:
+        """Grant the share of a step that takes ``step_s``, and take off what the exchange has cost since the last one.
+
+        A step without entries, sent or received, has cost nothing that could be put off.
+        """
         transport_s = self.transport_cpu_s()
-        granted_s = self.share * compute_s * self.processors
+        granted_s = self.share * step_s * self.processors
         cost_s = self._cost_s + transport_s - self._transport_s
-        self._cost_s, self._transport_s = 0.0, transport_s
+        if not self.received and self.exchanged_step != step - 1:
+            cost_s = 0.0
+        self._cost_s, self._transport_s, self.received = 0.0, transport_s, False
         if self.exchanged_step == step - 1 and cost_s > 0:
             least, most = ADAPTED
-            wanted_bytes = self.message_bytes * min(max(granted_s / cost_s, least), most)
+            wanted_bytes = self.message_bytes * min(max(STEPS_APART * granted_s / cost_s, least), most)
             self.message_bytes = min(max(wanted_bytes, self.least_bytes), self.dense_bytes)
         # Unused credit lapses after a step, so that no burst follows a lull. Debt is limited to what can be put off.
         credit_s = max(self.credit_s + granted_s - cost_s, -MOST_STEPS_APART * granted_s)
@@ -98,7 +108,7 @@ class ExchangeBudget:
         if not self.share:
             return links
         overdue = step - self.exchanged_step >= MOST_STEPS_APART
-        if self.credit_s < 0 and self.message_bytes <= self.least_bytes and not overdue:
+        if self.credit_s < 0 and not overdue:
             return {peer: LinkView(False, link.budget_bytes) for peer, link in links.items()}
         self.exchanged_step = step
         return {peer: replace(link, affordable_bytes=self.message_bytes) for peer, link in links.items()}

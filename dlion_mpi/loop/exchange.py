@@ -37,7 +37,7 @@ def post_weights(w: Worker, *, waiting: bool = False) -> None:
 def post(w: Worker, local: LocalUpdate, computed: Computed) -> Generator[Until, None, None]:
     """Select what every link gets of this step's gradient, encode it and queue it."""
     yield from finish_encoding(w)
-    w.budget.settle(w.step, computed.seconds)
+    w.budget.settle(w.step, max(computed.seconds, w.history.step_s))
     links = w.budget.limit(w.step, w.link_views(w.history.step_s or computed.seconds))
     stamp = w.stamp(w.now_s())
     select = partial(w.strategy.outgoing, w.state, local, links)

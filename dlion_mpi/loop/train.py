@@ -165,6 +165,7 @@ def complete(w: Worker, local: LocalUpdate) -> Generator[Until, None, bool]:
     with w.timed(Phase.APPLY) as scope:
         with w.budget.charged():
             messages = w.inbox.take(w.step if w.config.mode.lockstep else math.inf)
+            w.budget.received |= any(len(message.entries) for message in messages)
             effect = yield from effect_of(w, w.strategy.incoming(w.state, local, w.replica.weights, messages))
         if effect is None:
             return False

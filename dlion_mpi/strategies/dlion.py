@@ -11,6 +11,7 @@ import numpy as np
 
 from dlion_mpi.algorithms.bandwidth import MEASURABLE_BYTES
 from dlion_mpi.algorithms.error_feedback import Budget, NoResiduals, Residuals, Rules
+from dlion_mpi.algorithms.forms import EXACT
 from dlion_mpi.algorithms.lead import Lead
 from dlion_mpi.algorithms.weighting import coefficient
 from dlion_mpi.config.fields import Bounds, option
@@ -20,7 +21,7 @@ from dlion_mpi.strategies.options import StrategyOptions
 from dlion_mpi.strategies.state import State, transient
 from dlion_mpi.strategies.types import Effect, LinkView, LinkViews, LocalUpdate, Outbox, Outgoing, Plan, Weights
 from dlion_mpi.vector.layout import Vector
-from dlion_mpi.wire import Message
+from dlion_mpi.wire import Message, encoded_bytes
 
 
 @dataclass(slots=True)
@@ -121,7 +122,7 @@ class Dlion(Strategy):
         outer_learning_rate: float | None = option(
             None,
             "factor on all movements (default: what restores the length that averaging takes off, as measured, with "
-            "an optimizer that normalises, such as Adam, whose own movements then count whole until sent; else 1)",
+            "an optimizer that normalises, such as Adam; else 1)",
             bounds=Bounds(1e-6, 100, "in (0, 100]"),
             value="FACTOR",
         )
@@ -168,7 +169,9 @@ class Dlion(Strategy):
         )
         memory = Residuals if self.remembers else NoResiduals
         size = plan.layout.size
-        return DlionState(plan, memory(plan.layout, rules), Lead(size), np.empty(size, np.float32))
+        return DlionState(
+            plan, memory(plan.layout, rules), Lead(size, at_once=plan.config.mode.lockstep), np.empty(size, np.float32)
+        )
 
     def outgoing(self, state: DlionState, local: LocalUpdate, links: LinkViews) -> Outbox:
         """The largest entries that fit each ready link; on other links a header, if a peer may wait for this step."""
@@ -249,10 +252,10 @@ class Dlion(Strategy):
         return self.options.outer_learning_rate or 1 / (local.shortened or 1.0)
 
     def _factor(self, state: DlionState, local: LocalUpdate) -> float:
-        """Return the factor of the lead: with Adam an own movement counts whole, if its batch is at least the mean."""
-        if local.shortened is None or not self.remembers:
+        """Return the factor of the lead: an own movement counts whole, if its batch is at least the mean."""
+        if not self.remembers or self._weighs_at_receipt:
             return 1.0
-        return min(local.gbs / local.lbs, len(state.plan.ranks)) * local.shortened
+        return min(local.gbs / local.lbs, len(state.plan.ranks)) / self._outer_rate(local)
 
     def _weight_when_sent(self, local: LocalUpdate) -> float:
         """A movement is weighed by the batch that computed it, however much later it is sent.
@@ -276,6 +279,9 @@ class Dlion(Strategy):
             return None
         else:
             can_bytes = min(link.budget_bytes, link.room_bytes)
+        exact_bytes = encoded_bytes(None, size, config.value_type or EXACT)
+        if self.short and exact_bytes <= min(MOST * can_bytes, link.affordable_bytes):
+            return Budget(exact_bytes, can_bytes)
         gradient_bytes = 4 * size
         wanted_bytes = max(self.link_share * can_bytes, min(LEAST * gradient_bytes, MOST * can_bytes))
         least_bytes = max(min(MEASURABLE_BYTES, can_bytes), min(link.measurable_bytes, MOST * can_bytes))

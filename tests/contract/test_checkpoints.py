@@ -286,6 +286,10 @@ def kept_mass(checkpoint: Checkpoint, options: dict[str, Any]) -> list[np.ndarra
         scale = WORKERS if strategy == "ako" else 1  # others weigh what they send
         sign = 1 if strategy == "ako" else -1  # of gradients, or of movements
         total = scale * weights
+        if strategy == "dlion":  # its own movements count with their weight, as everywhere
+            own = part(files[k], "strategy")
+            factor = float(own.get("lead/factor", np.float64(1)))
+            total += (factor - 1) * own["residuals/common"] - own.get("lead/due", np.zeros(SIZE))
         for letter in snapshot.messages_of(files[k], SIZE, WORKERS):
             came = np.zeros(SIZE, np.float32)
             letter.entries.add_to(came, 1.0)

@@ -14,7 +14,7 @@ from dlion_mpi import wire
 from dlion_mpi.algorithms.bandwidth import MEASURABLE_BYTES, SMALL_BYTES
 from dlion_mpi.config.options import Config
 from dlion_mpi.loop import budget
-from dlion_mpi.loop.budget import MOST_STEPS_APART
+from dlion_mpi.loop.budget import MOST_STEPS_APART, STEPS_APART
 from dlion_mpi.loop.worker import Worker
 from dlion_mpi.strategies import dlion
 from dlion_mpi.strategies.dlion import FEW, LEAST, MOST
@@ -63,7 +63,8 @@ def dense(message: Outgoing) -> Vector:
 @every_message_mode
 def test_what_a_link_gets_when_it_takes_no_message(name: str, mode: str) -> None:
     """In async nothing; else at least a header, since a rank may wait for this worker's step."""
-    messages = first_messages(config(name, mode), {1: LinkView(False, 1e9), 2: LinkView(True, 1e9)})
+    at_every_step = {"h": 1} if name == "sparseloco" else {}
+    messages = first_messages(config(name, mode, **at_every_step), {1: LinkView(False, 1e9), 2: LinkView(True, 1e9)})
     assert messages[2].entries is not None
     assert (1 in messages) == (mode != "async")
     if mode == "bounded":
@@ -345,21 +346,19 @@ def test_a_message_has_no_more_bytes_than_the_processor_affords(unsent: str) -> 
 
 @pytest.mark.usefixtures("any_size_tells")
 def test_messages_get_smaller_where_the_exchange_costs_too_much_and_larger_again() -> None:
-    """A tenth of 8 ms of computing is granted per step. A message costs 0.1 ms and 8 us a byte, then 1 us."""
+    """A tenth of 8 ms is granted per step, so 3.2 ms in four. A message costs 0.4 ms and 32 us a byte, then 1 us."""
     sizes: list[float] = []
 
     def cost(worker: Worker, _: Network) -> None:
-        if worker.step < 60:
-            worker.budget.charge(1e-4 + 8e-6 * worker.budget.message_bytes)
-        else:
-            worker.budget.charge(1e-6)
+        if worker.budget.exchanged_step == worker.step - 1:
+            worker.budget.charge(4e-4 + 32e-6 * worker.budget.message_bytes if worker.step < 240 else 1e-6)
         if worker.rank == 0:
             sizes.append(worker.budget.message_bytes)
 
-    settings = config("dlion", "async", steps=90, exchange_share=0.1, batching="fixed", transfer="none")
+    settings = config("dlion", "async", steps=360, exchange_share=0.1, batching="fixed", transfer="none")
     trained(settings, on_step=cost)
     assert sizes[0] == 4 * SIZE
-    assert np.mean(sizes[30:60]) == pytest.approx((8e-4 - 1e-4) / 8e-6, rel=0.25)
+    assert np.mean(sizes[120:240]) == pytest.approx((STEPS_APART * 8e-4 - 4e-4) / 32e-6, rel=0.25)
     assert sizes[-1] == 4 * SIZE
 
 
@@ -428,11 +427,11 @@ def test_an_exchange_that_costs_too_much_is_done_every_few_steps(mode: str) -> N
 
 
 def test_what_an_exchange_may_cost_grows_with_the_processors_that_compute() -> None:
-    """A tenth of 8 ms of computing on five processors is what two messages take."""
+    """A tenth of 8 ms on six processors is more than two messages take."""
     settings = config("dlion", "bounded", steps=60, exchange_share=0.1, batching="fixed", transfer="none")
 
     def prepare(worker: Worker) -> None:
-        worker.budget.processors = 5
+        worker.budget.processors = 6
 
     result = trained(settings, message_cpu_s=0.002, prepare=prepare)
     sent = [entries is not None for own in result.sent for step in own for _, entries in step.values()]
@@ -444,7 +443,7 @@ def test_an_exchange_that_costs_more_than_all_its_credit_is_not_put_off_for_ever
     for own in trained(settings, message_cpu_s=10.0).sent:
         steps = [i for i, step in enumerate(own) if any(entries is not None for _, entries in step.values())]
         assert steps[0] == 0
-        assert set(np.diff(steps)) == {MOST_STEPS_APART}
+        assert max(np.diff(steps)) == MOST_STEPS_APART
 
 
 # ---- what arrives
@@ -470,7 +469,8 @@ def test_a_movement_has_its_weight_when_it_is_sent() -> None:
     messages = strategy.outgoing(state, local(a, lbs=6, gbs=24), {1: LinkView(True, 1e9)})
     np.testing.assert_allclose(dense(messages[1]), a / 4, rtol=1e-2, atol=1e-3)
     effective = applied(settings, local(a, lbs=6, gbs=24), [arrival(1, b, lbs=4), arrival(2, c, lbs=12)])
-    np.testing.assert_allclose(effective, a / 4 + b + c, rtol=1e-5, atol=1e-3)
+    whole = 3 / 4  # a batch below the mean: as much of it as there are workers times its share
+    np.testing.assert_allclose(effective, whole * a + b + c, rtol=1e-5, atol=1e-3)
 
 
 def test_the_papers_weight_depends_on_the_receiver() -> None:
@@ -485,7 +485,7 @@ def test_the_papers_weight_depends_on_the_receiver() -> None:
 def test_what_is_applied_is_what_was_computed_however_batches_change(seed: int, sizes: list[int]) -> None:
     """Sent late, a movement keeps the weight of its own batch: sent and unsent add up to sum LBS / GBS u.
 
-    The worker itself applies all of it at once, and knows how far it is ahead of its peers.
+    The worker itself counts it whole at once, and knows how far it is ahead of its peers.
     """
     strategy, state = start_dlion("float32", "bounded", unsent="accumulate")
     sent, applied_here, computed = np.zeros(SIZE), np.zeros(SIZE), np.zeros(SIZE)
@@ -494,8 +494,8 @@ def test_what_is_applied_is_what_was_computed_however_batches_change(seed: int, 
         sent += dense(strategy.outgoing(state, own, {1: LinkView(True, 140.0)})[1])
         applied_here += strategy.incoming(state, own, OPTIMUM.copy, []).movement
         computed += lbs / 16 * movement.astype(np.float64)
-    np.testing.assert_allclose(applied_here, computed, rtol=1e-6, atol=1e-3)
-    np.testing.assert_allclose(applied_here - strategy.ahead(state), sent, rtol=1e-6, atol=1e-3)
+    np.testing.assert_allclose(sent + state.residuals.common, computed, rtol=1e-6, atol=1e-3)
+    np.testing.assert_allclose(applied_here - strategy.ahead(state), sent, rtol=1e-5, atol=1e-2)
     assert np.abs(strategy.ahead(state)).max() > 1
 
 

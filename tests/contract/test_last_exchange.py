@@ -54,7 +54,7 @@ class Observed:
 @pytest.mark.parametrize(
     "options",
     [
-        {"steps": 25, "value_type": "bfloat16"},
+        {"steps": 25, "value_type": "bfloat16", "link_share": 0.05},
         {"steps": 25, "value_type": "int4", "patience": 0.0},
         {"seconds": 6.0, "value_type": "sign"},
         {"steps": 25, "value_type": "int2"},

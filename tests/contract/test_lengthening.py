@@ -129,13 +129,18 @@ def test_nothing_is_measured_where_it_has_no_use(options: dict[str, Any], monkey
 
 
 def test_a_given_factor_acts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On what is sent. An own movement counts whole until then, whatever the factor."""
     seen = Seen(monkeypatch, outer_learning_rate=0.5)
     worker, local = seen.workers[0], seen.locals[69][0]
-    strategy = worker.strategy
+    strategy, state = worker.strategy, worker.state
     assert isinstance(strategy, Dlion)
-    moved = strategy.incoming(worker.state, local, worker.replica.weights, []).movement
+    state.lead.settle(70, np.zeros(local.vector.size, np.float32))
+    moved = strategy.incoming(state, local, worker.replica.weights, []).movement
     assert moved is not None
-    np.testing.assert_allclose(moved, local.vector * (local.lbs / local.gbs / 2), rtol=1e-5)
+    np.testing.assert_allclose(moved, local.vector, rtol=1e-5)
+    before = state.residuals.common.copy()
+    strategy.outgoing(state, local, dict.fromkeys((1, 2), LinkView(False, 0.0)))
+    np.testing.assert_allclose(state.residuals.common - before, local.vector * (local.lbs / local.gbs / 2), atol=1e-7)
 
 
 def test_which_of_keras_s_optimizers_normalise() -> None:
