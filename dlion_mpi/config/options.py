@@ -72,8 +72,8 @@ class Config:
     )
     patience: float | None = _run(
         None,
-        "bounded: longest wait for messages of the same step, as a share of computing time (default: 0.5 where "
-        "messages are short, else 0)",
+        "bounded: longest wait for messages of the same step, as a share of computing time; less if recent ones came "
+        "sooner, none if a latency takes 0.4 of it (default: 0.5 where messages are short, else 0)",
         bounds=Bounds(0, math.inf, "0 (none) or a share such as 0.5"),
         idle=_NOT_BOUNDED,
         value="SHARE",

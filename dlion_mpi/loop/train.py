@@ -123,10 +123,9 @@ def compute(w: Worker) -> Generator[Compute, Computed | None, Computed]:
 
 
 def wait_for_peers(w: Worker) -> Generator[Until, None, None]:
-    """Wait until the mode lets this step be completed, and then for the peers' gradients of this same step, as long
-    as ``--patience`` allows."""
-    assert w.current is not None
-    patient_until_s = w.now_s() + (w.config.patience or 0.0) * w.current.compute_s
+    """Wait until the mode lets this step be completed, and then for the peers' gradients of this same step if they can
+    be in time, as long as recent ones took and ``--patience`` allows."""
+    patient_until_s = w.patient_until_s()
 
     def receive() -> None:
         w.collect()

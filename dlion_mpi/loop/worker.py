@@ -9,6 +9,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from dlion_mpi.algorithms.lengths import Lengths
+from dlion_mpi.algorithms.patience import Patience
 from dlion_mpi.config.options import Config
 from dlion_mpi.loop.averages import AverageRounds
 from dlion_mpi.loop.batch_sizes import BatchSizeRounds
@@ -86,6 +87,7 @@ class Worker:
     # what it has learned
     state: Any = None
     inbox: Inbox = field(init=False)
+    patience: Patience = field(default_factory=Patience)
     summing: bool = field(init=False)
     """Whether the strategy sums and, as far as is known, no worker has ended."""
     summed_step: int = -1
@@ -223,6 +225,7 @@ class Worker:
             if self.checkpoints is not None:
                 self.checkpoints.arrived(self, message)
             self.inbox.put(message)
+            self.patience.arrived(sender, message.header.step, self.now_s())
             if message.header.kind is Kind.STOP:
                 self.stop_reason = self.stop_reason or ""
             if message.header.kind in (Kind.CLOSE, Kind.STOP):
@@ -243,7 +246,22 @@ class Worker:
         """Whether the current step can be completed, or never will be."""
         return self.cut_short() or self.strategy.may_advance(self.state, self.step, self.inbox)
 
+    def patient_until_s(self) -> float:
+        """The time until which this step, which has been computed, waits for peers that it need not wait for."""
+        assert self.current is not None
+        now_s = self.now_s()
+        if not self.config.patience:
+            return now_s
+        most_s = self.config.patience * self.current.compute_s
+        self.patience.expect(self.links.latencies(), most_s, self.history.step_s)
+        self.patience.ready(self.step, now_s)
+        return now_s + self.patience.longest_s(self.peers, most_s)
+
     def is_fresh(self) -> bool:
-        """Whether every live peer's message of this step has arrived, ``--backup`` of the slowest left out."""
-        newest = sorted(self.inbox.newest.values())[self.config.backup or 0 :]
-        return all(step >= self.step for step in newest)
+        """Whether the messages of this step have arrived from all live peers, ``--backup`` of the slowest left out.
+
+        Of a peer whose messages cannot be in time, whether the message has arrived that should be here by now.
+        """
+        lags = self.patience.lags
+        newest = sorted(step + lags.get(peer, 0) for peer, step in self.inbox.newest.items())
+        return all(step >= self.step for step in newest[self.config.backup or 0 :])

@@ -276,10 +276,30 @@ def test_patience_waits_for_the_gradients_of_the_same_step(patience: float, step
 
 @pytest.mark.parametrize(("patience", "late_s"), [(0.0, 0.0), (0.2, 0.04), (0.4, 0.08)])
 def test_patience_has_an_end(patience: float, late_s: float, tmp_path: Path) -> None:
-    """Messages take longer than any of these: every step waits for as long as it may, and no longer."""
-    _, ranks = recorded(tmp_path, cloud(latency_s=0.15), patience=patience, batching="fixed", steps=10)
+    """One worker takes longer than any of these: the others wait for as long as they may, and no longer."""
+    options = {"patience": patience, "staleness": 100, "batching": "fixed", "seconds": 3.0}
+    _, ranks = recorded(tmp_path, cloud((24.0, 24.0, 12.0)), **options)
+    for own in ranks[:2]:
+        np.testing.assert_allclose(own["steps/step_s"][1:-1], 0.2 + late_s, atol=0.003)
+    np.testing.assert_allclose(ranks[2]["steps/step_s"][1:-1], 0.38, atol=0.003)
+
+
+@pytest.mark.parametrize(("latency_s", "steps_late"), [(0.1, 1), (0.19, 1), (0.25, 2)])
+def test_what_cannot_be_in_time_is_not_waited_for(latency_s: float, steps_late: int, tmp_path: Path) -> None:
+    """The first steps wait, since nothing is known of the links."""
+    _, ranks = recorded(tmp_path, cloud(latency_s=latency_s), batching="fixed", steps=20)
     for own in ranks:
-        np.testing.assert_allclose(own["steps/step_s"][1:], 0.2 + late_s, atol=0.003)
+        np.testing.assert_allclose(own["steps/step_s"][8:], 0.2, atol=0.003)
+        ages = own["links/age_steps"][8:]
+        assert np.median(ages[np.isfinite(ages)]) == steps_late
+
+
+def test_workers_that_are_far_apart_still_wait_for_each_other(tmp_path: Path) -> None:
+    """All but the message of this step should be here: a worker that is a little slower is not left behind."""
+    options = {"staleness": 100, "batching": "fixed", "seconds": 8.0}
+    _, ranks = recorded(tmp_path, cloud((24.0, 24.0, 20.0), latency_s=0.1), **options)
+    steps = [len(own["steps/step"]) for own in ranks]
+    assert max(steps) - min(steps) <= 2
 
 
 def test_a_worker_does_not_wait_for_one_that_has_ended(tmp_path: Path) -> None:
