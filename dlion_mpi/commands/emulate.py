@@ -103,7 +103,9 @@ def build(emulation: Emulation, environment: Environment) -> None:
     """Create an emulation's namespaces, links and launch agent, shaped for the first phase."""
     netns.build(emulation.name, environment.workers)
     netns.shape(emulation.name, environment, environment.phases[0], verb="add")
-    if not netns.delay(emulation.name, environment):
+    if environment.link_latency_s is not None:
+        say("links have their bandwidth, but not their latency: one that differs from link to link is only simulated")
+    elif not netns.delay(emulation.name, environment):
         latency_ms = environment.latency_s * 1e3
         say(f"this kernel has no netem: links have their bandwidth, but not their {latency_ms:g} ms of latency")
     mpilaunch.write_agent(emulation)

@@ -52,7 +52,10 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """A micro-cloud: its workers, their pace and their links. Raises InvalidEnvironment, a UserError."""
+    """A micro-cloud: its workers, their pace and their links. Raises InvalidEnvironment, a UserError.
+
+    `latency_s`: one way, of every link; or `link_latency_s[source][destination]` with 0 on the diagonal.
+    """
 
     name: str
     workers: int
@@ -60,6 +63,7 @@ class Environment:
     alpha_s: float = 0.02
     seconds_per_sample_24: float = SECONDS_PER_SAMPLE_24
     latency_s: float = 0.0
+    link_latency_s: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -72,6 +76,8 @@ class Environment:
             raise InvalidEnvironment(
                 "seconds_per_sample_24", f"{self.seconds_per_sample_24:g} seconds; give more than 0"
             )
+        if self.link_latency_s is not None:
+            _check_latencies(self.link_latency_s, self.latency_s, self.workers)
         if not self.phases:
             raise InvalidEnvironment("phases", "none given; add a [[phases]] table")
         for index, phase in enumerate(self.phases):
@@ -101,6 +107,10 @@ class Environment:
         cores = self.phase_at(time_s, run_seconds).cores[worker]
         return Pace(alpha_s=self.alpha_s, beta_s=self.seconds_per_sample_24 * 24.0 / cores)
 
+    def latency_of(self, source: int, destination: int) -> float:
+        """Return the seconds from when a byte leaves a link until it arrives."""
+        return self.latency_s if self.link_latency_s is None else self.link_latency_s[source][destination]
+
     def rate_mbit(self, source: int, destination: int, phase: Phase) -> float:
         """Return the nominal Mbit/s of a link while all links of its source are busy.
 
@@ -113,6 +123,21 @@ class Environment:
             return phase.link_mbit[source][destination]
         assert phase.uplink_mbit is not None  # the constructor refuses a phase without a network
         return phase.uplink_mbit[source] / (self.workers - 1)
+
+
+def _check_latencies(matrix: tuple[tuple[float, ...], ...], latency_s: float, workers: int) -> None:
+    """Raise InvalidEnvironment unless the matrix fits and replaces the one latency of all links."""
+    if latency_s:
+        raise InvalidEnvironment("link_latency_s", "give latency_s or link_latency_s, and not both")
+    if [len(row) for row in matrix] != [workers] * workers:
+        raise InvalidEnvironment("link_latency_s", f"give {workers} rows of {workers} numbers")
+    for source, row in enumerate(matrix):
+        for destination, value in enumerate(row):
+            link = f"from worker {source} to {destination}"
+            if source == destination and value != 0:
+                raise InvalidEnvironment("link_latency_s", f"{value:g} {link}; the diagonal must be 0")
+            if not (math.isfinite(value) and value >= 0):
+                raise InvalidEnvironment("link_latency_s", f"{value:g} seconds {link}; give 0 or more")
 
 
 def _check_phase(phase: Phase, index: int, workers: int) -> None:

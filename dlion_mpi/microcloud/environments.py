@@ -80,7 +80,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     return BUILT_IN / f"{given}.toml"
 
 
-_KEYS = {"name", "workers", "alpha_s", "seconds_per_sample_24", "latency_s", "phases"}
+_KEYS = {"name", "workers", "alpha_s", "seconds_per_sample_24", "latency_s", "link_latency_s", "phases"}
 _PHASE_KEYS = {"cores", "uplink_mbit", "link_mbit", "share", "start_s"}
 
 
@@ -102,6 +102,7 @@ def _parse(table: Mapping[str, Any], *, default_name: str) -> Environment:
     return Environment(
         name=name,
         workers=workers,
+        link_latency_s=_matrix(table, "link_latency_s", workers, None),
         phases=tuple(_parse_phase(phase, index, workers) for index, phase in enumerate(phases)),
         **numbers,
     )
@@ -118,18 +119,25 @@ def _parse_phase(table: Mapping[str, Any], index: int, workers: int) -> Phase:
 
     if "cores" not in table:
         raise InvalidEnvironment("cores", "missing; give one number per worker, or one for all", index)
-    matrix = table.get("link_mbit")
-    if matrix is not None and not (isinstance(matrix, list) and all(isinstance(row, list) for row in matrix)):
-        raise InvalidEnvironment("link_mbit", f"give {workers} rows of {workers} numbers", index)
     return Phase(
         cores=per_worker("cores"),
         uplink_mbit=per_worker("uplink_mbit") if "uplink_mbit" in table else None,
-        link_mbit=None
-        if matrix is None
-        else tuple(tuple(_number(item, "link_mbit", index) for item in row) for row in matrix),
+        link_mbit=_matrix(table, "link_mbit", workers, index),
         share=_number(table["share"], "share", index) if "share" in table else None,
         start_s=_number(table["start_s"], "start_s", index) if "start_s" in table else None,
     )
+
+
+def _matrix(
+    table: Mapping[str, Any], key: str, workers: int, phase: int | None
+) -> tuple[tuple[float, ...], ...] | None:
+    """Return a number per link, a row per source; None if the table has no such key."""
+    rows = table.get(key)
+    if rows is None:
+        return None
+    if not (isinstance(rows, list) and all(isinstance(row, list) for row in rows)):
+        raise InvalidEnvironment(key, f"give {workers} rows of {workers} numbers", phase)
+    return tuple(tuple(_number(item, key, phase) for item in row) for row in rows)
 
 
 def _check_keys(table: Mapping[str, Any], known: set[str], phase: int | None) -> None:

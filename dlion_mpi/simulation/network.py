@@ -44,11 +44,15 @@ class Events:
 
 
 class Stream:
-    """Messages from one worker to another, first in first out, as in a TCP connection."""
+    """Messages from one worker to another, first in first out, as in a TCP connection.
 
-    __slots__ = ("medium", "queue")
+    ``latency_s``: from when the last byte of a message has been transferred until it is delivered.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("latency_s", "medium", "queue")
+
+    def __init__(self, latency_s: float = 0.0) -> None:
+        self.latency_s = latency_s
         self.medium: Medium | None = None
         self.queue: deque[tuple[float, Deliver, Any]] = deque()
 
@@ -68,10 +72,9 @@ class Medium:
     stream that begins or ends costs O(log streams).
     """
 
-    def __init__(self, events: Events, bytes_per_s: float, latency_s: float) -> None:
+    def __init__(self, events: Events, bytes_per_s: float) -> None:
         self._events = events
         self._bytes_per_s = bytes_per_s
-        self._latency_s = latency_s
         self._served = 0.0
         self._served_at_s = 0.0
         self._busy: list[tuple[float, int, Stream]] = []  # heap, by the counter at the end of the first message
@@ -120,7 +123,7 @@ class Medium:
         self._serve()
         busy = self._busy
         reach = self._served + RESOLUTION_S * self._bytes_per_s / len(busy)
-        ended = []
+        ended: dict[float, list[tuple[Deliver, Any]]] = {}  # by latency
         while busy and busy[0][0] <= reach:
             end, order, stream = busy[0]
             _, deliver, parcel = stream.queue.popleft()
@@ -128,12 +131,13 @@ class Medium:
                 heapq.heapreplace(busy, (end + stream.queue[0][0], order, stream))
             else:
                 heapq.heappop(busy)
-            ended.append((deliver, parcel))
+            ended.setdefault(stream.latency_s, []).append((deliver, parcel))
         self._schedule()
-        if self._latency_s:
-            self._events.at(self._events.now_s + self._latency_s, partial(_deliver, ended))
-        else:
-            _deliver(ended)
+        for latency_s, parcels in ended.items():
+            if latency_s:
+                self._events.at(self._events.now_s + latency_s, partial(_deliver, parcels))
+            else:
+                _deliver(parcels)
 
 
 def _deliver(ended: list[tuple[Deliver, Any]]) -> None:
@@ -151,7 +155,7 @@ class Network:
         self._environment = environment
         self._events = events
         workers = range(environment.workers)
-        self._streams = {(a, b): Stream() for a in workers for b in workers if a != b}
+        self._streams = {(a, b): Stream(environment.latency_of(a, b)) for a in workers for b in workers if a != b}
         self._media: list[Medium] = []
         self._shape(environment.phases[0])
         starts_s = environment.phase_starts_s(run_seconds)
@@ -179,7 +183,7 @@ class Network:
             stream.medium.add(stream, left_bytes)
 
     def _medium(self, mbit: float) -> Medium:
-        medium = Medium(self._events, payload_bytes_per_s(mbit), self._environment.latency_s)
+        medium = Medium(self._events, payload_bytes_per_s(mbit))
         self._media.append(medium)
         return medium
 

@@ -38,8 +38,25 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_all_twelve_are_built_in() -> None:
-    assert set(environments.names()) == {*TABLE, "dynamic-a", "dynamic-b"}
+def test_all_thirteen_are_built_in() -> None:
+    assert set(environments.names()) == {*TABLE, "dynamic-a", "dynamic-b", "wan-world"}
+
+
+def test_wan_world_has_four_regions_that_are_fast_within_and_far_apart() -> None:
+    environment = environments.load("wan-world")
+    (phase,) = environment.phases
+    assert environment.workers == 16
+    assert environment.pace(0, 0.0, None).seconds(32) == pytest.approx(0.238 / 0.232, rel=1e-3)
+    for a in range(16):
+        for b in set(range(16)) - {a}:
+            rate, latency_s = environment.rate_mbit(a, b, phase), environment.latency_of(a, b)
+            assert (rate, latency_s) == (environment.rate_mbit(b, a, phase), environment.latency_of(b, a))
+            if a // 4 == b // 4:
+                assert (rate, latency_s) == (1490.0, 0.0005)
+            else:
+                assert 1.7 < rate < 14
+                assert 0.02 <= latency_s <= 0.15
+    assert environment.rate_mbit(0, 15, phase) == pytest.approx(202 * 4.16 / 280, rel=0.01)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -124,6 +141,15 @@ MISTAKES = [
     ('name = "two"', "name = 2", "line 2: name: give a string"),
     ("workers = 2", "workers = 2\nalpha_s = -1", "line 4: alpha_s: -1 seconds"),
     ("workers = 2", "workers = 2\nlatency_s = nan", "line 4: latency_s: nan seconds"),
+    ("workers = 2", "workers = 2\nlink_latency_s = 0.1", "line 4: link_latency_s: give 2 rows of 2"),
+    ("workers = 2", "workers = 2\nlink_latency_s = [[0, 1]]", "line 4: link_latency_s: give 2 rows of 2"),
+    ("workers = 2", "workers = 2\nlink_latency_s = [[0, 1], [-1, 0]]", "link_latency_s: -1 seconds from worker 1 to 0"),
+    ("workers = 2", "workers = 2\nlink_latency_s = [[1, 1], [1, 0]]", "link_latency_s: 1 from worker 0 to 0; the"),
+    (
+        "workers = 2",
+        "workers = 2\nlatency_s = 1\nlink_latency_s = [[0, 1], [1, 0]]",
+        "line 5: link_latency_s: give latency_s or link_latency_s",
+    ),
     ("workers = 2", "workers = 2\nseconds_per_sample_24 = 0", "line 4: seconds_per_sample_24: 0 seconds"),
     ("workers = 2", "workers = 2\nworker = 2", "line 4: worker: unknown key"),
     ("workers = 2", "workers = 3", r"line 5: phases\[0\].cores: 2 values for 3 workers"),

@@ -53,7 +53,7 @@ def test_events_happen_in_order_of_time_then_of_asking() -> None:
 def transfers(rate: float, sends: Sequence[tuple[float, int, float]], latency_s: float = 0.0) -> list[float]:
     """When each of (time, stream, bytes) is across a medium of ``rate`` bytes per second."""
     events = Events()
-    medium = Medium(events, rate, latency_s)
+    medium = Medium(events, rate)
     streams: dict[int, Stream] = {}
     ends = [math.nan] * len(sends)
 
@@ -61,7 +61,7 @@ def transfers(rate: float, sends: Sequence[tuple[float, int, float]], latency_s:
         ends[n] = events.now_s
 
     for n, (time_s, stream, size) in enumerate(sends):
-        streams.setdefault(stream, Stream()).medium = medium
+        streams.setdefault(stream, Stream(latency_s)).medium = medium
         events.at(time_s, lambda n=n, stream=stream, size=size: streams[stream].send(size, end, n))  # type: ignore[misc]
     run_out(events)
     return ends
@@ -78,6 +78,21 @@ def test_a_stream_that_joins_slows_the_other_from_then_on() -> None:
 
 def test_messages_of_one_stream_wait_for_each_other() -> None:
     assert transfers(100, [(0, 1, 100), (0, 1, 100), (0, 2, 100)]) == pytest.approx([2.0, 3.0, 2.0])
+
+
+def test_links_of_one_uplink_may_have_unequal_latencies() -> None:
+    phase = Phase(cores=(1.0,) * 3, uplink_mbit=(8.0,) * 3)
+    latencies = ((0.0, 0.5, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+    events, ends = Events(), {}
+    network = Network(Environment(name="test", workers=3, phases=(phase,), link_latency_s=latencies), events, None)
+
+    def end(peer: int) -> None:
+        ends[peer] = events.now_s
+
+    for peer in (1, 2):
+        network.stream(0, peer).send(BYTES_8_MBIT / 2, end, peer)
+    run_out(events)
+    assert ends == pytest.approx({1: 1.5, 2: 1.0})
 
 
 def test_latency_comes_on_top_and_does_not_occupy_the_link() -> None:
