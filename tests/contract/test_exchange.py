@@ -421,7 +421,7 @@ def test_an_exchange_that_costs_too_much_is_done_every_few_steps(mode: str) -> N
     settings = config("dlion", mode, steps=60, exchange_share=0.1, batching="fixed", transfer="none")
     result = trained(settings, message_cpu_s=0.002)
     sent = [entries is not None for own in result.sent for step in own for _, entries in step.values()]
-    assert np.mean(sent) == pytest.approx(0.2, abs=0.06)
+    assert np.mean(sent) == pytest.approx(0.2, abs=0.08)
     free = trained(dataclasses.replace(settings, exchange_share=0.0), message_cpu_s=0.002)
     assert all(entries is not None for own in free.sent for step in own for _, entries in step.values())
 

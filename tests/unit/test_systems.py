@@ -125,7 +125,7 @@ def test_runs_come_seed_by_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     )
     assert [case.seed for case in asked] == [0] * 4 + [1] * 4 + [2] * 4
     assert {case.system for case in asked} == {"ako", "gaia --batch-size 8"}
-    assert len(systems.ENVIRONMENTS) == 10
+    assert len(systems.ENVIRONMENTS) == 11
 
 
 # Which runs are made.
