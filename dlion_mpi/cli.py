@@ -11,7 +11,7 @@ from dlion_mpi import __version__
 from dlion_mpi.commands import data, doctor, emulate, launch, report, simulate, trace, train, watch
 from dlion_mpi.commands.arguments import Parser
 from dlion_mpi.errors import RunError, UserError
-from dlion_mpi.log import complain
+from dlion_mpi.log import await_reader, complain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def _end_job(code: int) -> int:
     """Abort all ranks, because the other ranks may wait for this one forever."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1:
-        sys.stderr.flush()
+        await_reader()
         mpi.COMM_WORLD.Abort(code)
     return code
 

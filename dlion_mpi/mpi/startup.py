@@ -12,6 +12,7 @@ from types import TracebackType
 import mpi4py
 
 from dlion_mpi.errors import RunError, UserError
+from dlion_mpi.log import await_reader
 
 __all__ = ["MPI", "abort_at_exit", "end_if_shared", "library", "thread_multiple", "world"]
 
@@ -57,7 +58,7 @@ def _end_all_by_exceptions() -> None:
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         shown(kind, error, trace)
         if not isinstance(error, UserError | RunError) and not MPI.Is_finalized() and world()[1] > 1:
-            sys.stderr.flush()
+            await_reader()
             MPI.COMM_WORLD.Abort(1)
 
     sys.excepthook = show
@@ -71,8 +72,8 @@ def world() -> tuple[int, int]:
 def end_if_shared(code: int) -> None:
     """End all ranks, with this rank's traceback, if there are others that would wait. For an exception's handler."""
     if world()[1] > 1:
-        sys.stderr.write(traceback.format_exc())  # in one piece: mpirun may read no more of it
-        sys.stderr.flush()
+        sys.stderr.write(traceback.format_exc())
+        await_reader()
         MPI.COMM_WORLD.Abort(code)
 
 
@@ -83,8 +84,7 @@ def abort_at_exit(code: int, *, after_s: float = 0.0) -> None:
     """
 
     def abort() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        await_reader()
         time.sleep(after_s)
         MPI.COMM_WORLD.Abort(code)
 
