@@ -26,9 +26,13 @@ from dlion_mpi.strategies.powersgd import PowerSgd
 from dlion_mpi.strategies.sparseloco import SparseLoco
 from dlion_mpi.strategies.streaming_diloco import StreamingDiloco
 
-_OLDER = (Baseline, Ako, Gaia, Hop, ChocoSgd, PowerSgd, Dgc)
-_NEWER = (Demo, LocalSgd, Diloco, StreamingDiloco, SparseLoco)
-STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Dlion, *_OLDER, *_NEWER, AllReduce, Horovod)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    cls.name: cls
+    for cls in (
+        *(Dlion, Baseline, Ako, Gaia, Hop, ChocoSgd, PowerSgd, Dgc, Demo),
+        *(LocalSgd, Diloco, StreamingDiloco, SparseLoco, AllReduce, Horovod),
+    )
+}
 
 
 def find(name: str, *, also: Sequence[str] = ()) -> type[Strategy]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dlion_mpi.algorithms.bandwidth import PROBE_S, SMALL_BYTES
 from dlion_mpi.cli import main
 from dlion_mpi.config.fields import Every
 from dlion_mpi.config.options import Config
@@ -96,12 +98,13 @@ def check_links(run: Run, trace: Trace) -> None:
             assert all(a.out == b.into is not None for a, b in zip(sent, received, strict=True))
             own = sum(s.args["bytes"] for s in sent if s.start <= end and s.name != "close")
             acknowledged = sum(s.start <= end for s in trace.received(peer, rank.rank))
-            # The rest are probes, each a bare header ahead of a message.
-            probes, rest = divmod(
-                int(columns["bytes_sent"][-1, peer]) - own - HEADER_BYTES * acknowledged, HEADER_BYTES
-            )
-            assert rest == 0
-            assert 0 < probes <= len(sent)
+            probes, probed = 0, -math.inf
+            for message in sent:
+                large = message.args["bytes"] >= SMALL_BYTES
+                if large and message.start <= end and message.start - probed >= 1e6 * PROBE_S:
+                    probes, probed = probes + 1, message.start
+            assert probes
+            assert own + HEADER_BYTES * (acknowledged + probes) == columns["bytes_sent"][-1, peer]
             ages: dict[int, list[float]] = defaultdict(list)
             for s in trace.received(peer, rank.rank):
                 if "age_s" in s.args and s.name in KINDS:
